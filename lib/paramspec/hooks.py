@@ -1,0 +1,306 @@
+"""The value-vector view of a causal language model: find it, read it, record it, mask it.
+
+    view = value_vector_view(model)
+    with record_coefficients(view, tokens.attention_mask) as recorded:
+        model(**tokens)
+    recorded.coefficients  # [batch, layers, width]
+    with mask_value_vectors(view, keep):  # keep: bool [layers, batch, width]
+        logits = model(**tokens).logits
+
+The output of an MLP is `sum_j m_j v_j` (plus a bias): `v_j`, a column of the down projection, is
+a *value vector*, and `m_j`, the j-th input of the down projection, is its *coefficient* (Geva et
+al. 2021; paper, section 2). Hooks sit on the inputs of the down projections, so that a fused or a
+gated first half of the MLP makes no difference, and are removed when the `with` block ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from paramspec.errors import InputError
+
+Position = Literal["mean", "last"]
+
+# Where a decoder layer keeps its down projection, by family.
+DOWN_PROJECTIONS = (
+    "mlp.down_proj",  # Llama, Mistral, Qwen, Gemma, OLMo, Phi-3, GLM-4, Granite, Cohere, StableLM
+    "mlp.fc2",  # Phi
+    "fc2",  # OPT: on the layer itself
+    "mlp.c_proj",  # GPT-2
+    "mlp.dense_4h_to_h",  # GPT-NeoX, BLOOM, Falcon
+    "mlp.fc_out",  # GPT-J
+    "ffn.down_proj",  # MPT
+)
+
+
+@dataclass(frozen=True)
+class ValueVectorView:
+    """The down projections of a model, one a layer, found and verified.
+
+    `modules[l]` holds the value vectors of layer `l`; `names[l]` is its dotted name in the model;
+    `width` is the number of value vectors in a layer, `hidden` the length of each.
+    """
+
+    model: nn.Module
+    modules: tuple[nn.Module, ...]
+    names: tuple[str, ...]
+    width: int
+    hidden: int
+
+    @property
+    def layers(self) -> int:
+        return len(self.modules)
+
+    def vectors(self, layer: int) -> Tensor:
+        """`view.vectors(3)`: the value vectors of a layer, `[width, hidden]`, not a copy."""
+        module = self.modules[layer]
+        # A Linear keeps its inputs as columns, GPT-2's Conv1D as rows.
+        return module.weight if isinstance(module, Conv1D) else module.weight.T
+
+
+def value_vector_view(model: nn.Module) -> ValueVectorView:
+    """`view = value_vector_view(model)`: find the value vectors of any causal LM, and verify them.
+
+    The view is found by the names above, then held against one forward pass: every down
+    projection runs once, its output is the sum of coefficients times value vectors plus the bias,
+    and the MLP adds nothing to it but a residual that it was given.
+
+    Raises:
+        InputError: if the model is a mixture of experts, if a layer has no down projection of a
+            known name, or if the forward pass contradicts the view.
+    """
+    _refuse_experts(model)
+    names = _find_down_projections(model)
+    modules = tuple(model.get_submodule(name) for name in names)
+    shapes = {_shape(module) for module in modules}
+    if len(shapes) > 1:
+        raise InputError(
+            f"{_name(model)}: MLP widths differ between layers ({sorted(shapes)}); "
+            "only models with one width are supported"
+        )
+    width, hidden = shapes.pop()
+    view = ValueVectorView(model, modules, names, width, hidden)
+    _verify(view)
+    return view
+
+
+@dataclass
+class Recorded:
+    """What `record_coefficients` fills in: `coefficients`, fp32 `[batch, layers, width]`."""
+
+    layers: list[Tensor | None]
+
+    @property
+    def coefficients(self) -> Tensor:
+        missing = [index for index, layer in enumerate(self.layers) if layer is None]
+        if missing:
+            raise RuntimeError(f"no forward pass reached the down projections of layers {missing}")
+        return torch.stack(self.layers, dim=1)
+
+
+@contextmanager
+def record_coefficients(
+    view: ValueVectorView, tokens_kept: Tensor, position: Position = "mean"
+) -> Iterator[Recorded]:
+    """`with record_coefficients(view, attention_mask) as recorded: model(...)`.
+
+    Args:
+        view: the model's value vectors.
+        tokens_kept: `[batch, tokens]`, non-zero at the prompt's tokens, zero at padding.
+        position: reduce absolute coefficients to their `mean` over those tokens, or take the
+            `last` of them.
+
+    Yields:
+        Recorded, whose `coefficients` are there after one forward pass. They are reduced inside
+        the hooks, in fp32, so that `[batch, tokens, width]` is never kept.
+    """
+    if position not in ("mean", "last"):
+        raise InputError(f"position {position!r}: expected 'mean' or 'last'")
+    kept = tokens_kept.bool()
+    if not bool(kept.any(dim=1).all()):
+        raise InputError("a prompt has no token to record: every row needs at least one")
+    if position == "last":
+        places = torch.arange(kept.shape[1], device=kept.device)
+        last = torch.where(kept, places, -1).amax(dim=1, keepdim=True)
+        kept = places == last
+    weights = kept.float() / kept.sum(dim=1, keepdim=True)
+    recorded = Recorded([None] * view.layers)
+
+    def reduce(layer: int, inputs: Tensor) -> None:
+        inputs = inputs.reshape(*kept.shape, -1)  # OPT flattens batch and tokens
+        absolute = inputs.detach().float().abs()
+        here = kept.to(inputs.device)[..., None]
+        # Padding may hold anything, even inf: leave it out before it is weighted.
+        absolute = absolute.masked_fill(~here, 0)
+        recorded.layers[layer] = torch.einsum("bt,btw->bw", weights.to(inputs.device), absolute).to(
+            kept.device
+        )
+
+    with ExitStack() as stack:
+        for layer, module in enumerate(view.modules):
+            hook = module.register_forward_pre_hook(
+                lambda _, args, layer=layer: reduce(layer, args[0])
+            )
+            stack.callback(hook.remove)
+        yield recorded
+
+
+@contextmanager
+def mask_value_vectors(view: ValueVectorView, keep: Tensor) -> Iterator[None]:
+    """`with mask_value_vectors(view, keep): model(...)`: set coefficients to zero.
+
+    Args:
+        view: the model's value vectors.
+        keep: bool `[layers, batch, width]`, False where a row's value vector is masked; a batch
+            of 1 applies to every row.
+
+    Masking is exact: it gives the bits that zeroing the value vectors themselves would give.
+    """
+    if keep.dtype != torch.bool or keep.ndim != 3:
+        raise InputError(
+            f"keep: expected bool [layers, batch, width], got {keep.dtype} {keep.ndim}-d"
+        )
+    if keep.shape[0] != view.layers or keep.shape[2] != view.width:
+        raise InputError(
+            f"keep: shape {tuple(keep.shape)} does not fit {view.layers} layers "
+            f"of {view.width} value vectors"
+        )
+    drop = ~keep
+
+    def apply(layer: int, inputs: Tensor) -> Tensor:
+        rows = drop[layer].to(inputs.device)
+        if inputs.ndim == 2 and len(rows) > 1:  # OPT flattens batch and tokens
+            rows = rows.repeat_interleave(inputs.shape[0] // len(rows), dim=0)
+            return inputs.masked_fill(rows, 0)
+        # Filling, not multiplying: inf * 0 is nan.
+        return inputs.masked_fill(rows[:, None] if inputs.ndim == 3 else rows, 0)
+
+    with ExitStack() as stack:
+        for layer, module in enumerate(view.modules):
+            if bool(drop[layer].any()):
+                hook = module.register_forward_pre_hook(
+                    lambda _, args, layer=layer: (apply(layer, args[0]), *args[1:])
+                )
+                stack.callback(hook.remove)
+        yield
+
+
+def _name(model: nn.Module) -> str:
+    return type(model).__name__
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """(width, hidden) of a down projection."""
+    rows, columns = module.weight.shape
+    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+
+
+def _refuse_experts(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 3 and "expert" in name:
+            raise InputError(
+                f"{_name(model)}: a mixture of experts is not supported: its value vectors lie in "
+                f"{name}, one 3-D parameter for all experts, which no hook can read or mask; "
+                "use a dense model"
+            )
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "experts" and isinstance(module, nn.ModuleList):
+            raise InputError(
+                f"{_name(model)}: a mixture of experts is not supported: {name} holds "
+                f"{len(module)} MLPs of which a router picks some a token; use a dense model"
+            )
+
+
+def _find_down_projections(model: nn.Module) -> tuple[str, ...]:
+    config = model.config.get_text_config(decoder=True)
+    layers = config.num_hidden_layers
+    stacks = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == layers
+    ]
+    modules = dict(model.named_modules())
+    for stack, _ in stacks:
+        for suffix in DOWN_PROJECTIONS:
+            names = tuple(f"{stack}.{index}.{suffix}" for index in range(layers))
+            if all(isinstance(modules.get(name), nn.Linear | Conv1D) for name in names):
+                return names
+    raise InputError(
+        f"{_name(model)}: no down projection found in its {layers} layers under any of the names "
+        f"{', '.join(DOWN_PROJECTIONS)}; add the family's name to paramspec.hooks.DOWN_PROJECTIONS"
+    )
+
+
+def _tensors(values: object) -> list[Tensor]:
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, dict):
+        return [tensor for value in values.values() for tensor in _tensors(value)]
+    if isinstance(values, tuple | list):
+        return [tensor for value in values for tensor in _tensors(value)]
+    return []
+
+
+@torch.no_grad()
+def _verify(view: ValueVectorView) -> None:
+    """Hold the view against one forward pass, on two short rows of tokens."""
+    calls: list[list[tuple[Tensor, Tensor]]] = [[] for _ in view.modules]
+    mlps: list[list[tuple[list[Tensor], Tensor]]] = [[] for _ in view.modules]
+
+    with ExitStack() as stack:
+        for layer, (name, module) in enumerate(zip(view.names, view.modules, strict=True)):
+            hook = module.register_forward_hook(
+                lambda _, args, output, layer=layer: calls[layer].append((args[0], output))
+            )
+            stack.callback(hook.remove)
+            parent = name.rpartition(".")[0]
+            if not parent.rpartition(".")[2].isdigit():  # an MLP module, not the layer itself
+                hook = view.model.get_submodule(parent).register_forward_hook(
+                    lambda _, args, kwargs, output, layer=layer: mlps[layer].append(
+                        (_tensors([args, kwargs]), _tensors(output)[0])
+                    ),
+                    with_kwargs=True,
+                )
+                stack.callback(hook.remove)
+        device = view.model.get_input_embeddings().weight.device
+        vocabulary = view.model.get_input_embeddings().weight.shape[0]
+        tokens = (torch.arange(10, device=device) * 7 + 3).remainder(vocabulary).reshape(2, 5)
+        view.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+
+    for layer, name in enumerate(view.names):
+        if len(calls[layer]) != 1:
+            raise InputError(
+                f"{_name(view.model)}: {name} ran {len(calls[layer])} times in one forward pass, "
+                "expected once; its value vectors cannot be trusted"
+            )
+        coefficients, output = calls[layer][0]
+        bias = getattr(view.modules[layer], "bias", None)
+        expected = coefficients.float() @ view.vectors(layer).float()
+        expected = expected if bias is None else expected + bias.float()
+        _expect_equal(view, name, "the sum of coefficients times value vectors", output, expected)
+        for inputs, mlp_output in mlps[layer]:
+            residuals = [tensor for tensor in inputs if tensor.shape == mlp_output.shape]
+            sums = [output.reshape(mlp_output.shape)]
+            sums += [sums[0] + residual for residual in residuals]
+            best = min(sums, key=lambda total: float((mlp_output - total).abs().max()))
+            _expect_equal(view, name, "the output of its MLP", mlp_output, best)
+
+
+def _expect_equal(
+    view: ValueVectorView, name: str, what: str, actual: Tensor, expected: Tensor
+) -> None:
+    actual, expected = actual.float(), expected.float()
+    error = float((actual - expected).norm() / expected.norm().clamp_min(1e-12))
+    tolerance = 1e-4 if view.modules[0].weight.dtype == torch.float32 else 2e-2
+    if not error <= tolerance:  # also when it is nan
+        raise InputError(
+            f"{_name(view.model)}: the output of {name} differs from {what} by {error:.1e} "
+            f"(relative); the value-vector view does not hold for this model"
+        )

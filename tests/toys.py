@@ -1,0 +1,113 @@
+"""Toy models: every supported family's own transformers class, small and randomly initialised."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from torch import nn
+
+_COMMON = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GPT = {
+    "vocab_size": 97,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 64,
+    "n_inner": 48,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+# Family: (configuration class, settings that differ from the common ones).
+FAMILIES: dict[str, tuple[str, dict]] = {
+    "llama": ("LlamaConfig", _COMMON),
+    "mistral": ("MistralConfig", _COMMON | {"sliding_window": 32}),
+    "qwen2": ("Qwen2Config", _COMMON),
+    "qwen3": ("Qwen3Config", _COMMON),
+    "gemma": ("GemmaConfig", _COMMON),
+    "gemma2": ("Gemma2Config", _COMMON | {"sliding_window": 32}),
+    "gemma3": ("Gemma3TextConfig", _COMMON | {"sliding_window": 32}),
+    "olmo": ("OlmoConfig", _COMMON),
+    "olmo2": ("Olmo2Config", _COMMON),
+    "phi": ("PhiConfig", _COMMON),
+    "phi3": ("Phi3Config", _COMMON),
+    "glm4": ("Glm4Config", _COMMON),
+    "granite": ("GraniteConfig", _COMMON | {"logits_scaling": 2.0}),
+    "cohere": ("CohereConfig", _COMMON),
+    "stablelm": ("StableLmConfig", _COMMON),
+    "gpt2": ("GPT2Config", _GPT),
+    "gptj": ("GPTJConfig", _GPT | {"rotary_dim": 4}),
+    "gpt_neox": ("GPTNeoXConfig", _COMMON),
+    "bloom": (
+        "BloomConfig",
+        {"vocab_size": 97, "hidden_size": 32, "n_layer": 3, "n_head": 4, "pad_token_id": 0},
+    ),
+    "falcon": (
+        "FalconConfig",
+        {
+            "vocab_size": 97,
+            "hidden_size": 32,
+            "ffn_hidden_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "pad_token_id": 0,
+        },
+    ),
+    "opt": (
+        "OPTConfig",
+        {
+            "vocab_size": 97,
+            "hidden_size": 32,
+            "ffn_dim": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "word_embed_proj_dim": 32,
+            "pad_token_id": 0,
+        },
+    ),
+    "mpt": (
+        "MptConfig",
+        {"vocab_size": 97, "d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 64},
+    ),
+}
+
+MIXTURES: dict[str, tuple[str, dict]] = {
+    "mixtral": ("MixtralConfig", _COMMON | {"num_local_experts": 4}),
+    "olmoe": ("OlmoeConfig", _COMMON | {"num_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        _COMMON
+        | {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+        },
+    ),
+}
+
+
+def toy_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """`toy_model("gpt2")`: a model of 3 layers whose weights are large enough to matter."""
+    class_name, settings = (FAMILIES | MIXTURES)[family]
+    config = getattr(transformers, class_name)(**settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        for parameter in model.parameters():
+            # Default initialisation leaves biases at 0 and hardly moves the logits.
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    return model.to(dtype).requires_grad_(False)
