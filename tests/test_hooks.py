@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from toys import FAMILIES, MIXTURES, toy_model
 from transformers.pytorch_utils import Conv1D
 
 from paramspec.errors import InputError
 from paramspec.hooks import mask_value_vectors, record_coefficients, value_vector_view
+from toys import FAMILIES, MIXTURES, toy_model
 
 ROWS, TOKENS = 3, 7
 
@@ -102,7 +102,7 @@ def test_coefficients_equal_those_of_each_prompt_alone(model, tokens, position):
         inputs = {}
         hooks = [
             module.register_forward_pre_hook(
-                lambda _, args, layer=layer: inputs.update({layer: args[0]})
+                lambda _, args, layer=layer, inputs=inputs: inputs.update({layer: args[0]})
             )
             for layer, module in enumerate(view.modules)
         ]

@@ -250,21 +250,24 @@ def _tensors(values: object) -> list[Tensor]:
 
 @torch.no_grad()
 def _verify(view: ValueVectorView) -> None:
-    """Hold the view against one forward pass, on two short rows of tokens."""
+    """Hold the view against one forward pass, on two short rows of tokens.
+
+    Outputs are copied: Falcon adds its attention to the output of the MLP in place.
+    """
     calls: list[list[tuple[Tensor, Tensor]]] = [[] for _ in view.modules]
     mlps: list[list[tuple[list[Tensor], Tensor]]] = [[] for _ in view.modules]
 
     with ExitStack() as stack:
         for layer, (name, module) in enumerate(zip(view.names, view.modules, strict=True)):
             hook = module.register_forward_hook(
-                lambda _, args, output, layer=layer: calls[layer].append((args[0], output))
+                lambda _, args, output, layer=layer: calls[layer].append((args[0], output.clone()))
             )
             stack.callback(hook.remove)
             parent = name.rpartition(".")[0]
             if not parent.rpartition(".")[2].isdigit():  # an MLP module, not the layer itself
                 hook = view.model.get_submodule(parent).register_forward_hook(
                     lambda _, args, kwargs, output, layer=layer: mlps[layer].append(
-                        (_tensors([args, kwargs]), _tensors(output)[0])
+                        (_tensors([args, kwargs]), _tensors(output)[0].clone())
                     ),
                     with_kwargs=True,
                 )
