@@ -1,0 +1,706 @@
+"""Run the chapters of the book, and build its site.
+
+    from paramspec import book
+    book.run_chapter("3-masking", profile="default")     # -> book/_executed/3-masking.ipynb
+    book.run_chapter("3", {"seed": 7})                   # -> results/runs/, the book stays as it is
+    book.build(profile="default")                        # every chapter, then _build/html
+
+A chapter is a MyST notebook `book/X.md` (jupytext) whose cell tagged `parameters` holds annotated,
+commented assignments. Papermill executes it, with the repository's root as working directory. Its
+executed copy carries a record under the notebook metadata key `paramspec`: when, how long, commit,
+profile, parameters, digests, versions and machine. A copy is used again only while its key, a
+digest of everything that the result depends on, is unchanged.
+
+Module imports are light: the Sphinx extension imports this module on every build.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import datetime
+import hashlib
+import io
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+import tokenize
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from paramspec.errors import InputError
+
+RECORD = "paramspec"  # the key in a notebook's metadata that holds the record of its execution
+VERSIONS = ("torch", "transformers", "numpy", "pandas", "papermill")
+
+
+class ChapterFailed(RuntimeError):
+    """A chapter raised; the message is one line naming the chapter, the line and the error."""
+
+
+class SiteFailed(RuntimeError):
+    """Jupyter Book did not build the site without warnings."""
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """An executable page: its name (`3-masking`) and its source (`book/3-masking.md`)."""
+
+    name: str
+    source: Path
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter as its chapter declares it: `name: annotation = default  # help`."""
+
+    name: str
+    annotation: str
+    default: Any
+    help: str
+
+
+# Where things are
+
+
+def find_root(start: Path | None = None) -> Path:
+    """Return the book's root: the nearest folder at or above `start` (default: here) with a table
+    of contents, else the checkout this package runs from.
+
+    Raises InputError when there is none.
+    """
+    start = (start or Path.cwd()).resolve()
+    for folder in [start, *start.parents, Path(__file__).resolve().parents[2]]:
+        if (folder / "_toc.yml").is_file() and (folder / "_config.yml").is_file():
+            return folder
+    raise InputError(
+        f"{start}: no _toc.yml and _config.yml here or above; run this inside the book's checkout"
+    )
+
+
+def is_chapter(text: str) -> bool:
+    """Tell whether MyST text is an executable notebook, by the jupytext header in front."""
+    if not text.startswith("---"):
+        return False
+    front = text.split("\n---", 1)[0].removeprefix("---")
+    try:
+        matter = yaml.safe_load(front)
+        return matter["jupytext"]["text_representation"]["format_name"] == "myst"
+    except (yaml.YAMLError, KeyError, TypeError):
+        return False
+
+
+def toc_pages(root: Path) -> list[Path]:
+    """Return the source of every page of `_toc.yml`, in order; InputError for one not there."""
+    try:
+        toc = yaml.safe_load((root / "_toc.yml").read_text("utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"_toc.yml: not YAML ({_one_line(error)}); mend it") from error
+
+    def files(node: Any) -> Iterator[str]:
+        if isinstance(node, dict):
+            yield from (str(node[key]) for key in ("root", "file") if key in node)
+            for key in ("parts", "chapters", "sections", "subtrees", "entries"):
+                yield from files(node.get(key))
+        elif isinstance(node, list):
+            for child in node:
+                yield from files(child)
+
+    pages = [root / (name if name.endswith(".md") else f"{name}.md") for name in files(toc)]
+    for page in pages:
+        if not page.is_file():
+            raise InputError(
+                f"_toc.yml: page {page.relative_to(root)} does not exist; add or drop it"
+            )
+    return pages
+
+
+def chapters(root: Path) -> list[Chapter]:
+    """Return the executable pages of `_toc.yml`, in order."""
+    return [Chapter(p.stem, p) for p in toc_pages(root) if is_chapter(p.read_text("utf-8"))]
+
+
+def find_chapter(name: str, root: Path) -> Chapter:
+    """Return the chapter called `3-masking`, `3`, or by its path `book/3-masking.md`.
+
+    Raises InputError, with the closest names, for one that is not there or is not a notebook.
+    """
+    path = Path(name)
+    if path.suffix == ".md":
+        for candidate in (path, root / path, root / "book" / path):
+            if candidate.is_file():
+                if not is_chapter(candidate.read_text("utf-8")):
+                    raise InputError(f"{name}: not a notebook; name a page with a jupytext header")
+                return Chapter(candidate.stem, candidate.resolve())
+    sources = sorted(p for p in (root / "book").glob("*.md") if is_chapter(p.read_text("utf-8")))
+    known = {p.stem: p for p in sources}
+    matches = [stem for stem in known if name in (stem, stem.split("-", 1)[0])]
+    if len(matches) == 1:
+        return Chapter(matches[0], known[matches[0]])
+    raise InputError(f"unknown chapter {name!r}; {_choices(name, list(known))}")
+
+
+def executed_folder(root: Path) -> Path:
+    """Return the folder of executed copies: `book/_executed`, or what PARAMSPEC_EXECUTED names."""
+    return Path(os.environ.get("PARAMSPEC_EXECUTED") or root / "book" / "_executed")
+
+
+# Parameters
+
+
+def load_profile(profile: str, root: Path) -> dict[str, dict[str, Any]]:
+    """Return a profile, chapter name -> parameter -> value, by its name or the path of a YAML file.
+
+    Raises InputError for an unknown profile and for one of another form.
+    """
+    path = Path(profile)
+    if path.suffix not in (".yaml", ".yml"):
+        folder = root / "book" / "profiles"
+        path = folder / f"{profile}.yaml"
+        if not path.is_file():
+            names = sorted(p.stem for p in folder.glob("*.yaml"))
+            raise InputError(f"unknown profile {profile!r}; {_choices(profile, names)}")
+    try:
+        table = yaml.safe_load(path.read_text("utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"profile {profile}: cannot be read ({_one_line(error)})") from error
+    if not isinstance(table, dict) or not all(isinstance(v, dict) for v in table.values()):
+        raise InputError(f"profile {profile}: must map chapters to their parameters and values")
+    for name in table:
+        if find_chapter(str(name), root).name != name:
+            raise InputError(f"profile {profile}: write the chapter's full name, not {name!r}")
+    return table
+
+
+def declared_parameters(chapter: Chapter) -> dict[str, Parameter]:
+    """Return the parameters that a chapter declares in its cell tagged `parameters`.
+
+    Papermill's own inspection reads annotations by a pattern that knows no `int | None`; this
+    reads the cell's syntax, and demands an annotation and a literal default of each parameter.
+    Raises InputError for a chapter that declares one without.
+    """
+    cells = _notebook(chapter).cells
+    tagged = [c for c in cells if "parameters" in c.metadata.get("tags", [])]
+    source = tagged[0].source if tagged else ""
+    where = f"{chapter.source.name}: parameters cell"
+    found = {}
+    try:
+        comments = {
+            token.start[0]: token.string.lstrip("# ")
+            for token in tokenize.generate_tokens(io.StringIO(source).readline)
+            if token.type == tokenize.COMMENT
+        }
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.Assign):
+                names = ", ".join(ast.unparse(target) for target in node.targets)
+                raise InputError(f"{where}: {names} has no type; write `{names}: int = ...`")
+            if isinstance(node, ast.AnnAssign) and node.value is not None:
+                name = ast.unparse(node.target)
+                text = ast.unparse(node.annotation).strip("'\"")
+                default = ast.literal_eval(node.value)
+                found[name] = Parameter(name, text, default, comments.get(node.end_lineno, ""))
+    except (SyntaxError, ValueError, tokenize.TokenError) as error:
+        raise InputError(f"{where}: not plain assignments ({_one_line(error)})") from error
+    return found
+
+
+def check_parameters(chapter: Chapter, given: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Return the given values, checked against the chapter's declared names and types.
+
+    Types are strict: `3` is a float and an int, `3.0` and `"3"` are no int, `1` is no bool.
+    `place` says where the values come from, for the message. Raises InputError.
+    """
+    declared = declared_parameters(chapter)
+    checked = {}
+    for name, value in given.items():
+        if name not in declared:
+            raise InputError(
+                f"{place}: chapter {chapter.name} has no parameter {name!r}; "
+                + _choices(str(name), list(declared))
+            )
+        checked[name] = _check_type(declared[name], value, f"{place}: chapter {chapter.name}")
+    return checked
+
+
+def _check_type(parameter: Parameter, value: Any, place: str) -> Any:
+    """Return `value`, or raise InputError when it is not of the annotated type."""
+    import typing
+
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        names = {name: getattr(typing, name) for name in ("Optional", "Literal", "Union")}
+        annotation = eval(parameter.annotation, names)  # the chapter is code that is to be run
+        return TypeAdapter(annotation).validate_python(value, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        at = "".join(f"[{step}]" for step in first["loc"] if isinstance(step, int))
+        raise InputError(
+            f"{place}: parameter {parameter.name}{at} must be {parameter.annotation}, "
+            f"not {value!r} ({first['msg'].lower()})"
+        ) from error
+    except (NameError, SyntaxError, TypeError) as error:
+        raise InputError(
+            f"{place}: parameter {parameter.name} has type {parameter.annotation!r}, which is not "
+            "made of int, float, bool, str, list, Literal and None"
+        ) from error
+
+
+def parse_assignments(pairs: list[str]) -> dict[str, Any]:
+    """Return `["seed=3", "ratios=[0, 0.1]"]` as names and values, the values read as YAML.
+
+    Raises InputError for what is not `NAME=VALUE` or whose value is not YAML.
+    """
+    values = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise InputError(f"-p {pair}: no value; write -p {pair} VALUE")
+        try:
+            values[name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"-p {name}: {text!r} is not YAML ({_one_line(error)})") from error
+        if isinstance(values[name], str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text):
+            values[name] = float(text)  # YAML 1.1 takes 1e-3, without a point, for a string
+    return values
+
+
+# What an executed copy depends on
+
+
+def source_digest(text: str) -> str:
+    """Return the digest of a chapter's text, whatever its line ends."""
+    return _digest(text.replace("\r\n", "\n"))
+
+
+def library_digest() -> str:
+    """Return the digest of the library: its code, and the data that it carries."""
+    folder = Path(__file__).parent
+    files = (p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    return _digest(*(_file_lines(folder, sorted(files))))
+
+
+def environment_digest(root: Path) -> str:
+    """Return the digest of the installed versions of everything that requirements.lock names.
+
+    The embedded model is one of these packages, so a new release of it changes this digest.
+    """
+    from importlib.metadata import PackageNotFoundError, version
+
+    lines = [platform.python_version()]
+    for name in re.findall(r"^([\w.-]+)(?:\[.*?\])?==", _read(root / "requirements.lock"), re.M):
+        try:
+            lines.append(f"{name}=={version(name)}")
+        except PackageNotFoundError:
+            lines.append(f"{name} absent")
+    return _digest(*lines)
+
+
+def execution_key(text: str, profile: str, parameters: Mapping[str, Any], root: Path) -> str:
+    """Return the digest of all that an executed copy of the chapter `text` depends on.
+
+    A string parameter that names a file or folder (a model, a question file) stands for its
+    content, told by the names, sizes and times of change of its files.
+    """
+    inputs = [source_digest(text), library_digest(), environment_digest(root), profile]
+    inputs.append(json.dumps(dict(parameters), sort_keys=True))
+    for value in _strings(parameters):
+        path = root / Path(value).expanduser()
+        with contextlib.suppress(OSError, ValueError):  # not a path after all
+            if path.exists():
+                files = [path] if path.is_file() else sorted(path.rglob("*"))
+                stats = ((p, p.stat()) for p in files)
+                inputs += [f"{p} {s.st_size} {s.st_mtime_ns}" for p, s in stats]
+    return _digest(*inputs)
+
+
+def read_record(copy: Path) -> dict[str, Any] | None:
+    """Return the record of an executed copy, or None when there is no sound copy."""
+    try:
+        record = json.loads(copy.read_text("utf-8"))["metadata"][RECORD]
+        return record if isinstance(record, dict) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+# Running
+
+
+def run_chapter(
+    chapter: str | Chapter,
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    profile: str = "default",
+    target: Path | None = None,
+    force: bool = False,
+    root: Path | None = None,
+) -> Path:
+    """Execute a chapter, and return its executed copy.
+
+    `parameters` go before the profile's. The copy is `target`; else `results/runs/...` when
+    parameters are given, so that an experiment never replaces the book's copy; else the book's
+    copy. A copy whose key is unchanged is kept, unless `force`. The target is replaced only by a
+    run that succeeded; a failed or killed run stays in `results/unfinished/`.
+
+    Raises InputError before any work for an unknown chapter, profile, parameter, or an ill-typed
+    value, and for a target that cannot be written; ChapterFailed when the chapter raises.
+    """
+    root = root or find_root()
+    if isinstance(chapter, str):
+        chapter = find_chapter(chapter, root)
+    table = load_profile(profile, root)
+    values = check_parameters(chapter, table.get(chapter.name, {}), f"profile {profile}")
+    values |= check_parameters(chapter, parameters or {}, "-p")
+    text = chapter.source.read_text("utf-8")
+    key = execution_key(text, profile, values, root)
+    if target is None:
+        custom = root / "results" / "runs" / f"{chapter.name}-{key[:12]}.ipynb"
+        target = custom if parameters else executed_folder(root) / f"{chapter.name}.ipynb"
+    _check_target(target)
+    record = read_record(target)
+    if record and record.get("key") == key and not force:
+        print(f"{chapter.name}: unchanged since {record['executed']}, kept", flush=True)
+        return target
+    print(f"{chapter.name}: running, profile {profile}", flush=True)
+    start, executed = time.monotonic(), _now()
+    scratch = root / "results" / "unfinished" / f"{chapter.name}-{key[:12]}.ipynb"
+    notebook = _execute(chapter, values, scratch, root)
+    for name in ("input_path", "output_path"):  # papermill notes the whole source, and this machine
+        notebook.metadata.papermill.pop(name, None)
+    defaults = {p.name: p.default for p in declared_parameters(chapter).values()}
+    notebook.metadata[RECORD] = {
+        "key": key,
+        "chapter": chapter.name,
+        "executed": executed,
+        "seconds": round(time.monotonic() - start, 1),
+        "profile": profile,
+        "parameters": defaults | values,
+        **_commit(root),
+        "source_digest": source_digest(text),
+        "library_digest": library_digest(),
+        "environment_digest": environment_digest(root),
+        "versions": _versions(),
+        "machine": _machine(),
+    }
+    _write(notebook, target)
+    scratch.unlink(missing_ok=True)
+    seconds = notebook.metadata[RECORD]["seconds"]
+    print(f"{chapter.name}: {seconds} s -> {_shown(target, root)}", flush=True)
+    return target
+
+
+def _execute(chapter: Chapter, values: dict[str, Any], scratch: Path, root: Path) -> Any:
+    """Execute a chapter into `scratch` and return the notebook; ChapterFailed when it raises."""
+    import logging
+
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    # papermill warns of a parameter typed `int | None`, which its pattern does not see; names and
+    # types were checked before.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+
+    notebook = _notebook(chapter)
+    if notebook.metadata.get("kernelspec", {}).get("name") != "python3":
+        raise InputError(f"{chapter.source.name}: kernelspec must name the kernel python3")
+    scratch.parent.mkdir(parents=True, exist_ok=True)
+    place = f"the unfinished notebook is {_shown(scratch, root)}"
+    try:
+        with _kernel_environment():
+            result = papermill.execute_notebook(
+                notebook,
+                str(scratch),
+                values,
+                cwd=str(root),
+                start_timeout=300,
+                autosave_cell_every=30,
+                progress_bar=sys.stderr.isatty(),
+                extra_arguments=["--log-level=ERROR"],  # the kernel's own, not the chapter's
+            )
+    except PapermillExecutionError as error:
+        raise ChapterFailed(f"chapter {_failure(chapter, scratch, error)}; {place}") from error
+    except OSError as error:
+        raise InputError(f"{scratch.parent}: cannot be written ({_one_line(error)})") from error
+    except RuntimeError as error:  # nbclient: the kernel died, or did not start
+        raise ChapterFailed(
+            f"chapter {chapter.name} failed: {_one_line(error)}; {place}"
+        ) from error
+    if result.metadata.papermill.end_time is None or result.metadata.papermill.exception:
+        raise ChapterFailed(f"chapter {chapter.name} did not finish; {place}")
+    return result
+
+
+def build(
+    *,
+    profile: str = "default",
+    out: Path | None = None,
+    force: bool = False,
+    root: Path | None = None,
+) -> Path:
+    """Run every chapter of `_toc.yml`, build the site, and return the folder of its pages.
+
+    Executed copies go to `book/_executed` and the site to `_build/html`; with `out`, to
+    `out/_executed` and `out/_build/html`. Every chapter is tried before a failing one stops the
+    build. Raises InputError for bad input, ChapterFailed naming each chapter that failed, and
+    SiteFailed; the site that was there before then stays.
+    """
+    root = root or find_root()
+    out = out.resolve() if out else root
+    executed = out / "_executed" if out != root else executed_folder(root)
+    found = chapters(root)
+    table = load_profile(profile, root)
+    for chapter in found:  # a misspelt parameter of the last chapter stops the first
+        check_parameters(chapter, table.get(chapter.name, {}), f"profile {profile}")
+    failures = []
+    for chapter in found:
+        target = executed / f"{chapter.name}.ipynb"
+        try:
+            run_chapter(chapter, profile=profile, target=target, force=force, root=root)
+        except ChapterFailed as error:
+            print(error, file=sys.stderr, flush=True)
+            failures.append(chapter.name)
+    if failures:
+        raise ChapterFailed(f"the site was not built: {', '.join(failures)} failed, see above")
+    return build_site(root, executed, out / "_build", force=force)
+
+
+def build_site(root: Path, executed: Path, folder: Path, *, force: bool = False) -> Path:
+    """Build the site from executed copies into `folder/html`, warnings being errors; return it.
+
+    Nothing is done when neither pages, copies nor settings changed. The site is built aside and
+    takes the old one's place only when it is whole. Raises SiteFailed.
+    """
+    html, stamp, aside = folder / "html", folder / "site.key", folder / "aside"
+    inputs = [p for p in sorted((root / "book").rglob("*")) if p.is_file()]
+    inputs = [p for p in inputs if p.suffix != ".ipynb" and "__pycache__" not in p.parts]
+    inputs += [root / "_config.yml", root / "_toc.yml", *sorted(executed.glob("*.ipynb"))]
+    lines = _file_lines(Path("/"), inputs)
+    key = _digest(library_digest(), environment_digest(root), *lines)
+    if not force and _read(stamp) == key and (html / "index.html").is_file():
+        print("site: unchanged, kept", flush=True)
+        return html
+    start = time.monotonic()
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    command = [sys.executable, "-m", "jupyter_book", "build", str(root), "--path-output"]
+    command += [str(aside), "-W", "--keep-going", "-n", "--all", "-q"]
+    result = subprocess.run(
+        command,
+        cwd=root,
+        env=os.environ | {"PARAMSPEC_EXECUTED": str(executed)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if result.returncode or not (aside / "_build" / "html" / "index.html").is_file():
+        print(result.stdout, file=sys.stderr, flush=True)
+        raise SiteFailed("the site was not built: Jupyter Book's warnings and errors are above")
+    stamp.unlink(missing_ok=True)
+    shutil.rmtree(html, ignore_errors=True)
+    os.replace(aside / "_build" / "html", html)
+    shutil.rmtree(aside)
+    (html / ".nojekyll").touch()  # else GitHub Pages drops every folder whose name starts with _
+    stamp.write_text(key)
+    print(f"site: {time.monotonic() - start:.1f} s -> {_shown(html, root)}", flush=True)
+    return html
+
+
+# Helpers
+
+
+def _failure(chapter: Chapter, scratch: Path, error: Any) -> str:
+    """Return `3-masking failed (3-masking.md:120): ValueError: ...` for papermill's error."""
+    import nbformat
+
+    cells = [
+        cell
+        for cell in nbformat.read(scratch, as_version=4).cells
+        if "papermill-error-cell-tag" not in cell.metadata.get("tags", [])
+    ]
+    line = cell_lines(chapter.source.read_text("utf-8"), cells)[error.cell_index] + 1
+    message = _one_line(f"{error.ename}: {error.evalue}")
+    return f"{chapter.name} failed ({chapter.source.name}:{line}): {message}"
+
+
+def _notebook(chapter: Chapter) -> Any:
+    """Read a chapter's source as a notebook."""
+    import jupytext
+
+    return jupytext.reads(chapter.source.read_text("utf-8"), fmt="md:myst")
+
+
+def cell_lines(text: str, cells: list[Any]) -> list[int]:
+    """Return the line of a chapter's text, from 0, on which each cell of its notebook starts.
+
+    `cells` may hold the one that papermill injects after the parameters: it has their line.
+    """
+    from myst_nb.core.read import read_myst_markdown_notebook
+
+    starts = list(read_myst_markdown_notebook(text, add_source_map=True).metadata["source_map"])
+    lines: list[int] = []
+    for cell in cells:
+        injected = "injected-parameters" in cell.metadata.get("tags", [])
+        lines.append(lines[-1] if injected or not starts else starts.pop(0))
+    return lines
+
+
+@contextlib.contextmanager
+def _kernel_environment() -> Iterator[None]:
+    """Set what a kernel inherits, and undo it.
+
+    TQDM_DISABLE: every refresh of a bar would be a box on the page. JUPYTER_PREFER_ENV_PATH: the
+    kernel `python3` is the one of this environment, not one that the user has at home.
+    MPLBACKEND: set by a user, it would keep figures off the page.
+    """
+    import tqdm  # noqa: F401  papermill's own progress bar reads the environment at its import
+
+    changed = {"TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1", "MPLBACKEND": None}
+    before = {name: os.environ.get(name) for name in changed}
+
+    def put(values: Mapping[str, str | None]) -> None:
+        for name, value in values.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+    put(changed)
+    try:
+        yield
+    finally:
+        put(before)
+
+
+def _check_target(target: Path) -> None:
+    """Raise InputError when `target` cannot be written: before the work, not after it."""
+    if target.suffix != ".ipynb":
+        raise InputError(f"{target}: not a notebook's name; end it in .ipynb")
+    probe = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_text("probe")
+        if target.is_dir():
+            raise IsADirectoryError("it is a folder")
+    except OSError as error:
+        raise InputError(
+            f"{target}: cannot be written ({error.strerror or error}); choose another place"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+
+
+def _write(notebook: Any, target: Path) -> None:
+    """Write a notebook in one step: a reader sees the old one or the new one."""
+    import nbformat
+
+    part = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        part.write_text(nbformat.writes(notebook), "utf-8")
+        os.replace(part, target)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise InputError(f"{target}: cannot be written ({_one_line(error)})") from error
+
+
+def _commit(root: Path) -> dict[str, Any]:
+    """Return the checked-out commit, and whether files differ from it; None outside git."""
+
+    def git(*arguments: str) -> str | None:
+        with contextlib.suppress(OSError):
+            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True)
+            return done.stdout.decode().strip() if done.returncode == 0 else None
+        return None
+
+    commit = git("rev-parse", "HEAD")
+    return {"commit": commit, "dirty": bool(git("status", "--porcelain")) if commit else None}
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions that a reader asks for first."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for name in VERSIONS:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _machine() -> str:
+    """Return the machine in a few words: processor, cores, memory, GPUs; never its name."""
+    models = re.findall(r"^model name\s*: (.*)", _read(Path("/proc/cpuinfo")), re.M)
+    parts = [models[0] if models else platform.processor() or platform.machine()]
+    parts.append(
+        f"{len(os.sched_getaffinity(0)) if sys.platform == 'linux' else os.cpu_count()} cores"
+    )
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        parts.append(f"{memory / 2**30:.0f} GiB")
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        names = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")
+        parts += sorted({f"{names.count(n)} x {n}" for n in names if n})
+    return ", ".join(parts)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _read(path: Path) -> str:
+    """Return a file's text, or nothing when there is none."""
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _digest(*lines: str) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _file_lines(folder: Path, files: list[Path]) -> list[str]:
+    """Return a line for each file, of its place in `folder` and the digest of its content."""
+    digests = ((p, hashlib.sha256(p.read_bytes()).hexdigest()) for p in files)
+    return [f"{os.path.relpath(p, folder)} {digest}" for p, digest in digests]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield every string in nested parameters."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for child in value.values():
+            yield from _strings(child)
+    elif isinstance(value, list):
+        for child in value:
+            yield from _strings(child)
+
+
+def _choices(name: str, known: list[str]) -> str:
+    """Return what to write in place of the unknown `name`: close matches, else everything known."""
+    import difflib
+
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"choose one of {', '.join(known)}" if known else "there is none to choose from"
+
+
+def _one_line(error: object) -> str:
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
+
+
+def _shown(path: Path, root: Path) -> str:
+    """Return a path as the user sees it: from the root, where it is inside."""
+    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
