@@ -361,7 +361,8 @@ def run_chapter(
     values = check_parameters(chapter, table.get(chapter.name, {}), f"profile {profile}")
     values |= check_parameters(chapter, parameters or {}, "-p")
     text = chapter.source.read_text("utf-8")
-    key = execution_key(text, profile, values, root)
+    defaults = {p.name: p.default for p in declared_parameters(chapter).values()}
+    key = execution_key(text, profile, defaults | values, root)
     if target is None:
         custom = root / "results" / "runs" / f"{chapter.name}-{key[:12]}.ipynb"
         target = custom if parameters else executed_folder(root) / f"{chapter.name}.ipynb"
@@ -376,7 +377,6 @@ def run_chapter(
     notebook = _execute(chapter, values, scratch, root)
     for name in ("input_path", "output_path"):  # papermill notes the whole source, and this machine
         notebook.metadata.papermill.pop(name, None)
-    defaults = {p.name: p.default for p in declared_parameters(chapter).values()}
     notebook.metadata[RECORD] = {
         "key": key,
         "chapter": chapter.name,
@@ -491,8 +491,9 @@ def build_site(root: Path, executed: Path, folder: Path, *, force: bool = False)
     start = time.monotonic()
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    command = [sys.executable, "-m", "jupyter_book", "build", str(root), "--path-output"]
-    command += [str(aside), "-W", "--keep-going", "-n", "--all", "-q"]
+    # --all: after a failed build, an incremental one forgets the warnings and succeeds
+    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build"]
+    command += [str(root), "--path-output", str(aside), "-W", "--keep-going", "-n", "--all", "-q"]
     result = subprocess.run(
         command,
         cwd=root,
