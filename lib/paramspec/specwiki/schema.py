@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 TIERS = ("high", "medium", "low")
 
@@ -32,3 +32,23 @@ class Question(BaseModel):
     aliases: tuple[str, ...]
     fold: Literal[0, 1]
     statements: tuple[str, ...]
+
+    @model_validator(mode="after")
+    def _rules(self) -> Question:
+        """What types cannot say; each message names the value, and reads on after the place."""
+        if not 0 <= self.answer <= 3:
+            raise ValueError(f"answer {self.answer}, but 4 options (0-3)")
+        for field in ("id", "concept", "domain", "relation", "question", "cloze"):
+            if not getattr(self, field).strip():
+                raise ValueError(f"{field} is empty; fill it")
+        if self.cloze != self.cloze.rstrip():
+            raise ValueError(f"cloze {self.cloze!r} ends in white space; options follow one space")
+        for place, option in enumerate(self.options):
+            if option != option.strip() or not option:
+                raise ValueError(f"option {place}, {option!r}, is empty or padded; strip it")
+            if option in self.options[:place]:
+                raise ValueError(f"option {option!r} stands twice; options must differ")
+        for text in self.statements:
+            if self.cloze.casefold() in text.casefold():
+                raise ValueError(f"statement {text!r} contains the cloze; word it differently")
+        return self

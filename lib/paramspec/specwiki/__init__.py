@@ -1,0 +1,24 @@
+"""SpecWiki, open: ten four-option questions on each of 525 concepts, in three tiers of frequency.
+
+    from paramspec.specwiki import load_questions
+    questions = load_questions(concepts=60, domains=["country", "element"])
+
+`python -m paramspec.specwiki.build` builds `questions.jsonl` from the fact tables in `tables/`;
+`README.md` is the dataset card.
+"""
+
+from paramspec.specwiki.export import export_lm_eval
+from paramspec.specwiki.facts import normalise
+from paramspec.specwiki.load import QUESTIONS, load_questions, questions_digest, validate
+from paramspec.specwiki.schema import TIERS, Question
+
+__all__ = [
+    "QUESTIONS",
+    "TIERS",
+    "Question",
+    "export_lm_eval",
+    "load_questions",
+    "normalise",
+    "questions_digest",
+    "validate",
+]

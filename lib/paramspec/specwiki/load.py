@@ -1,0 +1,241 @@
+"""Read, check and choose questions: `load_questions(concepts=60, folds=[1])`."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from paramspec.errors import InputError
+from paramspec.specwiki.schema import TIERS, Question
+
+QUESTIONS = Path(__file__).with_name("questions.jsonl")
+
+
+def load_questions(
+    path: str | Path | None = None,
+    *,
+    concepts: int | str | Sequence[str] | None = None,
+    tiers: str | Sequence[str] | None = None,
+    domains: str | Sequence[str] | None = None,
+    folds: int | Sequence[int] | None = None,
+    seed: int = 0,
+) -> list[Question]:
+    """Questions of a file in its order, whole concepts at a time: `load_questions(concepts=60)`.
+
+    Args:
+        path: a JSON Lines file of questions; the committed one by default.
+        concepts: how many concepts, taken evenly from the tiers that are left, or their names.
+            A larger number with the same seed holds the smaller one's concepts.
+        tiers, domains, folds: keep these alone.
+        seed: decides which concepts a number of them takes.
+
+    Raises:
+        InputError: the file breaks a rule of the schema (the first breach is told as
+            `questions.jsonl:17: answer 4, but 4 options (0-3)`), or a name, tier, domain or fold is
+            unknown, or fewer concepts are there than asked for.
+    """
+    path = Path(path) if path is not None else QUESTIONS
+    data, problems = _check(path)
+    if problems:
+        raise InputError(problems[0])
+    questions = _read_with_datasets(data)
+    questions = _keep(questions, "tier", tiers, TIERS, path)
+    known_domains = sorted({question.domain for question in questions})
+    questions = _keep(questions, "domain", domains, known_domains, path)
+    if isinstance(concepts, str):
+        concepts = [concepts]
+    if isinstance(concepts, int):
+        questions = _sample(questions, concepts, seed, path)
+    elif concepts is not None:
+        questions = _named(questions, concepts, path)
+    before = {question.concept for question in questions}
+    questions = _keep(questions, "fold", folds, (0, 1), path)
+    lost = sorted(before - {question.concept for question in questions})
+    if lost:
+        raise InputError(
+            f"{path}: concept {lost[0]!r} has no question in fold {folds}; "
+            "give it one, or leave the concept out"
+        )
+    return questions
+
+
+def validate(path: str | Path) -> list[str]:
+    """Every breach of the schema in a question file, one line each: `validate("mine.jsonl")`.
+
+    Returns an empty list when `load_questions` accepts the file.
+    """
+    return _check(Path(path))[1]
+
+
+def questions_digest(questions: Iterable[Question]) -> str:
+    """SHA-256 (64 hexadecimal digits) of the questions as canonical JSON, in their order."""
+    rows = [question.model_dump(mode="json") for question in questions]
+    text = json.dumps(rows, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check(path: Path) -> tuple[bytes, list[str]]:
+    """The bytes of the file, and what is wrong with them."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return b"", [f"{path}: no such file; give the path of a JSON Lines file of questions"]
+    except OSError as error:
+        return b"", [f"{path}: cannot be read ({error.strerror}); give a JSON Lines file"]
+    lines = data.removesuffix(b"\n").split(b"\n")
+    if not data.strip():
+        return data, [f"{path}: empty; write one question, a JSON object, a line"]
+    problems = []
+    first: dict[tuple[str, str], tuple[int, Any]] = {}
+    for number, line in enumerate(lines, start=1):
+        question = _parse(line)
+        if isinstance(question, str):
+            problems.append(f"{path}:{number}: {question}")
+            continue
+        place, _ = first.setdefault(("id", question.id), (number, None))
+        if place != number:
+            problems.append(
+                f"{path}:{number}: id {question.id!r} is that of line {place}; ids must differ"
+            )
+        for field in ("domain", "tier"):
+            value = getattr(question, field)
+            place, seen = first.setdefault((field, question.concept), (number, value))
+            if seen != value:
+                problems.append(
+                    f"{path}:{number}: {field} {value!r} of concept {question.concept!r}, "
+                    f"but {seen!r} in line {place}; a concept has one {field}"
+                )
+    return data, problems
+
+
+def _parse(line: bytes) -> Question | str:
+    """The question of a line, or what is wrong with it."""
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 (byte {error.start}); save the file as UTF-8"
+    except json.JSONDecodeError as error:
+        return f"not JSON ({error.msg}, column {error.colno}); write one JSON object a line"
+    if not isinstance(row, dict):
+        return f"a JSON {type(row).__name__}, not an object; write one question a line"
+    options = row.get("options")
+    if isinstance(options, list) and len(options) != 4:
+        return f"{len(options)} options, but a question has 4"
+    try:
+        return Question.model_validate_json(line)
+    except ValidationError as errors:
+        return _say(errors.errors(include_url=False)[0])
+
+
+def _say(error: Any) -> str:
+    """A pydantic error in one line that names the field, its value and what is expected."""
+    field = ".".join(map(str, error["loc"]))
+    value = json.dumps(error["input"], ensure_ascii=False, default=str)
+    value = value if len(value) <= 40 else value[:37] + "..."
+    match error["type"]:
+        case "missing":
+            return f"field {field!r} is missing"
+        case "extra_forbidden":
+            return f"unknown field {field!r}; remove it"
+        case "value_error":
+            return str(error["ctx"]["error"])
+        case "literal_error":
+            return f"{field} {value}, expected {error['ctx']['expected']}"
+        case _:
+            return f"{field} {value}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _read_with_datasets(data: bytes) -> list[Question]:
+    """The questions of checked bytes, through Hugging Face `datasets`.
+
+    A private copy in a private cache: what is loaded is what was checked, and never an older file
+    that `datasets` cached under the same name and time.
+    """
+    import datasets
+
+    text, texts = datasets.Value("string"), datasets.List(datasets.Value("string"))
+    features = datasets.Features(
+        dict.fromkeys(Question.model_fields, text)
+        | dict.fromkeys(("options", "aliases", "statements"), texts)
+        | dict.fromkeys(("answer", "fold"), datasets.Value("int64"))
+    )
+    quiet = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        with tempfile.TemporaryDirectory(prefix="paramspec-") as scratch:
+            file = Path(scratch, "questions.jsonl")
+            file.write_bytes(data)
+            rows = datasets.load_dataset(
+                "json",
+                data_files=str(file),
+                split="train",
+                features=features,
+                cache_dir=scratch,
+                keep_in_memory=True,
+            ).to_list()
+    finally:
+        if not quiet:
+            datasets.enable_progress_bars()
+    sequences = ("options", "aliases", "statements")
+    return [Question(**{**row, **{key: tuple(row[key]) for key in sequences}}) for row in rows]
+
+
+def _keep(
+    questions: list[Question], field: str, chosen: Any, known: Sequence[Any], path: Path
+) -> list[Question]:
+    """The questions whose `field` is among `chosen` (one value, several, or None for all)."""
+    if chosen is None:
+        return questions
+    values = [chosen] if isinstance(chosen, str | int) else list(chosen)
+    for value in values:
+        if value not in known:
+            names = ", ".join(map(str, known))
+            raise InputError(f"{path}: unknown {field} {value!r}; choose from {names}")
+    kept = [question for question in questions if getattr(question, field) in values]
+    if not kept:
+        raise InputError(f"{path}: no question has {field} {chosen!r}; choose another {field}")
+    return kept
+
+
+def _sample(questions: list[Question], count: int, seed: int, path: Path) -> list[Question]:
+    """The questions of `count` concepts, evenly from the tiers, the first by hash of seed and name.
+
+    A tier that has too few gives all it has, and the others make up for it.
+    """
+    tier_of = {question.concept: question.tier for question in questions}
+    if not 1 <= count <= len(tier_of):
+        raise InputError(f"{path}: {count} concepts asked for; choose from 1 to {len(tier_of)}")
+    queues = [
+        sorted(
+            (name for name in tier_of if tier_of[name] == tier),
+            key=lambda name: hashlib.sha256(f"{seed}\x1f{name}".encode()).digest(),
+        )
+        for tier in TIERS
+    ]
+    turns = sorted(
+        (place, tier, name) for tier, queue in enumerate(queues) for place, name in enumerate(queue)
+    )
+    chosen = {name for _, _, name in turns[:count]}
+    return [question for question in questions if question.concept in chosen]
+
+
+def _named(questions: list[Question], names: Sequence[str], path: Path) -> list[Question]:
+    """The questions of the concepts called `names`."""
+    known = {question.concept for question in questions}
+    for name in names:
+        if name not in known:
+            lower = {concept.casefold(): concept for concept in known}
+            close = difflib.get_close_matches(str(name).casefold(), lower, n=3)
+            hint = ", ".join(lower[match] for match in close)
+            raise InputError(
+                f"{path}: unknown concept {name!r}; "
+                + (f"did you mean {hint}?" if hint else "see `paramspec questions`")
+            )
+    return [question for question in questions if question.concept in set(names)]
