@@ -192,6 +192,26 @@ def mask_value_vectors(view: ValueVectorView, keep: Tensor) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def unembed_only(model: nn.Module, places: Tensor) -> Iterator[None]:
+    """`with unembed_only(model, places): logits = model(...).logits`: logits where needed.
+
+    Args:
+        places: `[n, 2]`, (row, token) of each hidden state to unembed; the logits are
+            `[1, n, vocabulary]` within the block.
+    """
+
+    def gather(_, args):
+        rows, tokens = places.to(args[0].device).T
+        return (args[0][rows, tokens][None], *args[1:])
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def _name(model: nn.Module) -> str:
     return type(model).__name__
 

@@ -1,0 +1,508 @@
+"""The parameter specialization score (PSS) of a model, its nulls and its intervals.
+
+    tables = measure_concepts(view, tokenizer, questions, concepts, choices, coefficients)
+    tables.pss          # a row per (model, concept, ratio, mask, seed)
+    summarize(pss)      # a row per (model, protocol, mask, ratio), with intervals
+    peak_pss(pss)       # the maximum over the ratios, with intervals
+
+Names are the paper's (section 3): C(k) is the accuracy on a concept's own questions under its
+mask, G(k) on unrelated questions under the same mask, PSS(k) = |G(k) - C(k)| / G(0), and peak PSS
+its maximum over the mask ratios. Two readings of "accuracy" are kept apart: `pooled` over all
+concepts before the absolute value, and `per_concept`, the mean of each concept's own PSS. A
+headline accuracy is lm-evaluation-harness's `acc_norm`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from pydantic import BaseModel, ConfigDict, field_validator
+from scipy import stats
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from paramspec.errors import InputError
+from paramspec.hooks import Position, ValueVectorView
+from paramspec.masks import (
+    ConceptCoefficients,
+    Scope,
+    keep_tensor,
+    magnitude_matched_vectors,
+    random_vectors,
+    top_vectors,
+    value_vector_scores,
+)
+from paramspec.scoring import SCORING_VERSION, Engine, Item, Request, choose, encode, score_options
+from paramspec.specwiki.schema import Question
+
+Protocol = Literal["paper", "holdout"]
+MASKS = ("none", "concept", "random", "magnitude", "other")
+RATIOS = (0.01, 0.02, 0.05, 0.1, 0.2)
+
+
+class Choices(BaseModel):
+    """Every choice of a PSS measurement that the paper leaves open, and its sample sizes.
+
+    Attributes:
+        ratios: mask ratios, k over the number of value vectors of a layer.
+        position: prompt tokens whose coefficients count, the `mean` over all or the `last`.
+        scope: take the k highest scores of each `layer`, or as many from the whole `model`.
+        protocol: `paper` chooses and scores on the same questions; `holdout` chooses on fold 0
+            and scores on fold 1.
+        controls: draws of each control mask (random, magnitude, other); 0 for none.
+        general: unrelated questions a concept's masks are scored on.
+        seed: of the general questions and the controls.
+        row_tokens, batch_tokens: how a forward pass is filled, see `score_options`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ratios: tuple[float, ...] = RATIOS
+    position: Position = "mean"
+    scope: Scope = "layer"
+    protocol: Protocol = "paper"
+    controls: int = 1
+    general: int = 10
+    seed: int = 0
+    row_tokens: int = 128
+    batch_tokens: int = 2048
+
+    @field_validator("ratios")
+    @classmethod
+    def _ratios(cls, ratios: tuple[float, ...]) -> tuple[float, ...]:
+        for ratio in ratios:
+            if not 0 <= ratio <= 1:
+                raise ValueError(f"ratio {ratio}: expected a share of value vectors, from 0 to 1")
+        # A ratio of 0 is always measured: it is the mask `none`.
+        return tuple(sorted(set(ratios) - {0}))
+
+    @field_validator("controls", "general", "row_tokens", "batch_tokens")
+    @classmethod
+    def _counts(cls, value: int, info) -> int:
+        least = 0 if info.field_name == "controls" else 1
+        if value < least:
+            raise ValueError(f"{info.field_name} {value}: expected at least {least}")
+        return value
+
+    @property
+    def choose_on(self) -> tuple[int, ...]:
+        return (0,) if self.protocol == "holdout" else (0, 1)
+
+    @property
+    def score_on(self) -> tuple[int, ...]:
+        return (1,) if self.protocol == "holdout" else (0, 1)
+
+
+class Tables(NamedTuple):
+    """What a measurement gives: see `PSS_COLUMNS` and `DETAIL_COLUMNS`; masks by name."""
+
+    pss: pd.DataFrame
+    details: pd.DataFrame
+    masks: dict[str, Tensor]
+
+
+PSS_COLUMNS = {
+    "model": "name of the model",
+    "concept": "whose mask, and whose own questions",
+    "domain": "the concept's domain",
+    "tier": "the concept's frequency tier: high, medium, low",
+    "ratio": "mask ratio; 0 without a mask",
+    "mask": "none, concept, random, magnitude, or other",
+    "seed": "of the mask's random draw and of the general questions",
+    "protocol": "paper or holdout",
+    "concept_accuracy": "acc_norm on the concept's own questions under the mask",
+    "general_accuracy": "acc_norm on unrelated questions under the mask",
+    "n_concept": "how many own questions",
+    "n_general": "how many unrelated questions",
+}
+DETAIL_COLUMNS = {
+    "model": "name of the model",
+    "protocol": "paper or holdout",
+    "question_id": "the question answered",
+    "role": "concept (the mask's concept's own) or general (unrelated to it)",
+    "mask_concept": "whose mask",
+    "ratio": "mask ratio; 0 without a mask",
+    "mask": "none, concept, random, magnitude, or other",
+    "seed": "of the mask's random draw",
+    "option_logprobs": "log-likelihood of each option, nats",
+    "option_tokens": "tokens of each option",
+    "predicted": "option with the highest log-likelihood",
+    "predicted_norm": "option with the highest log-likelihood per character",
+    "correct": "predicted is the answer (acc)",
+    "correct_norm": "predicted_norm is the answer (acc_norm)",
+}
+
+
+# --- measuring ----------------------------------------------------------------------------------
+
+
+class _Mask(NamedTuple):
+    kind: str
+    ratio: float
+    seed: int
+    vectors: Tensor
+
+
+def general_questions(
+    questions: Sequence[Question], concept: str, choices: Choices
+) -> list[Question]:
+    """`general_questions(questions, "France", choices)`: unrelated questions for its masks.
+
+    Drawn without replacement from the questions of all other concepts (in the folds that the
+    protocol scores on), by a seed of the concept's own, so that a concept keeps its general
+    questions whichever shard it is measured in.
+    """
+    others = [q for q in questions if q.concept != concept and q.fold in choices.score_on]
+    if len(others) < choices.general:
+        raise InputError(
+            f"general {choices.general}: only {len(others)} questions on other concepts than "
+            f"{concept!r}; give more concepts or a smaller number"
+        )
+    draw = _generator(choices.seed, "general", concept)
+    chosen = torch.randperm(len(others), generator=draw)[: choices.general].tolist()
+    return [others[index] for index in sorted(chosen)]
+
+
+def concept_masks(coefficients: ConceptCoefficients, concept: str, choices: Choices) -> list[_Mask]:
+    """`concept_masks(coefficients, "France", choices)`: its masks and their controls."""
+    layers, width = coefficients.sums.shape[2:]
+    scores = value_vector_scores(coefficients, concept, choices.choose_on)
+    magnitudes = coefficients.related(concept, choices.choose_on)
+    masks = []
+    for ratio in choices.ratios:
+        own = top_vectors(scores, ratio, choices.scope)
+        masks.append(_Mask("concept", ratio, choices.seed, own))
+        for seed in range(choices.seed, choices.seed + choices.controls):
+            draw = _generator(seed, "control", concept, ratio)
+            chance = random_vectors(own, layers, width, draw)
+            masks.append(_Mask("random", ratio, seed, chance))
+            matched = magnitude_matched_vectors(own, magnitudes, draw)
+            masks.append(_Mask("magnitude", ratio, seed, matched))
+            partner = other_concept(coefficients.concepts, concept, seed)
+            theirs = value_vector_scores(coefficients, partner, choices.choose_on)
+            other = top_vectors(theirs, ratio, choices.scope)
+            masks.append(_Mask("other", ratio, seed, other))
+    return masks
+
+
+def other_concept(concepts: Sequence[str], concept: str, seed: int) -> str:
+    """`other_concept(concepts, "France", 0)`: whose mask is the control; never its own.
+
+    Every concept is the partner of exactly one: the next on a circle shuffled by the seed.
+    """
+    circle = torch.randperm(len(concepts), generator=_generator(seed, "other")).tolist()
+    place = circle.index(list(concepts).index(concept))
+    return concepts[circle[(place + 1) % len(circle)]]
+
+
+def measure_concepts(
+    name: str,
+    view: ValueVectorView,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    concepts: Sequence[str],
+    choices: Choices,
+    coefficients: ConceptCoefficients,
+    *,
+    engine: Engine | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Tables:
+    """`tables = measure_concepts("smollm2-135m", view, tokenizer, questions, concepts, ...)`.
+
+    Args:
+        name: what the model is called in the tables.
+        questions: of all concepts of the study; general questions are drawn from them.
+        concepts: those to measure here.
+        choices: see `Choices`.
+        coefficients: of all concepts of the study, from `record_concepts`.
+        engine: see `score_options`.
+        progress: called with the number of question evaluations done.
+    """
+    everything = torch.ones(view.layers, view.width, dtype=torch.bool)
+    items: dict[str, Item] = {}
+    requests, rows, keeps, masks = [], [], [], {}
+    for concept in concepts:
+        own = [q for q in questions if q.concept == concept and q.fold in choices.score_on]
+        asked = [(q, "concept") for q in own]
+        asked += [(q, "general") for q in general_questions(questions, concept, choices)]
+        none = _Mask("none", 0.0, choices.seed, torch.empty(0, 2, dtype=torch.int32))
+        for mask in (none, *concept_masks(coefficients, concept, choices)):
+            if mask.kind == "none":
+                keeps.append(None)
+            else:
+                keeps.append(keep_tensor(mask.vectors, *everything.shape))
+                masks[mask_name(name, concept, mask.ratio, mask.kind, mask.seed)] = mask.vectors
+            for question, role in asked:
+                if question.id not in items:
+                    items[question.id] = encode(tokenizer, question)
+                requests.append(Request(items[question.id], len(keeps) - 1))
+                rows.append((question, role, concept, mask))
+    scores = score_options(
+        view,
+        requests,
+        keeps,
+        engine=engine,
+        row_tokens=choices.row_tokens,
+        batch_tokens=choices.batch_tokens,
+        progress=progress,
+    )
+    details = pd.DataFrame(
+        [
+            _detail(name, choices.protocol, row, request, score)
+            for row, request, score in zip(rows, requests, scores, strict=True)
+        ],
+        columns=list(DETAIL_COLUMNS),
+    )
+    return Tables(_pss_rows(details, questions), details, masks)
+
+
+def evaluations(choices: Choices, questions: Sequence[Question], concepts: Sequence[str]) -> int:
+    """How many (question, mask) pairs `measure_concepts` scores: the length of its progress."""
+    own = sum(q.concept in set(concepts) and q.fold in choices.score_on for q in questions)
+    masks = 1 + len(choices.ratios) * (1 + 3 * choices.controls)
+    return masks * (own + choices.general * len(concepts))
+
+
+def mask_name(model: str, concept: str, ratio: float, kind: str, seed: int) -> str:
+    """The name of a mask in `masks.safetensors`: `MODEL/CONCEPT/RATIO/MASK/SEED`."""
+    return f"{model}/{concept}/{ratio:g}/{kind}/{seed}"
+
+
+def _generator(*key: object) -> torch.Generator:
+    """A generator seeded by what it is for, so that no draw depends on the order of another."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _detail(name: str, protocol: str, row: tuple, request: Request, score: Tensor) -> tuple:
+    question, role, concept, mask = row
+    choice = choose(score.tolist(), question.options)
+    return (
+        name,
+        protocol,
+        question.id,
+        role,
+        concept,
+        mask.ratio,
+        mask.kind,
+        mask.seed,
+        score.tolist(),
+        [len(option) for option in request.item.options],
+        choice.by_sum,
+        choice.by_characters,
+        choice.by_sum == question.answer,
+        choice.by_characters == question.answer,
+    )
+
+
+def _pss_rows(details: pd.DataFrame, questions: Sequence[Question]) -> pd.DataFrame:
+    about = {q.concept: (q.domain, q.tier) for q in questions}
+    keys = ["model", "mask_concept", "ratio", "mask", "seed", "protocol"]
+    grouped = details.groupby([*keys, "role"], sort=False)["correct_norm"].agg(["mean", "size"])
+    wide = grouped.unstack("role").reset_index()
+    table = pd.DataFrame({key: wide[key] for key in keys}).rename(
+        columns={"mask_concept": "concept"}
+    )
+    table["domain"] = [about[concept][0] for concept in table["concept"]]
+    table["tier"] = [about[concept][1] for concept in table["concept"]]
+    for role in ("concept", "general"):
+        table[f"{role}_accuracy"] = wide["mean", role]
+        table[f"n_{role}"] = wide["size", role]
+    return table[list(PSS_COLUMNS)]
+
+
+# --- summarizing --------------------------------------------------------------------------------
+
+
+def summarize(pss: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """`summarize(pss)`: accuracies and PSS at each ratio and mask, with 95 % intervals.
+
+    Intervals are percentiles of a bootstrap over concepts: a concept's questions, masks and draws
+    stay together (`scipy.stats.bootstrap`, paired).
+
+    Returns:
+        A row per (model, protocol, mask, ratio): `concepts`; then, each with `_low` and `_high`:
+        `concept_accuracy` and `general_accuracy`, pooled over questions; `pss_pooled`,
+        |G(k) - C(k)| / G(0); `pss_per_concept`, the mean over concepts of the same ratio with
+        their own C(k) and G(k), over the pooled G(0); `did`, the difference in differences
+        ((G(k) - C(k)) - (G(0) - C(0))) / G(0), signed; `general_change`, G(k) - G(0); and, with
+        no interval, `floor_pooled` and `floor_per_concept`, what PSS would be if nothing but
+        sampling parted C from G (see `sampling_floor`).
+    """
+    rows = []
+    for (model, protocol), part in pss.groupby(["model", "protocol"], sort=False):
+        counts = _Counts.of(part)
+        for mask, ratio in counts.cells:
+            row = {"model": model, "protocol": protocol, "mask": mask, "ratio": ratio}
+            row["concepts"] = len(counts.names)
+            row |= _with_intervals(counts, [(mask, ratio)], _cell_statistics, resamples, seed)
+            row |= _floors(counts, (mask, ratio))
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def peak_pss(pss: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """`peak_pss(pss)`: the maximum of PSS over the ratios, with 95 % intervals.
+
+    The maximum is taken anew in every resample of concepts. A maximum of noisy values is biased
+    upwards: read a mask's peak beside the peaks of its controls.
+
+    Returns:
+        A row per (model, protocol, mask): `peak_pooled` and `peak_per_concept`, each with `_low`
+        and `_high`, and `ratio`, where the pooled PSS peaks.
+    """
+    rows = []
+    for (model, protocol), part in pss.groupby(["model", "protocol"], sort=False):
+        counts = _Counts.of(part)
+        for mask in dict.fromkeys(mask for mask, _ in counts.cells if mask != "none"):
+            cells = [cell for cell in counts.cells if cell[0] == mask]
+            row = {"model": model, "protocol": protocol, "mask": mask}
+            row |= _with_intervals(counts, cells, _peak_statistics, resamples, seed)
+            pooled = [
+                float(_cell_statistics(counts.none, counts.cell(cell))["pss_pooled"])
+                for cell in cells
+            ]
+            row["ratio"] = cells[int(np.argmax(pooled))][1]
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def sampling_floor(
+    n_concept: np.ndarray, n_general: np.ndarray, accuracy: float, *, draws: int = 4000
+) -> tuple[float, float]:
+    """`pooled, per_concept = sampling_floor(n_concept, n_general, 0.7)`: PSS of no effect.
+
+    The mean of |G - C| / accuracy when every question, own or general, is answered rightly with
+    the same probability: what an absolute difference shows of sampling alone.
+
+    Args:
+        n_concept, n_general: questions of each concept, `[concepts]`.
+        accuracy: that probability, above 0.
+    """
+    if accuracy <= 0:
+        return float("nan"), float("nan")
+    draw = np.random.default_rng(0)
+    own = draw.binomial(n_concept, accuracy, (draws, len(n_concept)))
+    general = draw.binomial(n_general, accuracy, (draws, len(n_general)))
+    pooled = abs(general.sum(1) / n_general.sum() - own.sum(1) / n_concept.sum()).mean()
+    per_concept = abs(general / n_general - own / n_concept).mean()
+    return float(pooled / accuracy), float(per_concept / accuracy)
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Right answers and questions, per concept: `[4, concepts]` for each (mask, ratio).
+
+    The four are right own, own, right general, general; draws of a control are summed.
+    """
+
+    names: list[str]
+    cells: list[tuple[str, float]]
+    values: dict[tuple[str, float], np.ndarray]
+
+    @classmethod
+    def of(cls, part: pd.DataFrame) -> _Counts:
+        names = list(dict.fromkeys(part["concept"]))
+        table = part.assign(
+            right_own=part["concept_accuracy"] * part["n_concept"],
+            right_general=part["general_accuracy"] * part["n_general"],
+        )
+        columns = ["right_own", "n_concept", "right_general", "n_general"]
+        values = {}
+        for cell, rows in table.groupby(["mask", "ratio"], sort=False):
+            summed = rows.groupby("concept")[columns].sum().reindex(names)
+            if summed.isna().any(axis=None):
+                missing = summed.index[summed["n_concept"].isna()][0]
+                raise InputError(f"mask {cell[0]!r}, ratio {cell[1]}: no row for {missing!r}")
+            values[cell] = summed.to_numpy().T
+        order = sorted(values, key=lambda cell: (MASKS.index(cell[0]), cell[1]))
+        return cls(names, order, values)
+
+    @property
+    def none(self) -> np.ndarray:
+        return self.values["none", 0.0]
+
+    def cell(self, cell: tuple[str, float]) -> np.ndarray:
+        return self.values[cell]
+
+
+def _pooled(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """C and G pooled over the last axis, concepts."""
+    total = counts.sum(-1)
+    return total[0] / total[1], total[2] / total[3]
+
+
+def _cell_statistics(none: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Statistics of `[4, ..., concepts]` counts without a mask and with one."""
+    c0, g0 = _pooled(none)
+    c, g = _pooled(counts)
+    gaps = abs(counts[2] / counts[3] - counts[0] / counts[1]).mean(-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return {
+            "concept_accuracy": c,
+            "general_accuracy": g,
+            "pss_pooled": abs(g - c) / g0,
+            "pss_per_concept": gaps / g0,
+            "did": ((g - c) - (g0 - c0)) / g0,
+            "general_change": g - g0,
+        }
+
+
+def _peak_statistics(none: np.ndarray, *cells: np.ndarray) -> dict[str, np.ndarray]:
+    each = [_cell_statistics(none, counts) for counts in cells]
+    return {
+        "peak_pooled": np.max([one["pss_pooled"] for one in each], axis=0),
+        "peak_per_concept": np.max([one["pss_per_concept"] for one in each], axis=0),
+    }
+
+
+def _with_intervals(
+    counts: _Counts,
+    cells: list[tuple[str, float]],
+    statistics: Callable[..., dict[str, np.ndarray]],
+    resamples: int,
+    seed: int,
+) -> dict[str, float]:
+    """Each statistic, and the bounds of its 95 % interval over resampled concepts."""
+    tables = [counts.none, *(counts.cell(cell) for cell in cells)]
+    point = statistics(*tables)
+    indices = np.arange(len(counts.names))
+
+    def resampled(sample: np.ndarray, axis: int) -> np.ndarray:
+        return np.stack(list(statistics(*(table[:, sample] for table in tables)).values()))
+
+    row = {name: float(value) for name, value in point.items()}
+    if len(indices) < 2:
+        return row | {f"{name}_{end}": float("nan") for name in point for end in ("low", "high")}
+    interval = stats.bootstrap(
+        (indices,),
+        resampled,
+        n_resamples=resamples,
+        vectorized=True,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    for name, low, high in zip(point, interval.low, interval.high, strict=True):
+        row |= {f"{name}_low": float(low), f"{name}_high": float(high)}
+    return row
+
+
+def _floors(counts: _Counts, cell: tuple[str, float]) -> dict[str, float]:
+    own_right, own, general_right, general = counts.cell(cell)
+    accuracy = (own_right.sum() + general_right.sum()) / (own.sum() + general.sum())
+    base = _pooled(counts.none)[1]
+    pooled, per_concept = sampling_floor(own.astype(int), general.astype(int), accuracy)
+    # sampling_floor divides by the accuracy under the mask; PSS divides by G(0).
+    scale = accuracy / base if base > 0 else float("nan")
+    return {"floor_pooled": pooled * scale, "floor_per_concept": per_concept * scale}
+
+
+def method_key(choices: Choices) -> dict[str, object]:
+    """What of the method a stored result depends on, beside the model and the questions."""
+    return {"choices": choices.model_dump(mode="json"), "scoring_version": SCORING_VERSION}

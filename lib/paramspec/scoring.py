@@ -1,0 +1,455 @@
+"""Score questions: option log-likelihoods and generated answers, with or without masks.
+
+    items = [encode(tokenizer, question) for question in questions]
+    scores = score_options(view, [Request(item, mask=0) for item in items], keeps)
+    predicted = [choose(score, question.options) for ...]
+
+The definitions are lm-evaluation-harness's: the log-likelihood of an option is the sum over its
+tokens, given the cloze and a space; `acc` takes the option with the highest sum, `acc_norm` the
+one with the highest sum per character.
+
+**How a forward pass is filled.** Each needed token is computed once. The token sequences that
+share a mask are merged into a *forest*: a node a token, a path from a root for each sequence, so
+that equal beginnings (a question's prompt under its four options, a template under two questions)
+are one path. A forest is one row of a batch:
+
+    The capital of France is -+- Par -(is)        row    The capital of France is Par Br Ly
+              |               +- Br -uss -(els)   depth   0    1     2    3    4   5  5  5 ...
+              |               +- Ly -(on)         sees   its ancestors and itself, nothing else
+              +- of Spain is ...
+
+The last token of an option (in brackets) is predicted, never read, so it is not in the row. The
+position of a token is its depth, and it attends to its ancestors, so that every path is computed
+as if it stood alone. Rows are filled up to a token budget, and the unembedding runs only where a
+prediction is read off. A model that cannot take such a row (learnt from a test forward, see
+`choose_engine`) is scored one sequence a row.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from paramspec.errors import InputError
+from paramspec.hooks import ValueVectorView, mask_value_vectors, unembed_only
+from paramspec.specwiki.schema import Question
+
+# Raised whenever a change could move a score; part of every result's key.
+SCORING_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question in tokens: the prompt, and the tokens of each option after it."""
+
+    context: tuple[int, ...]
+    options: tuple[tuple[int, ...], ...]
+
+
+class Request(NamedTuple):
+    """Score `item` under mask number `mask` of the masks given beside the requests."""
+
+    item: Item
+    mask: int
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, question: Question) -> Item:
+    """`item = encode(tokenizer, question)`: the cloze, a space, and each option.
+
+    The prompt and an option are encoded together and then split at the length of the prompt
+    alone, as lm-evaluation-harness does, so that the space belongs to the option.
+    """
+    context = tokenizer.encode(question.cloze)
+    options = []
+    for option in question.options:
+        whole = tokenizer.encode(f"{question.cloze} {option}")
+        if len(whole) <= len(context):
+            raise InputError(
+                f"{question.id}: option {option!r} adds no token to the cloze {question.cloze!r}"
+            )
+        options.append(tuple(whole[len(context) :]))
+    return Item(tuple(context), tuple(options))
+
+
+class Choice(NamedTuple):
+    """The option chosen by the sum (`acc`) and by the sum over characters (`acc_norm`)."""
+
+    by_sum: int
+    by_characters: int
+
+
+def choose(log_likelihoods: Sequence[float], options: Sequence[str]) -> Choice:
+    """`choose([-3.1, -2.0, ...], question.options)`: the predicted option, both ways."""
+    sums = np.asarray(log_likelihoods, dtype=float)
+    characters = np.array([len(option) for option in options], dtype=float)
+    return Choice(int(sums.argmax()), int((sums / characters).argmax()))
+
+
+# --- engines ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How rows are filled: `packed` forests, or one sequence a row (`plain`), and why."""
+
+    name: Literal["packed", "plain"]
+    reason: str
+    longest: int | None = None  # a path longer than this is scored plainly
+
+
+def choose_engine(view: ValueVectorView) -> Engine:
+    """`engine = choose_engine(view)`: packed rows if the model computes them correctly.
+
+    Decided by a test: a forest that branches at every depth is scored packed and plain. Models
+    with position tables counted from the attention mask (OPT) or attention biases by distance
+    (BLOOM, MPT) fail it. A sliding window is no obstacle while no path is as long as the window.
+    """
+    attention = getattr(view.model.config, "_attn_implementation", None)
+    if attention not in ("eager", "sdpa"):
+        return Engine("plain", f"attention implementation {attention!r} takes no tree mask")
+    config = view.model.config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(config.vocab_size, (12,), generator=generator).tolist()
+    context, rest = tuple(tokens[:4]), tokens[4:]
+    items = [
+        Item(context, ((rest[0], rest[1], rest[2]), (rest[0], rest[3]), (rest[4],))),
+        Item(context[:2], ((rest[5], rest[6], rest[7]), (rest[6], rest[0], rest[1]))),
+    ]
+    requests = [Request(item, 0) for item in items]
+    packed = Engine("packed", "verified by a test forward", window)
+    try:
+        actual = torch.cat(score_options(view, requests, [None], engine=packed))
+    except (ValueError, RuntimeError, TypeError, IndexError) as error:
+        return Engine("plain", f"a packed row failed: {str(error).splitlines()[0][:120]}")
+    plain = Engine("plain", "reference")
+    expected = torch.cat(score_options(view, requests, [None], engine=plain))
+    error = float((actual - expected).abs().max())
+    tolerance = 1e-3 if view.modules[0].weight.dtype == torch.float32 else 0.2
+    if not error <= tolerance:
+        return Engine("plain", f"packed rows differ from plain ones by {error:.2g} nats")
+    return packed
+
+
+# --- rows ---------------------------------------------------------------------------------------
+
+
+class Read(NamedTuple):
+    """Add the log-probability of `token` after node `place` to an option of a request."""
+
+    place: int
+    token: int
+    request: int
+    option: int
+
+
+@dataclass
+class Row:
+    """A forest of tokens under one mask. `parents[i] < i`, or -1 at a root."""
+
+    mask: int
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    reads: list[Read] = field(default_factory=list)
+    _children: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def missing(self, paths: Sequence[Sequence[int]]) -> int:
+        """How many nodes the row would grow by, at most, with these paths."""
+        total = 0
+        for path in paths:
+            node = -1
+            for done, token in enumerate(path):
+                node = self._children.get((node, token), None)
+                if node is None:
+                    total += len(path) - done
+                    break
+        return total
+
+    def add(self, request: int, item: Item) -> None:
+        for option, tokens in enumerate(item.options):
+            node = -1
+            for place, token in enumerate((*item.context, *tokens)):
+                if place >= len(item.context):
+                    self.reads.append(Read(node, token, request, option))
+                if place < len(item.context) + len(tokens) - 1:
+                    node = self._step(node, token)
+
+    def _step(self, node: int, token: int) -> int:
+        child = self._children.get((node, token))
+        if child is None:
+            child = self._children[node, token] = len(self.tokens)
+            self.tokens.append(token)
+            self.parents.append(node)
+            self.depths.append(0 if node < 0 else self.depths[node] + 1)
+        return child
+
+    def sees(self) -> np.ndarray:
+        """Bool `[tokens, tokens]`: whether a token attends to another: itself and ancestors."""
+        sees = np.eye(len(self.tokens), dtype=bool)
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                sees[node] |= sees[parent]
+        return sees
+
+
+def _paths(item: Item) -> list[tuple[int, ...]]:
+    return [item.context + option[:-1] for option in item.options]
+
+
+def _packed_rows(numbered: list[tuple[int, Request]], row_tokens: int) -> Iterator[Row]:
+    """Forests of at most `row_tokens` tokens (more if one question alone needs them)."""
+    row = None
+    for number, request in sorted(numbered, key=lambda pair: (pair[1].mask, pair[1].item.context)):
+        full = row and len(row.tokens) + row.missing(_paths(request.item)) > row_tokens
+        if row is None or row.mask != request.mask or full:
+            if row is not None:
+                yield row
+            row = Row(request.mask)
+        row.add(number, request.item)
+    if row is not None:
+        yield row
+
+
+def _plain_rows(numbered: list[tuple[int, Request]]) -> Iterator[Row]:
+    """A row for each option."""
+    for number, request in numbered:
+        for index, option in enumerate(request.item.options):
+            row = Row(request.mask)
+            row.add(number, Item(request.item.context, (option,)))
+            row.reads = [read._replace(option=index) for read in row.reads]
+            yield row
+
+
+def _batches(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
+    """Rows of like length together, longest first, so that memory runs out at once or never."""
+    rows = sorted(rows, key=lambda row: -len(row.tokens))
+    start = 0
+    while start < len(rows):
+        size = max(1, batch_tokens // len(rows[start].tokens))
+        yield rows[start : start + size]
+        start += size
+
+
+# --- scoring ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def score_options(
+    view: ValueVectorView,
+    requests: Sequence[Request],
+    keeps: Sequence[Tensor | None],
+    *,
+    engine: Engine | None = None,
+    row_tokens: int = 128,
+    batch_tokens: int = 2048,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Tensor]:
+    """`scores = score_options(view, requests, keeps)`: log-likelihoods of every option.
+
+    Args:
+        view: the model's value vectors.
+        requests: what to score; a batch mixes masks.
+        keeps: the masks that `Request.mask` counts, bool `[layers, width]`, False where masked,
+            or None for no mask.
+        engine: from `choose_engine`; chosen here if not given.
+        row_tokens: tokens of a packed row.
+        batch_tokens: tokens of a forward pass.
+        progress: called with the number of requests that each forward pass begins with.
+
+    Returns:
+        For each request an fp32 tensor `[options]`, in nats, on the CPU.
+
+    Raises:
+        InputError: if a budget is not positive, or if a question is longer than the context.
+    """
+    for name, value in (("row_tokens", row_tokens), ("batch_tokens", batch_tokens)):
+        if value < 1:
+            raise InputError(f"{name} {value}: expected at least 1")
+    _refuse_too_long(view, requests)
+    engine = engine or choose_engine(view)
+    scores = [torch.zeros(len(request.item.options)) for request in requests]
+    numbered = list(enumerate(requests))
+    packed, plain = numbered, []
+    if engine.name == "plain":
+        packed, plain = [], numbered
+    elif engine.longest is not None:
+        fits = [max(map(len, _paths(r.item))) <= engine.longest for _, r in numbered]
+        packed = [pair for pair, fit in zip(numbered, fits, strict=True) if fit]
+        plain = [pair for pair, fit in zip(numbered, fits, strict=True) if not fit]
+    for rows, tree in (
+        (list(_packed_rows(packed, row_tokens)), True),
+        (list(_plain_rows(plain)), False),
+    ):
+        for batch in _batches(rows, batch_tokens):
+            reads = [read for row in batch for read in row.reads]
+            for read, value in zip(reads, _forward(view, batch, keeps, tree), strict=True):
+                scores[read.request][read.option] += value
+            progress(sum({read.request: 1 for read in reads if read.option == 0}.values()))
+    return scores
+
+
+def _refuse_too_long(view: ValueVectorView, requests: Sequence[Request]) -> None:
+    limit = getattr(
+        view.model.config.get_text_config(decoder=True), "max_position_embeddings", None
+    )
+    longest = max((max(map(len, _paths(request.item))) for request in requests), default=0)
+    if limit is not None and longest > limit:
+        raise InputError(
+            f"a question of {longest} tokens does not fit the model's context of {limit} tokens; "
+            "shorten its cloze or its options"
+        )
+
+
+def _forward(
+    view: ValueVectorView, rows: list[Row], keeps: Sequence[Tensor | None], tree: bool
+) -> list[float]:
+    """One forward pass over a batch of rows; the log-probability of each read, in order."""
+    device = view.model.get_input_embeddings().weight.device
+    length = max(len(row.tokens) for row in rows)
+    tokens = np.zeros((len(rows), length), dtype=np.int64)
+    depths = np.zeros_like(tokens)
+    sees = np.zeros((len(rows), 1, length, length), dtype=bool)
+    sees[:] = np.eye(length, dtype=bool)  # padding sees itself
+    for index, row in enumerate(rows):
+        size = len(row.tokens)
+        tokens[index, :size] = row.tokens
+        depths[index, :size] = row.depths
+        if tree:
+            sees[index, 0, :size, :size] = row.sees()
+    inputs = {"input_ids": torch.from_numpy(tokens).to(device)}
+    if tree:
+        # Eager attention adds its mask: a boolean one would be silently wrong.
+        dtype = view.model.get_input_embeddings().weight.dtype
+        bias = torch.zeros(sees.shape, dtype=dtype)
+        bias.masked_fill_(torch.from_numpy(~sees), torch.finfo(dtype).min)
+        inputs |= {"attention_mask": bias.to(device)}
+        inputs |= {"position_ids": torch.from_numpy(depths).to(device)}
+    else:
+        sizes = torch.tensor([len(row.tokens) for row in rows])
+        inputs |= {"attention_mask": (torch.arange(length) < sizes[:, None]).long().to(device)}
+
+    where = [(index, read.place) for index, row in enumerate(rows) for read in row.reads]
+    targets = [read.token for row in rows for read in row.reads]
+    places, inverse = np.unique(np.array(where), axis=0, return_inverse=True)
+    with _row_masks(view, rows, keeps), unembed_only(view.model, torch.from_numpy(places)):
+        logits = view.model(**inputs, use_cache=False).logits[0]
+    log_normalizers = torch.cat([part.float().logsumexp(-1) for part in logits.split(256)])
+    inverse = torch.from_numpy(inverse.reshape(-1)).to(logits.device)
+    read = logits[inverse, torch.tensor(targets, device=logits.device)].float()
+    return (read - log_normalizers[inverse]).cpu().tolist()
+
+
+def _row_masks(view: ValueVectorView, rows: list[Row], keeps: Sequence[Tensor | None]):
+    if all(keeps[row.mask] is None for row in rows):
+        return nullcontext()
+    everything = torch.ones(view.layers, view.width, dtype=torch.bool)
+    chosen = [everything if keeps[row.mask] is None else keeps[row.mask] for row in rows]
+    return mask_value_vectors(view, torch.stack(chosen, dim=1))
+
+
+@torch.no_grad()
+def score_one_at_a_time(view: ValueVectorView, item: Item, keep: Tensor | None = None) -> Tensor:
+    """`score_one_at_a_time(view, item)`: the reference that every engine is held against.
+
+    One option a forward pass, no padding, all logits, as lm-evaluation-harness defines it.
+
+    Returns:
+        fp32 `[options]`, in nats.
+    """
+    scores = []
+    for option in item.options:
+        tokens = torch.tensor([item.context + option], device=view.model.device)
+        masked = nullcontext() if keep is None else mask_value_vectors(view, keep[:, None])
+        with masked:
+            logits = view.model(input_ids=tokens[:, :-1], use_cache=False).logits[0].float()
+        log_probabilities = logits.log_softmax(-1)[-len(option) :]
+        scores.append(log_probabilities.gather(1, tokens[0, -len(option) :, None]).sum().cpu())
+    return torch.stack(scores)
+
+
+# --- open-ended ---------------------------------------------------------------------------------
+
+OPEN_PROMPT = "Question: {question}\nAnswer:"
+
+
+@torch.no_grad()
+def generate_answers(
+    view: ValueVectorView,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    keeps: Sequence[Tensor | None] | None = None,
+    *,
+    max_new_tokens: int = 12,
+    batch_size: int = 32,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[str]:
+    """`answers = generate_answers(view, tokenizer, ["What is the capital of France?"])`.
+
+    Greedy decoding of the first line after `OPEN_PROMPT`, each question under its own mask.
+
+    Args:
+        keeps: a mask for each question, bool `[layers, width]` or None; no masks if not given.
+
+    Returns:
+        The answers, stripped, in the order of the questions.
+    """
+    keeps = [None] * len(questions) if keeps is None else keeps
+    answers = []
+    for start in range(0, len(questions), batch_size):
+        part = questions[start : start + batch_size]
+        prompts = [OPEN_PROMPT.format(question=question) for question in part]
+        texts = _left_padded(tokenizer, prompts, view.model.device)
+        rows = [Row(mask=start + index) for index in range(len(part))]
+        with _row_masks(view, rows, keeps):
+            tokens = view.model.generate(
+                **texts,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=_padding(tokenizer),
+            )
+        new = tokens[:, texts["input_ids"].shape[1] :]
+        decoded = tokenizer.batch_decode(new, skip_special_tokens=True)
+        answers += [answer.strip().split("\n")[0].strip() for answer in decoded]
+        progress(len(part))
+    return answers
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _left_padded(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], device: torch.device
+) -> dict[str, Tensor]:
+    encoded = [tokenizer.encode(text) for text in texts]
+    length = max(map(len, encoded))
+    tokens = torch.full((len(texts), length), _padding(tokenizer), dtype=torch.long)
+    attention_mask = torch.zeros_like(tokens)
+    for index, row in enumerate(encoded):
+        tokens[index, length - len(row) :] = torch.tensor(row)
+        attention_mask[index, length - len(row) :] = 1
+    return {"input_ids": tokens.to(device), "attention_mask": attention_mask.to(device)}
+
+
+def normalize_answer(text: str) -> str:
+    """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces."""
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def answer_matches(answer: str, aliases: Sequence[str]) -> bool:
+    """`answer_matches("The Paris.", ["Paris"])`: SQuAD's exact match against any alias."""
+    return normalize_answer(answer) in {normalize_answer(alias) for alias in aliases}
