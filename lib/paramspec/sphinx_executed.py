@@ -89,7 +89,8 @@ def add_note(app: Sphinx, doctree: nodes.document) -> None:
         return
     url = app.config.html_theme_options["repository_url"]
     branch = app.config.html_theme_options["repository_branch"]
-    title = f"Last executed {record['executed']}, profile {record['profile']}"
+    at = f" at {record['commit'][:7]}" if record["commit"] else ""
+    title = f"Last executed {record['executed']}{at}, profile {record['profile']}"
     note = nodes.admonition(classes=["dropdown", "last-executed"])
     note += nodes.title("", title)
     fields = nodes.field_list()
