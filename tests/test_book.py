@@ -1,0 +1,471 @@
+"""Chapters run as promised: typed, skipped while nothing changed, replaced only by a good run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jupytext
+import nbformat
+import papermill
+import pytest
+from myst_nb.core.read import read_myst_markdown_notebook
+
+from paramspec import book
+from paramspec.errors import InputError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+HEADER = """\
+---
+jupytext:
+  text_representation:
+    extension: .md
+    format_name: myst
+kernelspec:
+  display_name: Python 3
+  language: python
+  name: python3
+---
+"""
+
+CHAPTER = (
+    HEADER
+    + """
+# A small chapter
+
+It counts its own runs.
+
+```{code-cell} ipython3
+:tags: [parameters]
+
+seed: int = 0  # the seed
+ratios: list[float] = [0.0, 0.5]  # shares of the vectors
+limit: int | None = None  # how many
+model: str = "none"  # a name or a folder
+exact: bool = True  # yes or no
+```
+
++++
+
+A second block of prose, with $x^2$.
+
+```{code-cell} ipython3
+from pathlib import Path
+
+with Path("runs.txt").open("a") as log:
+    log.write("run\\n")
+```
+
+```{code-cell} ipython3
+if seed == 13:
+    raise ValueError("an unlucky\\nseed")
+print(seed, ratios, limit, model, exact)
+```
+"""
+)
+
+
+def make_checkout(folder: Path, **chapters: str) -> Path:
+    """Write a book of the given chapters, with the repository's settings; return its root."""
+    (folder / "book" / "profiles").mkdir(parents=True)
+    for name in ("_config.yml", "requirements.lock"):
+        shutil.copy(REPOSITORY / name, folder)
+    shutil.copytree(REPOSITORY / "book" / "_assets", folder / "book" / "_assets")
+    pages = {
+        "index": "# A book\n\nIts chapters.\n\n```{tableofcontents}\n```\n",
+        "status": "# Status\n\n```{executed-chapters}\n```\n",
+        **{name.replace("_", "-"): text for name, text in chapters.items()},
+    }
+    (folder / "book" / "references.bib").write_text("")
+    for name, text in pages.items():
+        (folder / "book" / f"{name}.md").write_text(text)
+    names = [name for name in pages if name != "index"]
+    toc = "format: jb-book\nroot: book/index\nchapters:\n"
+    (folder / "_toc.yml").write_text(toc + "".join(f"  - file: book/{n}\n" for n in names))
+    (folder / "book" / "profiles" / "default.yaml").write_text("{}\n")
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A checkout with one chapter, `a-small`."""
+    return make_checkout(tmp_path / "checkout", a_small=CHAPTER)
+
+
+def printed(copy: Path) -> str:
+    """Return what the last cell of an executed copy printed."""
+    return nbformat.read(copy, 4).cells[-1].outputs[0].text.strip()
+
+
+def runs(root: Path) -> int:
+    """Return how often the chapter's cells ran in this checkout."""
+    log = root / "runs.txt"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def command(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `paramspec` as a user would, from a checkout."""
+    line = [sys.executable, "-c", "from paramspec.cli import main; main()", *arguments]
+    return subprocess.run(line, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def test_a_run_executes_once_and_records_where_it_came_from(root: Path) -> None:
+    (root / "book" / "profiles" / "tiny.yaml").write_text("a-small:\n  ratios: [1]\n")
+    copy = book.run_chapter("a-small", profile="tiny", root=root)
+    assert copy == root / "book" / "_executed" / "a-small.ipynb"
+    assert printed(copy) == "0 [1.0] None none True"
+    record = json.loads(copy.read_text())["metadata"]["paramspec"]
+    expected = {"seed": 0, "ratios": [1.0], "limit": None, "model": "none", "exact": True}
+    assert record["parameters"] == expected
+    assert record["profile"] == "tiny"
+    assert record["seconds"] > 0
+    assert record["commit"] is None  # a temporary folder is outside git
+    assert record["versions"]["python"] == sys.version.split()[0]
+    assert str(root) not in copy.read_text()  # the site publishes copies: no machine's paths
+
+    before = copy.stat().st_mtime_ns
+    book.run_chapter("a-small", profile="tiny", root=root)
+    assert runs(root) == 1
+    assert copy.stat().st_mtime_ns == before
+    book.run_chapter("a-small", profile="tiny", root=root, force=True)
+    assert runs(root) == 2
+
+
+def test_parameters_of_ones_own_leave_the_books_copy_alone(root: Path) -> None:
+    copy = book.run_chapter("a-small", root=root)
+    before = copy.read_bytes()
+    other = book.run_chapter("a-small", {"seed": -4, "limit": 2}, root=root)
+    assert other.parent == root / "results" / "runs"
+    assert printed(other) == "-4 [0.0, 0.5] 2 none True"
+    chosen = root / "mine" / "out.ipynb"
+    assert book.run_chapter("a-small", {"seed": 5}, target=chosen, root=root) == chosen
+    assert printed(chosen).startswith("5 ")
+    assert copy.read_bytes() == before
+    assert list((root / "results" / "unfinished").iterdir()) == []
+
+
+def test_the_key_changes_with_everything_a_result_depends_on(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = root / "weights"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"one")
+
+    def key(text: str = CHAPTER, profile: str = "default", **parameters: object) -> str:
+        return book.execution_key(text, profile, {"model": "weights", **parameters}, root)
+
+    seen = [key(), key(CHAPTER + " "), key(profile="paper"), key(seed=1)]
+    (folder / "model.safetensors").write_bytes(b"other")
+    seen.append(key())
+    with monkeypatch.context() as patch:
+        patch.setattr(book, "library_digest", lambda: "another library")
+        seen.append(key())
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.metadata.version", lambda name: "0")
+        seen.append(key())
+    assert len(set(seen)) == len(seen)
+    assert key() == key()
+    assert key(CHAPTER.replace("\n", "\r\n")) == key()  # a checkout on Windows is the same chapter
+
+
+def test_the_library_digest_sees_code_and_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "paramspec"
+    (package / "specwiki" / "__pycache__").mkdir(parents=True)
+    (package / "book.py").write_text("x = 1")
+    monkeypatch.setattr(book, "__file__", str(package / "book.py"))
+    seen = [book.library_digest()]
+    for name in ("specwiki/questions.jsonl", "pss.py", "models.yaml"):
+        (package / name).write_text("new")
+        seen.append(book.library_digest())
+    (package / "pss.py").rename(package / "moved.py")
+    seen.append(book.library_digest())
+    assert len(set(seen)) == len(seen)
+    (package / "specwiki" / "__pycache__" / "x.pyc").write_text("compiled")
+    assert book.library_digest() == seen[-1]
+
+
+def test_a_failing_chapter_keeps_its_last_good_copy(root: Path) -> None:
+    source = root / "book" / "a-small.md"
+    copy = book.run_chapter("a-small", root=root)
+    before = copy.read_bytes()
+    source.write_text(CHAPTER.replace("seed == 13", "seed == 0"))
+    done = command(root, "build")
+    assert copy.read_bytes() == before
+    assert done.returncode == 3
+    lines = done.stderr.strip().splitlines()
+    # the first line of the failing cell, counted here from the text itself
+    line = source.read_text().split("if seed ==")[0].count("\n") + 1
+    assert f"chapter a-small failed (a-small.md:{line}): ValueError: an unlucky seed" in lines[0]
+    assert lines[-1] == "paramspec: error: the site was not built: a-small failed, see above"
+    unfinished = root / lines[0].rsplit(" ", 1)[1]
+    outputs = [o for c in nbformat.read(unfinished, 4).cells for o in c.get("outputs", [])]
+    assert "ValueError" in {o.get("ename") for o in outputs}
+    assert not (root / "_build" / "html").exists()
+
+
+def test_a_killed_run_leaves_the_last_good_copy(root: Path) -> None:
+    copy = book.run_chapter("a-small", root=root)
+    before = copy.read_bytes()
+    text = CHAPTER + "\n```{code-cell} ipython3\nimport time; time.sleep(120)\n```\n"
+    (root / "book" / "a-small.md").write_text(text)
+    line = [sys.executable, "-c", "from paramspec.cli import main; main()", "run", "a-small"]
+    with subprocess.Popen(line, cwd=root, start_new_session=True) as process:
+        deadline = time.monotonic() + 60
+        while runs(root) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGKILL)  # the run alone: its kernel is in its session too
+    assert runs(root) == 2
+    assert copy.read_bytes() == before
+    assert [p.name for p in copy.parent.iterdir()] == [copy.name]
+
+
+BAD = [
+    (["run", "4-twenty"], "4-twenty", "a-small"),
+    (["run", "a-smal"], "a-smal", "a-small"),
+    (["run", "book/index.md"], "book/index.md", "jupytext"),
+    (["run", "a-small", "--profile", "defualt"], "defualt", "default"),
+    (["run", "a-small", "--profile", "list.yaml"], "list.yaml", "map chapters"),
+    (["run", "a-small", "--profile", "broken.yaml"], "broken.yaml", "read"),
+    (["run", "a-small", "--profile", "absent.yaml"], "absent.yaml", "read"),
+    (["run", "a-small", "--profile", "stranger.yaml"], "9-none", "a-small"),
+    (["run", "a-small", "--profile", "typo.yaml"], "sede", "seed"),
+    (["build", "--profile", "typo.yaml"], "sede", "seed"),
+    (["build", "--profile", "none"], "none", "default"),
+    (["run", "a-small", "-p", "sede", "1"], "sede", "seed"),
+    (["run", "a-small", "-p", "seed", "x"], "'x'", "seed must be int"),
+    (["run", "a-small", "-p", "seed", "1.5"], "1.5", "seed must be int"),
+    (["run", "a-small", "-p", "seed", "true"], "True", "seed must be int"),
+    (["run", "a-small", "-p", "exact", "1"], "1", "exact must be bool"),
+    (["run", "a-small", "-p", "ratios", "0.5"], "0.5", "ratios must be list[float]"),
+    (["run", "a-small", "-p", "ratios", "[0.5, high]"], "high", "ratios[1]"),
+    (["run", "a-small", "-p", "limit", "many"], "many", "int | None"),
+    (["run", "a-small", "-p", "seed"], "seed", "no value"),
+    (["run", "a-small", "-p", "seed", "["], "'['", "YAML"),
+    (["run", "a-small", "--out", "result.txt"], "result.txt", ".ipynb"),
+    (["run", "a-small", "--out", "runs.txt/x.ipynb"], "runs.txt/x.ipynb", "cannot be written"),
+    (["run", "a-small", "--out", "folder.ipynb"], "folder.ipynb", "cannot be written"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "value", "remedy"), BAD, ids=[" ".join(b[0]) for b in BAD])
+def test_bad_input_is_one_line_before_any_work(
+    root: Path,
+    arguments: list[str],
+    value: str,
+    remedy: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from paramspec import cli
+
+    (root / "list.yaml").write_text("[1, 2]")
+    (root / "broken.yaml").write_text("a: [")
+    (root / "stranger.yaml").write_text("9-none: {}")
+    (root / "typo.yaml").write_text("a-small: {sede: 1}")
+    (root / "runs.txt").write_text("")
+    (root / "folder.ipynb").mkdir()
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(sys, "argv", ["paramspec", *arguments])
+    monkeypatch.setattr(papermill, "execute_notebook", lambda *a, **k: pytest.fail("work began"))
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    error = capsys.readouterr().err.strip()
+    assert exit.value.code == 2
+    assert len(error.splitlines()) == 1
+    assert value in error
+    assert remedy in error
+
+
+def test_a_chapter_is_found_by_name_number_and_path(tmp_path: Path) -> None:
+    names = {"3_masking": CHAPTER, "4_twenty": CHAPTER, "31_other": CHAPTER}
+    root = make_checkout(tmp_path / "checkout", **names)
+    for name in ("3-masking", "3", "book/3-masking.md", "3-masking.md"):
+        assert book.find_chapter(name, root).name == "3-masking"
+    assert [c.name for c in book.chapters(root)] == ["3-masking", "4-twenty", "31-other"]
+    (root / "book" / "4-twenty.md").unlink()
+    with pytest.raises(InputError, match=r"_toc.yml: page book/4-twenty.md does not exist"):
+        book.chapters(root)
+
+
+def test_papermill_itself_runs_a_chapter(root: Path) -> None:
+    tools = Path(sys.executable).parent
+    pipe = f"{tools}/jupytext --to ipynb -o - book/a-small.md | {tools}/papermill - out.ipynb"
+    line = f"{pipe} -p seed 3 -y 'ratios: [0.1]'"
+    done = subprocess.run(line, shell=True, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ours = book.run_chapter("a-small", {"seed": 3, "ratios": [0.1]}, root=root)
+    assert printed(root / "out.ipynb") == printed(ours) == "3 [0.1] None none True"
+
+
+def test_declared_parameters_agree_with_papermill_where_it_can_read(root: Path) -> None:
+    chapter = book.find_chapter("a-small", root)
+    ours = book.declared_parameters(chapter)
+    notebook = root / "a.ipynb"
+    jupytext.write(jupytext.read(chapter.source), notebook)
+    theirs = papermill.inspect_notebook(notebook)
+    assert set(ours) - set(theirs) == {"limit"}  # papermill's pattern knows no `|`
+    for name, their in theirs.items():
+        assert ours[name].annotation == their["inferred_type_name"]
+        assert ours[name].help == their["help"].strip()
+        assert ours[name].default == eval(their["default"])
+
+
+@pytest.mark.parametrize("line", ["seed = 0", "seed: int = len('a')", "seed: int = = 1"])
+def test_a_parameter_must_be_typed_and_literal(root: Path, line: str) -> None:
+    source = root / "book" / "a-small.md"
+    source.write_text(CHAPTER.replace("seed: int = 0", line))
+    with pytest.raises(InputError, match=r"a-small.md: parameters cell"):
+        book.declared_parameters(book.Chapter("a-small", source))
+
+
+@pytest.mark.parametrize(
+    ("annotation", "good", "bad"),
+    [
+        ("int", [0, -3], [1.0, True, "1", None]),
+        ("float", [0, 1.5], ["1", True, None]),
+        ("bool", [True, False], [0, "yes"]),
+        ("str", ["", "a"], [1, None, ["a"]]),
+        ("list[str]", [[], ["a"]], ["a", [1]]),
+        ("list[list[float]]", [[[0.1, 1]]], [[0.1]]),
+        ("int | None", [None, 2], ["none", 2.5]),
+        ("Optional[str]", [None, "a"], [2]),
+        ('Literal["mean", "last"]', ["mean"], ["max", None]),
+    ],
+)
+def test_types_are_strict(annotation: str, good: list[object], bad: list[object]) -> None:
+    parameter = book.Parameter("x", annotation, None, "")
+    for value in good:
+        assert book._check_type(parameter, value, "here") == value
+    for value in bad:
+        with pytest.raises(InputError, match="parameter x"):
+            book._check_type(parameter, value, "here")
+
+
+def test_assignments_are_read_as_yaml() -> None:
+    pairs = ["a=3", "b=[x, 0.5]", "c=1e-3", "d=null", "e=k=v", "f=text", "g=-2"]
+    expected = {"a": 3, "b": ["x", 0.5], "c": 0.001, "d": None, "e": "k=v", "f": "text", "g": -2}
+    assert book.parse_assignments(pairs) == expected
+
+
+def test_the_commit_and_changes_to_it_are_recorded(root: Path) -> None:
+    git = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "x"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    assert book._commit(root) == {"commit": head.strip(), "dirty": False}
+    (root / "book" / "index.md").write_text("changed")
+    assert book._commit(root)["dirty"] is True
+
+
+def test_lines_of_cells_point_into_the_source() -> None:
+    notebook = jupytext.reads(CHAPTER, fmt="md:myst")
+    tagged = next(
+        i for i, c in enumerate(notebook.cells) if "parameters" in c.metadata.get("tags", [])
+    )
+    injected = nbformat.v4.new_code_cell("seed = 3", metadata={"tags": ["injected-parameters"]})
+    cells = [*notebook.cells[: tagged + 1], injected, *notebook.cells[tagged + 1 :]]
+    text = CHAPTER.splitlines()
+    lines = book.cell_lines(CHAPTER, cells)
+    assert len(lines) == len(cells)
+    for cell, line in zip(cells, lines, strict=True):
+        if cell is not injected:
+            first = cell.source.splitlines()[0]
+            assert first in text[line : line + 5]
+
+
+SMALL = HEADER + "\n# Page {name}\n\n```{{code-cell}} ipython3\nprint('{name}')\n```\n"
+
+
+def test_a_site_refuses_missing_failed_and_stale_copies(tmp_path: Path) -> None:
+    names = ("good", "gone", "failed", "stale")
+    root = make_checkout(tmp_path / "checkout", **{n: SMALL.format(name=n) for n in names})
+    out = root / "elsewhere"
+    html = book.build(root=root, out=out)
+    assert html == out / "_build" / "html"
+    assert not (root / "_build").exists()
+    assert not (root / "book" / "_executed").exists()
+    pages = {name: (html / "book" / f"{name}.html").read_text() for name in names}
+    assert all("Last executed" in page and f"{n}\n" in page for n, page in pages.items())
+    status = (html / "book" / "status.html").read_text()
+    assert all(f'href="{name}.html"' in status for name in names)
+
+    before = (html / "index.html").stat().st_mtime_ns
+    book.build(root=root, out=out)
+    assert (html / "index.html").stat().st_mtime_ns == before  # nothing changed, nothing was done
+
+    copies = out / "_executed"
+    (copies / "gone.ipynb").unlink()
+    broken = nbformat.read(copies / "failed.ipynb", 4)
+    error = nbformat.v4.new_output("error", ename="E", evalue="e", traceback=[])
+    broken.cells[-1].outputs = [error]
+    nbformat.write(broken, copies / "failed.ipynb")
+    source = root / "book" / "stale.md"
+    source.write_text(source.read_text() + "\nMore, and [a dead link](nowhere.md).\n")
+    done = site(root, out)
+    assert "SiteFailed" in done.stderr
+    warnings = {
+        name: [line for line in done.stderr.splitlines() if f"{name}.md" in line] for name in names
+    }
+    assert not warnings["good"]
+    assert "the executed copy is missing" in warnings["gone"][0]
+    assert "the executed copy holds an error" in warnings["failed"][0]
+    assert "the executed copy is stale" in warnings["stale"][0]
+    assert (html / "index.html").stat().st_mtime_ns == before  # the whole site stays
+
+
+def test_a_warning_names_the_line_of_the_source(tmp_path: Path) -> None:
+    text = SMALL.format(name="page") + "\nProse.\n\nAnd [a dead link](nowhere.md).\n"
+    root = make_checkout(tmp_path / "checkout", page=text)
+    done = command(root, "build")
+    assert done.returncode == 4
+    line = text.split("And [a dead")[0].count("\n") + 1
+    assert f"page.md:{line}: WARNING" in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("paramspec: error: the site was not")
+
+
+def site(root: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    """Build the site alone, from the copies that are there, in a process of its own."""
+    code = (
+        "import sys; from pathlib import Path; from paramspec import book;"
+        "root, out = map(Path, sys.argv[1:]);"
+        "book.build_site(root, out / '_executed', out / '_build')"
+    )
+    line = [sys.executable, "-c", code, str(root), str(out)]
+    return subprocess.run(line, cwd=root, capture_output=True, text=True)
+
+
+# The real book
+
+
+REAL = {c.name: c for c in book.chapters(REPOSITORY)}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_chapters_declare_kernel_and_typed_parameters(name: str) -> None:
+    chapter = REAL[name]
+    text = chapter.source.read_text()
+    notebook = jupytext.reads(text, fmt="md:myst")
+    assert notebook.metadata["kernelspec"]["name"] == "python3"
+    declared = book.declared_parameters(chapter)
+    defaults = {p.name: p.default for p in declared.values()}
+    assert book.check_parameters(chapter, defaults, "default") == defaults
+    assert all(p.help for p in declared.values())  # each says what it is
+    myst = read_myst_markdown_notebook(text, add_source_map=True)
+    assert len(myst.cells) == len(notebook.cells)  # so that warnings name the right lines
+
+
+@pytest.mark.parametrize("profile", ["smoke", "default", "paper"])
+def test_real_profiles_fit_their_chapters(profile: str) -> None:
+    table = book.load_profile(profile, REPOSITORY)
+    for name, values in table.items():
+        book.check_parameters(book.find_chapter(name, REPOSITORY), values, profile)
