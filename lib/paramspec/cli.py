@@ -91,6 +91,52 @@ def build(
         _fail(error, 4)
 
 
+@app.command()
+def models(
+    chosen: Annotated[
+        str | None,
+        typer.Option("--set", help="Only one set: twenty, scale, pretraining or causal."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, every field.")] = False,
+) -> None:
+    """List the registry: what MODEL arguments may say, and which models are on this disk."""
+    import json
+
+    from paramspec.models import is_on_disk, models_in
+
+    specs = models_in(chosen)
+    if as_json:
+        rows = [spec.model_dump(mode="json") | {"on_disk": is_on_disk(spec)} for spec in specs]
+        print(json.dumps(rows, indent=2))
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE)
+    for title in ("id", "family", "generation", "released", "sets", "source"):
+        table.add_column(title, no_wrap=title == "id")
+    for title in ("parameters", "MMLU"):
+        table.add_column(title, justify="right")
+    for title in ("gated", "on disk"):
+        table.add_column(title)
+    for spec in specs:
+        table.add_row(
+            spec.id,
+            spec.family,
+            spec.generation,
+            f"{spec.released:%Y-%m}" if spec.released else "",
+            ", ".join(spec.sets),
+            spec.source.label,
+            f"{spec.parameters / 1e9:.2f} B",
+            f"{spec.mmlu.score:.1f}" if spec.mmlu else "",
+            "yes" if spec.gated else "no",
+            "yes" if is_on_disk(spec) else "no",
+        )
+    # In a pipe there is no width to fit into, and a cut cell helps nobody.
+    Console(width=None if sys.stdout.isatty() else 180).print(table)
+
+
 def _fail(error: Exception, status: int) -> None:
     print(f"paramspec: error: {error}", file=sys.stderr)
     raise typer.Exit(status)
