@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer.core import TyperCommand
+from typer.exceptions import TyperException
 
 from paramspec.errors import InputError
+
+if TYPE_CHECKING:
+    from paramspec.sweep import Study
 
 app = typer.Typer(
     name="paramspec",
@@ -137,6 +141,117 @@ def models(
     Console(width=None if sys.stdout.isatty() else 180).print(table)
 
 
+@app.command()
+def pss(
+    model: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="Registry ids (see `paramspec models`), hub ids, local directories, GGUF files.",
+        ),
+    ],
+    questions: Annotated[
+        Path | None, typer.Option(help="Your own questions, JSON lines; SpecWiki if not given.")
+    ] = None,
+    concepts: Annotated[
+        int | None,
+        typer.Option(help="How many concepts, evenly over the tiers; all if not given."),
+    ] = None,
+    ratios: Annotated[
+        str, typer.Option(help="Mask ratios: shares of the value vectors, separated by commas.")
+    ] = "0.01,0.02,0.05,0.1,0.2",
+    position: Annotated[
+        str, typer.Option(help="Coefficients of the prompt's tokens: mean over all, or last.")
+    ] = "mean",
+    scope: Annotated[
+        str, typer.Option(help="Choose value vectors in each layer, or over the whole model.")
+    ] = "layer",
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help="paper: choose and score on the same questions; "
+            "holdout: choose on fold 0, score on fold 1."
+        ),
+    ] = "paper",
+    controls: Annotated[
+        int, typer.Option(help="Draws of each control mask: random, magnitude, other.")
+    ] = 1,
+    general: Annotated[
+        int, typer.Option(help="Unrelated questions that a concept's masks are scored on.")
+    ] = 10,
+    seed: Annotated[int, typer.Option(help="Of concepts, general questions and controls.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    out: Annotated[
+        Path, typer.Option(help="Where pss.parquet, details.parquet, masks and run.json go.")
+    ] = Path("results/pss"),
+    store: Annotated[
+        Path, typer.Option(help="Where finished units are kept: a rerun continues from there.")
+    ] = Path("results/store"),
+) -> None:
+    """Measure the parameter specialization score (PSS) of models, with nulls and intervals.
+
+    Prints a table and writes pss.parquet, details.parquet, masks.safetensors and run.json.
+    """
+    from paramspec.pss import parse_choices
+    from paramspec.specwiki import load_questions
+    from paramspec.store import Store, require_writable
+    from paramspec.sweep import measure_pss, write_study
+
+    choices = parse_choices(
+        ratios=ratios,
+        position=position,
+        scope=scope,
+        protocol=protocol,
+        controls=controls,
+        general=general,
+        seed=seed,
+    )
+    asked = load_questions(questions, concepts=concepts, seed=seed)
+    require_writable(out)
+    require_writable(store)
+    study = measure_pss(model, asked, choices, store=Store(store), dtype=dtype, device=device)
+    write_study(study, out)
+    _print_study(study)
+    print(f"Written to {out}/: pss.parquet, details.parquet, masks.safetensors, run.json")
+
+
+def _print_study(study: Study) -> None:
+    """A table a model: accuracies and PSS with intervals at each mask and ratio, and the peaks."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from paramspec.pss import peak_pss, summarize
+
+    console = Console()
+    columns = ["concept_accuracy", "general_accuracy", "pss_pooled", "did", "pss_per_concept"]
+    titles = ["C(k)", "G(k)", "PSS pooled", "diff. in diff.", "PSS per concept"]
+    for model, part in summarize(study.pss).groupby("model", sort=False):
+        protocol, concepts = part["protocol"].iloc[0], part["concepts"].iloc[0]
+        table = Table(
+            title=f"{model}: {concepts} concepts, protocol {protocol}",
+            caption="in brackets: 95 % bootstrap intervals over concepts; floor: sampling alone",
+        )
+        table.add_column("mask")
+        for title in ("ratio", *titles, "floor pooled", "floor per concept"):
+            table.add_column(title, justify="right")
+        for row in part.to_dict("records"):
+            cells = [_interval(row, column) for column in columns]
+            floors = [f"{row['floor_pooled']:.3f}", f"{row['floor_per_concept']:.3f}"]
+            table.add_row(row["mask"], f"{row['ratio']:g}", *cells, *floors)
+        console.print(table)
+    for row in peak_pss(study.pss).to_dict("records"):
+        console.print(
+            f"{row['model']}, mask {row['mask']}: peak PSS pooled {_interval(row, 'peak_pooled')} "
+            f"at ratio {row['ratio']:g}, per concept {_interval(row, 'peak_per_concept')}",
+            highlight=False,
+        )
+
+
+def _interval(row: dict[str, float], name: str) -> str:
+    return f"{row[name]:.3f} \\[{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"
+
+
 def _fail(error: Exception, status: int) -> None:
     print(f"paramspec: error: {error}", file=sys.stderr)
     raise typer.Exit(status)
@@ -145,7 +260,15 @@ def _fail(error: Exception, status: int) -> None:
 def main() -> None:
     """Run the command line; bad input is one line on standard error and exit status 2."""
     try:
-        app()
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except InputError as error:
         print(f"paramspec: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        status = 2
+    except TyperException as error:
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        print(f"paramspec: error: {message} (see --help)", file=sys.stderr)
+        status = 2
+    except (KeyboardInterrupt, typer.Abort):
+        print("paramspec: interrupted; finished work is kept", file=sys.stderr)
+        status = 130
+    sys.exit(status)

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from paramspec.errors import InputError
 from paramspec.hooks import Position, ValueVectorView, record_coefficients, unembed_only
-from paramspec.specwiki.schema import Question
+from paramspec.specwiki import Question
 
 Scope = Literal["layer", "model"]
 

@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from scipy import stats
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -39,7 +39,7 @@ from paramspec.masks import (
     value_vector_scores,
 )
 from paramspec.scoring import SCORING_VERSION, Engine, Item, Request, choose, encode, score_options
-from paramspec.specwiki.schema import Question
+from paramspec.specwiki import Question
 
 Protocol = Literal["paper", "holdout"]
 MASKS = ("none", "concept", "random", "magnitude", "other")
@@ -97,6 +97,29 @@ class Choices(BaseModel):
     @property
     def score_on(self) -> tuple[int, ...]:
         return (1,) if self.protocol == "holdout" else (0, 1)
+
+
+def parse_choices(*, ratios: str | Sequence[float] = RATIOS, **others: object) -> Choices:
+    """`parse_choices(ratios="0.01,0.05", scope="layer")`: `Choices`, or one line on what is wrong.
+
+    Raises:
+        InputError: for a ratio that is not a number from 0 to 1, or an unknown choice.
+    """
+    if isinstance(ratios, str):
+        try:
+            ratios = [float(part) for part in ratios.split(",") if part.strip()]
+        except ValueError:
+            raise InputError(
+                f"ratios {ratios!r}: expected numbers from 0 to 1 separated by commas, as 0.01,0.05"
+            ) from None
+    try:
+        return Choices(ratios=ratios, **others)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place, message = first["loc"][0], first["msg"].removeprefix("Value error, ")
+        if first["type"] == "value_error":
+            raise InputError(message) from None
+        raise InputError(f"{place} {first['input']!r}: {message}") from None
 
 
 class Tables(NamedTuple):

@@ -27,8 +27,6 @@ prediction is read off. A model that cannot take such a row (learnt from a test 
 
 from __future__ import annotations
 
-import re
-import string
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -41,7 +39,7 @@ from transformers import PreTrainedTokenizerBase
 
 from paramspec.errors import InputError
 from paramspec.hooks import ValueVectorView, mask_value_vectors, unembed_only
-from paramspec.specwiki.schema import Question
+from paramspec.specwiki import Question, normalise
 
 # Raised whenever a change could move a score; part of every result's key.
 SCORING_VERSION = 1
@@ -110,8 +108,7 @@ def choose_engine(view: ValueVectorView) -> Engine:
     """`engine = choose_engine(view)`: packed rows if the model computes them correctly.
 
     Decided by a test: a forest that branches at every depth is scored packed and plain. Models
-    with position tables counted from the attention mask (OPT) or attention biases by distance
-    (BLOOM, MPT) fail it. A sliding window is no obstacle while no path is as long as the window.
+    whose attention is biased by distances that are not set by position ids (BLOOM, MPT) fail it. A sliding window is no obstacle while no path is as long as the window.
     """
     attention = getattr(view.model.config, "_attn_implementation", None)
     if attention not in ("eager", "sdpa"):
@@ -444,12 +441,6 @@ def _left_padded(
     return {"input_ids": tokens.to(device), "attention_mask": attention_mask.to(device)}
 
 
-def normalize_answer(text: str) -> str:
-    """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces."""
-    text = "".join(character for character in text.lower() if character not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
 def answer_matches(answer: str, aliases: Sequence[str]) -> bool:
     """`answer_matches("The Paris.", ["Paris"])`: SQuAD's exact match against any alias."""
-    return normalize_answer(answer) in {normalize_answer(alias) for alias in aliases}
+    return normalise(answer) in {normalise(alias) for alias in aliases}

@@ -1,0 +1,270 @@
+"""Measure models over a set of questions, in units that are stored as they are done.
+
+    study = measure_pss(["smollm2-135m"], questions, Choices(), store=Store("results/store"))
+    study.pss, study.details, study.masks, study.run
+    write_study(study, Path("out"))
+
+A unit is (model, shard of concepts). A finished unit is never computed again: a rerun after a
+crash, a wider set of ratios on the next model, or a second chapter with the same choices continues
+from the store.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from paramspec.errors import InputError
+from paramspec.hooks import value_vector_view
+from paramspec.masks import ConceptCoefficients, load_masks, record_concepts, save_masks
+from paramspec.models import LoadedModel, load_model
+from paramspec.pss import (
+    DETAIL_COLUMNS,
+    PSS_COLUMNS,
+    Choices,
+    Tables,
+    evaluations,
+    measure_concepts,
+    method_key,
+)
+from paramspec.scoring import choose_engine
+from paramspec.specwiki import Question, questions_digest
+from paramspec.store import Store, writing_to
+
+VERSIONS = ("paramspec", "torch", "transformers", "numpy")
+SHARD = 4  # concepts of a unit: seconds to minutes of work, so that little is lost by a crash
+
+
+@dataclass(frozen=True)
+class Study:
+    """What `measure_pss` gives: its tables, masks by name, and the record of the run."""
+
+    pss: pd.DataFrame
+    details: pd.DataFrame
+    masks: dict[str, Tensor]
+    run: dict[str, object]
+
+
+def measure_pss(
+    models: Sequence[str | LoadedModel],
+    questions: Sequence[Question],
+    choices: Choices | None = None,
+    *,
+    store: Store | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> Study:
+    """`study = measure_pss(["smollm2-135m"], questions)`: PSS of each model on the questions.
+
+    Args:
+        models: registry ids, hub ids, directories, GGUF files, or models already loaded.
+        questions: of at least two concepts, both folds of each.
+        choices: see `Choices`; the defaults if not given.
+        store: where finished units are kept and looked for.
+        dtype, device: see `load_model`.
+
+    Raises:
+        InputError: if a model or the questions cannot be used, before anything is measured.
+    """
+    choices = choices or Choices()
+    store = store or Store("results/store")
+    if not models:
+        raise InputError("models: none given; name at least one model")
+    _refuse_thin(questions)
+    parts: list[Tables] = []
+    runs = []
+    for model in models:
+        loaded = (
+            model
+            if isinstance(model, LoadedModel)
+            else load_model(model, dtype=dtype, device=device)
+        )
+        tables, run = _measure_model(loaded, questions, choices, store)
+        parts += tables
+        runs.append(run)
+    run = {
+        "questions": {"digest": questions_digest(questions), "count": len(questions)},
+        **method_key(choices),
+        "models": runs,
+        "versions": {
+            name: version(name) for name in ("paramspec", "torch", "transformers", "numpy")
+        },
+        "hardware": hardware(),
+    }
+    return Study(
+        pd.concat([part.pss for part in parts], ignore_index=True),
+        pd.concat([part.details for part in parts], ignore_index=True),
+        {name: mask for part in parts for name, mask in part.masks.items()},
+        run,
+    )
+
+
+def write_study(study: Study, out: Path) -> None:
+    """`write_study(study, Path("out"))`: the four files that the command `pss` leaves.
+
+    Each replaces its predecessor whole or not at all.
+    """
+    choices = {
+        key: value for key, value in study.run.items() if key not in ("hardware", "versions")
+    }
+    with writing_to(out):
+        out.mkdir(parents=True, exist_ok=True)
+        _write_parquet(study.pss, out / "pss.parquet")
+        _write_parquet(study.details, out / "details.parquet")
+        save_masks(out / "masks.safetensors", study.masks, choices)
+        scratch = out / "run.json.partial"
+        scratch.write_text(json.dumps(study.run, indent=2, ensure_ascii=False) + "\n")
+        scratch.replace(out / "run.json")
+
+
+def hardware() -> dict[str, object]:
+    """`hardware()`: what a run was computed on."""
+    cpu = platform.processor() or platform.machine()
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                cpu = line.partition(":")[2].strip()
+                break
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"cpu": cpu, "threads": torch.get_num_threads(), "gpus": gpus}
+
+
+def _refuse_thin(questions: Sequence[Question]) -> None:
+    folds: dict[str, set[int]] = {}
+    for question in questions:
+        folds.setdefault(question.concept, set()).add(question.fold)
+    if len(folds) < 2:
+        raise InputError(f"questions on {len(folds)} concept(s): at least 2 are needed")
+    for concept, present in folds.items():
+        if len(present) < 2:
+            raise InputError(
+                f"{concept!r} has questions of fold {min(present)} alone; both folds are needed"
+            )
+
+
+def _measure_model(
+    loaded: LoadedModel, questions: Sequence[Question], choices: Choices, store: Store
+) -> tuple[list[Tables], dict[str, object]]:
+    began = time.perf_counter()
+    view = value_vector_view(loaded.model)
+    engine = choose_engine(view)
+    basis = {
+        "model": loaded.digest,
+        "name": loaded.name,
+        "dtype": str(loaded.dtype),
+        "device": loaded.device.type,
+        "questions": questions_digest(questions),
+    }
+    concepts = list(dict.fromkeys(question.concept for question in questions))
+    shards = [concepts[start : start + SHARD] for start in range(0, len(concepts), SHARD)]
+    keys = [
+        basis | method_key(choices) | {"unit": "pss", "engine": engine.name, "concepts": shard}
+        for shard in shards
+    ]
+    total = evaluations(choices, questions, concepts)
+    reused = 0
+    tables = []
+    with tqdm(total=total, desc=loaded.name, unit="question", smoothing=0.1) as bar:
+        for shard, key in zip(shards, keys, strict=True):
+            path = store.get(key)
+            if path is None:
+                coefficients = _coefficients(loaded, view, questions, choices, store, basis)
+                measured = measure_concepts(
+                    loaded.name,
+                    view,
+                    loaded.tokenizer,
+                    questions,
+                    shard,
+                    choices,
+                    coefficients,
+                    engine=engine,
+                    progress=bar.update,
+                )
+                store.put(key, lambda directory, measured=measured: _save(measured, directory))
+            else:
+                reused += 1
+                measured = _load(path)
+                bar.update(evaluations(choices, questions, shard))
+            tables.append(measured)
+    run = {
+        "name": loaded.name,
+        "digest": loaded.digest,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "device": str(loaded.device),
+        "engine": {"name": engine.name, "reason": engine.reason},
+        "layers": view.layers,
+        "width": view.width,
+        "evaluations": total,
+        "units": len(shards),
+        "units_from_store": reused,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    return tables, run
+
+
+def _coefficients(
+    loaded: LoadedModel,
+    view,
+    questions: Sequence[Question],
+    choices: Choices,
+    store: Store,
+    basis: dict[str, object],
+) -> ConceptCoefficients:
+    key = basis | {
+        "unit": "coefficients",
+        "position": choices.position,
+        "batch_tokens": choices.batch_tokens,
+    }
+    path = store.get(key)
+    if path is None:
+        with tqdm(total=len(questions), desc="coefficients", unit="question", leave=False) as bar:
+            recorded = record_concepts(
+                view,
+                loaded.tokenizer,
+                questions,
+                position=choices.position,
+                batch_tokens=choices.batch_tokens,
+                progress=bar.update,
+            )
+        path = store.put(
+            key,
+            lambda directory: save_file(
+                {"sums": recorded.sums, "counts": recorded.counts},
+                directory / "coefficients.safetensors",
+            ),
+        )
+    concepts = tuple(dict.fromkeys(question.concept for question in questions))
+    tensors = load_file(path / "coefficients.safetensors")
+    return ConceptCoefficients(concepts, tensors["sums"], tensors["counts"])
+
+
+def _save(tables: Tables, directory: Path) -> None:
+    _write_parquet(tables.pss, directory / "pss.parquet")
+    _write_parquet(tables.details, directory / "details.parquet")
+    save_masks(directory / "masks.safetensors", tables.masks, {})
+
+
+def _load(directory: Path) -> Tables:
+    return Tables(
+        pd.read_parquet(directory / "pss.parquet")[list(PSS_COLUMNS)],
+        pd.read_parquet(directory / "details.parquet")[list(DETAIL_COLUMNS)],
+        load_masks(directory / "masks.safetensors")[0],
+    )
+
+
+def _write_parquet(table: pd.DataFrame, path: Path) -> None:
+    scratch = path.with_name(path.name + ".partial")
+    table.to_parquet(scratch, index=False)
+    scratch.replace(path)
