@@ -1,7 +1,7 @@
 """Sphinx extension: a chapter's page shows its executed copy, and says where it comes from.
 
     sphinx:                                   # in _config.yml
-      extra_extensions: [paramspec.sphinx_executed]
+      config: {extensions: [..., paramspec.sphinx_executed]}
 
 Sources stay `book/X.md` in the table of contents, so links, edit buttons and warnings name the file
 that a person edits; their cells and outputs come from `book/_executed/X.ipynb` (or the folder that
