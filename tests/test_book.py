@@ -389,6 +389,9 @@ SMALL = HEADER + "\n# Page {name}\n\n```{{code-cell}} ipython3\nprint('{name}')\
 def test_a_site_refuses_missing_failed_and_stale_copies(tmp_path: Path) -> None:
     names = ("good", "gone", "failed", "stale")
     root = make_checkout(tmp_path / "checkout", **{n: SMALL.format(name=n) for n in names})
+    for folder in (".venv/lib", "results"):  # no page of the book: not to be read at all
+        (root / folder).mkdir(parents=True)
+        (root / folder / "card.md").write_text("---\n{{ card }}\n---\n# A template\n")
     out = root / "elsewhere"
     html = book.build(root=root, out=out)
     assert html == out / "_build" / "html"
