@@ -1,8 +1,8 @@
 """Parameter specialization of language models: value vectors, masks, scoring, PSS.
 
-    from paramspec import load_model, load_questions, measure_pss
-    model = load_model("smollm2-135m")
-    table = measure_pss(model, load_questions(concepts=60))
+    from paramspec import load_questions, measure_pss, summarize
+    study = measure_pss(["smollm2-135m"], load_questions(concepts=60))
+    summarize(study.pss)
 
 Names are imported on first use, so that the command line answers at once.
 """
@@ -15,5 +15,35 @@ __getattr__, __dir__, __all__ = _lazy.attach(
     __name__,
     submod_attrs={
         "errors": ["InputError"],
+        "hooks": [
+            "ValueVectorView",
+            "mask_value_vectors",
+            "record_coefficients",
+            "value_vector_view",
+        ],
+        "masks": [
+            "ConceptCoefficients",
+            "keep_tensor",
+            "load_masks",
+            "magnitude_matched_vectors",
+            "random_vectors",
+            "record_concepts",
+            "save_masks",
+            "top_vectors",
+            "value_vector_scores",
+        ],
+        "models": ["LoadedModel", "ModelSpec", "load_model", "load_registry"],
+        "pss": ["Choices", "parse_choices", "peak_pss", "sampling_floor", "summarize"],
+        "scoring": [
+            "answer_matches",
+            "choose",
+            "encode",
+            "generate_answers",
+            "score_one_at_a_time",
+            "score_options",
+        ],
+        "specwiki": ["Question", "export_lm_eval", "load_questions", "questions_digest"],
+        "store": ["Store"],
+        "sweep": ["Study", "measure_pss", "score_questions", "write_study"],
     },
 )

@@ -108,7 +108,8 @@ def choose_engine(view: ValueVectorView) -> Engine:
     """`engine = choose_engine(view)`: packed rows if the model computes them correctly.
 
     Decided by a test: a forest that branches at every depth is scored packed and plain. Models
-    whose attention is biased by distances that are not set by position ids (BLOOM, MPT) fail it. A sliding window is no obstacle while no path is as long as the window.
+    whose attention is biased by distances that position ids do not set (BLOOM, MPT) fail it. A
+    sliding window is no obstacle while no path is longer than the window.
     """
     attention = getattr(view.model.config, "_attn_implementation", None)
     if attention not in ("eager", "sdpa"):

@@ -39,7 +39,14 @@ from paramspec.pss import (
     measure_concepts,
     method_key,
 )
-from paramspec.scoring import choose_engine
+from paramspec.scoring import (
+    SCORING_VERSION,
+    Request,
+    choose,
+    choose_engine,
+    encode,
+    score_options,
+)
 from paramspec.specwiki import Question, questions_digest
 from paramspec.store import Store, writing_to
 
@@ -111,6 +118,67 @@ def measure_pss(
     )
 
 
+def score_questions(
+    model: LoadedModel,
+    questions: Sequence[Question],
+    *,
+    store: Store | None = None,
+    row_tokens: int = 128,
+    batch_tokens: int = 2048,
+) -> pd.DataFrame:
+    """`answers = score_questions(load_model("smollm2-135m"), questions)`: without any mask.
+
+    Returns:
+        A row per question: `question_id`, `concept`, `domain`, `tier`, `relation`, `fold`,
+        `option_logprobs`, `predicted`, `predicted_norm`, `correct`, `correct_norm`, as in
+        `DETAIL_COLUMNS`.
+    """
+    store = store or Store("results/store")
+    view = value_vector_view(model.model)
+    engine = choose_engine(view)
+    key = _basis(model, questions) | {
+        "unit": "answers",
+        "engine": engine.name,
+        "row_tokens": row_tokens,
+        "batch_tokens": batch_tokens,
+        "scoring_version": SCORING_VERSION,
+    }
+    path = store.get(key)
+    if path is None:
+        with tqdm(total=len(questions), desc=model.name, unit="question") as bar:
+            scores = score_options(
+                view,
+                [Request(encode(model.tokenizer, question), 0) for question in questions],
+                [None],
+                engine=engine,
+                row_tokens=row_tokens,
+                batch_tokens=batch_tokens,
+                progress=bar.update,
+            )
+        table = pd.DataFrame(
+            [_answer(question, score) for question, score in zip(questions, scores, strict=True)]
+        )
+        path = store.put(key, lambda folder: _write_parquet(table, folder / "answers.parquet"))
+    return pd.read_parquet(path / "answers.parquet")
+
+
+def _answer(question: Question, score: Tensor) -> dict[str, object]:
+    choice = choose(score.tolist(), question.options)
+    return {
+        "question_id": question.id,
+        "concept": question.concept,
+        "domain": question.domain,
+        "tier": question.tier,
+        "relation": question.relation,
+        "fold": question.fold,
+        "option_logprobs": score.tolist(),
+        "predicted": choice.by_sum,
+        "predicted_norm": choice.by_characters,
+        "correct": choice.by_sum == question.answer,
+        "correct_norm": choice.by_characters == question.answer,
+    }
+
+
 def write_study(study: Study, out: Path) -> None:
     """`write_study(study, Path("out"))`: the four files that the command `pss` leaves.
 
@@ -160,13 +228,7 @@ def _measure_model(
     began = time.perf_counter()
     view = value_vector_view(loaded.model)
     engine = choose_engine(view)
-    basis = {
-        "model": loaded.digest,
-        "name": loaded.name,
-        "dtype": str(loaded.dtype),
-        "device": loaded.device.type,
-        "questions": questions_digest(questions),
-    }
+    basis = _basis(loaded, questions)
     concepts = list(dict.fromkeys(question.concept for question in questions))
     shards = [concepts[start : start + SHARD] for start in range(0, len(concepts), SHARD)]
     keys = [
@@ -212,6 +274,17 @@ def _measure_model(
         "seconds": round(time.perf_counter() - began, 1),
     }
     return tables, run
+
+
+def _basis(loaded: LoadedModel, questions: Sequence[Question]) -> dict[str, object]:
+    """What every result of a model on some questions depends on."""
+    return {
+        "model": loaded.digest,
+        "name": loaded.name,
+        "dtype": str(loaded.dtype),
+        "device": loaded.device.type,
+        "questions": questions_digest(questions),
+    }
 
 
 def _coefficients(
