@@ -354,18 +354,21 @@ def _hub_snapshot(source: HubSource, gated: str | None, download: bool) -> Path:
         found = snapshot_download(
             name, revision=revision, allow_patterns=list(HUB_FILES), local_files_only=local
         )
+        _weight_files(Path(found))  # a download that was broken off leaves a part
         return Path(found)
 
-    try:
-        path = fetch(local=True)
-        if (path / "config.json").is_file() and _weight_files(path):
-            return path
-    except (InputError, errors.LocalEntryNotFoundError):
-        pass  # not there, or not all of it
+    with contextlib.suppress(InputError, errors.LocalEntryNotFoundError):
+        return fetch(local=True)
     if not download:
         raise InputError(f"{name}: not in the hub cache {constants.HF_HUB_CACHE}; download it")
     try:
         return fetch(local=False)
+    except InputError as error:
+        raise InputError(
+            f"{name}: no safetensors weights, or not all of them, in the hub cache "
+            f"{constants.HF_HUB_CACHE}, and the hub adds none; connect to the network if it is "
+            "cut, or use a model that has safetensors"
+        ) from error
     except errors.GatedRepoError as error:
         raise InputError(
             f"{name}: gated, and this machine has no access; ask at "
@@ -538,14 +541,15 @@ def _text_half(network: PreTrainedModel) -> PreTrainedModel:
 
     with torch.device("meta"), no_init_weights():
         half = AutoModelForCausalLM.from_config(text)
-    half.set_decoder(network.get_decoder())
-    half.set_output_embeddings(network.get_output_embeddings())
-    half.generation_config = network.generation_config
-    if any(parameter.is_meta for parameter in half.parameters()):
+    decoder = network.get_decoder()
+    if type(decoder) is not type(half.base_model):
         raise InputError(
             f"{type(network).__name__}: its language model cannot be taken out; "
             "use a text-only model"
         )
+    setattr(half, half.base_model_prefix, decoder)
+    half.set_output_embeddings(network.get_output_embeddings())
+    half.generation_config = network.generation_config
     return half
 
 
