@@ -1,0 +1,314 @@
+"""One function per figure: a table in, a matplotlib figure out. Nothing is computed here.
+
+figures.use_book_style()
+figures.accuracy_by(table)          # chapter 2
+figures.curves(summary, base)       # chapter 3
+"""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+CHANCE = 0.25
+_COLOURS = sns.color_palette("colorblind")
+# A mask keeps its colour through the book.
+MASK_COLOURS = {
+    "concept": _COLOURS[3],
+    "other": _COLOURS[1],
+    "magnitude": _COLOURS[2],
+    "random": _COLOURS[7],
+}
+MASK_TITLES = {
+    "concept": "the concept's own vectors",
+    "other": "another concept's vectors",
+    "magnitude": "vectors as active",
+    "random": "random vectors",
+}
+OWN, GENERAL = _COLOURS[3], _COLOURS[0]
+
+
+def use_book_style() -> None:
+    """`use_book_style()`: the look of every figure of the book; call it once a chapter."""
+    sns.set_theme(context="notebook", style="ticks", palette="colorblind")
+    plt.rcParams.update(
+        {
+            "figure.facecolor": "white",
+            "savefig.dpi": 150,
+            "figure.dpi": 110,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": "medium",
+            "axes.titlelocation": "left",
+            "legend.frameon": False,
+            "font.size": 11,
+        }
+    )
+
+
+def _with_interval(axes: Axes, x: object, table: pd.DataFrame, value: str, **style: object) -> None:
+    """A line with its interval as a band, columns `value`, `value_low`, `value_high`."""
+    axes.plot(x, table[value], marker="o", **style)
+    axes.fill_between(
+        x,
+        table[f"{value}_low"],
+        table[f"{value}_high"],
+        color=style["color"],
+        alpha=0.15,
+        linewidth=0,
+    )
+
+
+def _ratio_axis(axes: Axes, ratios: list[float]) -> np.ndarray:
+    """Ratios at even places, for they are spaced by factors; returns the places."""
+    places = np.arange(len(ratios))
+    axes.set_xticks(places, ["none" if ratio == 0 else f"{ratio:.1%}" for ratio in ratios])
+    axes.set_xlabel("value vectors masked")
+    return places
+
+
+def promoted_share(table: pd.DataFrame) -> Figure:
+    """How much of each MLP output the largest terms of its sum carry.
+
+    Args:
+        table: columns `vectors` (how many of the largest coefficients are kept), `layer`,
+            `error` (norm of what is missing over the norm of the output).
+    """
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    layers = sorted(table["layer"].unique())
+    palette = sns.color_palette("viridis", len(layers))
+    for colour, layer in zip(palette, layers, strict=True):
+        part = table[table["layer"] == layer]
+        axes.plot(part["vectors"], part["error"], color=colour, linewidth=1.2)
+    axes.set_xscale("log")
+    axes.set_ylim(-0.03, None)
+    axes.set_xlabel("value vectors kept, those with the largest terms first")
+    axes.set_ylabel("missing part of\nthe MLP's output")
+    scale = plt.cm.ScalarMappable(plt.Normalize(layers[0], layers[-1]), "viridis")
+    figure.colorbar(scale, ax=axes, label="layer")
+    return figure
+
+
+def overlap(table: pd.DataFrame, domains: list[str], expected: float) -> Figure:
+    """How far the value vectors of two concepts are the same: a heat map, concepts by domain.
+
+    Args:
+        table: square, shared fraction of each pair's masks; index and columns are concepts.
+        domains: the domain of each concept, in the table's order.
+        expected: the fraction that two random masks of this size share.
+    """
+    size = 2.6 + 0.22 * len(table)
+    figure, axes = plt.subplots(figsize=(size + 1.2, size), layout="constrained")
+    values = table.to_numpy(copy=True)
+    np.fill_diagonal(values, np.nan)
+    shared = pd.DataFrame(values, index=table.index, columns=table.columns)
+    sns.heatmap(
+        shared,
+        ax=axes,
+        cmap="mako_r",
+        vmin=expected,
+        square=True,
+        xticklabels=True,
+        yticklabels=True,
+        cbar_kws={"label": f"vectors shared (at random: {expected:.0%})", "shrink": 0.8},
+    )
+    axes.set_facecolor("0.9")
+    axes.tick_params(labelsize=8, length=0)
+    axes.set(xlabel="", ylabel="")
+    for place in range(1, len(domains)):
+        if domains[place] != domains[place - 1]:
+            axes.axhline(place, color="white", linewidth=2.5)
+            axes.axvline(place, color="white", linewidth=2.5)
+    return figure
+
+
+def accuracy_by(table: pd.DataFrame) -> Figure:
+    """Accuracy with its 95 % interval, a row per group.
+
+    Args:
+        table: columns `by` (what the group is of: a panel each), `group`, `accuracy`, `low`,
+            `high`, `n`.
+    """
+    kinds = list(dict.fromkeys(table["by"]))
+    heights = [max(2, (table["by"] == kind).sum()) for kind in kinds]
+    figure, panels = plt.subplots(
+        len(kinds),
+        1,
+        figsize=(7, 0.8 + 0.27 * sum(heights)),
+        height_ratios=heights,
+        sharex=True,
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes, kind in zip(panels[:, 0], kinds, strict=True):
+        part = table[table["by"] == kind].iloc[::-1]
+        names = [f"{row.group}  (n = {row.n})" for row in part.itertuples()]
+        axes.errorbar(
+            part["accuracy"],
+            names,
+            xerr=[part["accuracy"] - part["low"], part["high"] - part["accuracy"]],
+            fmt="o",
+            color=GENERAL,
+            capsize=0,
+            markersize=5,
+        )
+        axes.axvline(CHANCE, color="0.5", linestyle="--", linewidth=1)
+        axes.set_title(f"by {kind}")
+        axes.margins(y=0.6 / len(part))
+        axes.tick_params(axis="y", length=0, labelsize=9)
+        axes.spines["left"].set_visible(False)
+    axes.set_xlim(0, 1.02)
+    axes.set_xlabel("accuracy (acc_norm), 95 % interval; dashed: chance")
+    return figure
+
+
+def curves(summary: pd.DataFrame) -> Figure:
+    """C(k) and G(k) over the mask ratio: a panel for each kind of mask.
+
+    Args:
+        summary: rows of `pss.summarize` of one model and protocol.
+    """
+    base = summary[summary["mask"] == "none"]
+    masks = [mask for mask in MASK_COLOURS if (summary["mask"] == mask).any()]
+    figure, panels = plt.subplots(
+        1,
+        len(masks),
+        figsize=(2.5 * len(masks) + 0.8, 3.4),
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes, mask in zip(panels[0], masks, strict=True):
+        part = pd.concat([base, summary[summary["mask"] == mask].sort_values("ratio")])
+        places = _ratio_axis(axes, list(part["ratio"]))
+        general = {"color": GENERAL, "label": "unrelated questions, G(k)"}
+        own = {"color": OWN, "label": "the concept's questions, C(k)"}
+        _with_interval(axes, places, part, "general_accuracy", **general)
+        _with_interval(axes, places, part, "concept_accuracy", **own)
+        axes.axhline(CHANCE, color="0.5", linestyle="--", linewidth=1)
+        axes.set_title(f"{mask}:\n{MASK_TITLES[mask]}", fontsize=10)
+        axes.tick_params(axis="x", labelsize=9)
+    panels[0, 0].set_ylabel("accuracy (acc_norm)")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    return figure
+
+
+def pss_over_ratio(summary: pd.DataFrame) -> Figure:
+    """PSS pooled, PSS per concept and the difference in differences, each mask a line.
+
+    Args:
+        summary: rows of `pss.summarize` of one model and protocol.
+    """
+    columns = {
+        "pss_pooled": ("PSS, pooled", "floor_pooled"),
+        "pss_per_concept": ("PSS, per concept", "floor_per_concept"),
+        "did": ("difference in differences", None),
+    }
+    ratios = sorted(summary.loc[summary["mask"] != "none", "ratio"].unique())
+    figure, panels = plt.subplots(1, 3, figsize=(10.5, 3.5), layout="constrained")
+    for axes, (column, (title, floor)) in zip(panels, columns.items(), strict=True):
+        places = _ratio_axis(axes, ratios)
+        for shift, (mask, colour) in enumerate(MASK_COLOURS.items()):
+            part = summary[summary["mask"] == mask].sort_values("ratio")
+            if part.empty:
+                continue
+            axes.errorbar(
+                places + 0.09 * (shift - 1.5),
+                part[column],
+                yerr=[part[column] - part[f"{column}_low"], part[f"{column}_high"] - part[column]],
+                color=colour,
+                marker="o",
+                markersize=5,
+                linewidth=1.8 if mask == "concept" else 1.2,
+                label=f"{mask}: {MASK_TITLES[mask]}",
+            )
+        if floor:
+            own = summary[summary["mask"] == "concept"].sort_values("ratio")
+            axes.plot(places, own[floor], color="0.35", linestyle=":", label="sampling alone")
+            axes.set_ylim(0, None)
+        else:
+            axes.axhline(0, color="0.5", linestyle="--", linewidth=1)
+        axes.set_title(title)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
+    return figure
+
+
+def protocols(summary: pd.DataFrame) -> Figure:
+    """The gap G(k) - C(k) that masking opens, over G(0), for each protocol.
+
+    Args:
+        summary: rows of `pss.summarize` of one model, for the mask `concept`.
+    """
+    figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+    ratios = sorted(summary["ratio"].unique())
+    places = _ratio_axis(axes, ratios)
+    titles = {"paper": "paper: same questions", "holdout": "held out: other questions"}
+    for colour, (protocol, title) in zip((OWN, _COLOURS[4]), titles.items(), strict=True):
+        part = summary[summary["protocol"] == protocol].sort_values("ratio")
+        if not part.empty:
+            _with_interval(axes, places, part, "did", color=colour, label=title)
+    axes.axhline(0, color="0.5", linestyle="--", linewidth=1)
+    axes.set_ylabel("difference in\ndifferences")
+    axes.legend(title="vectors chosen and scored on")
+    return figure
+
+
+def depth(table: pd.DataFrame) -> Figure:
+    """Where in depth a concept's vectors lie, when all layers compete.
+
+    Args:
+        table: columns `layer`, `ratio`, `share` (mean share of the masked vectors that lie in the
+            layer), `low`, `high` (quartiles over concepts).
+    """
+    ratios = sorted(table["ratio"].unique())
+    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    palette = sns.color_palette("flare", len(ratios))
+    for colour, ratio in zip(palette, ratios, strict=True):
+        part = table[table["ratio"] == ratio].sort_values("layer")
+        axes.plot(part["layer"], part["share"], color=colour, label=f"{ratio:.0%} masked")
+        axes.fill_between(part["layer"], part["low"], part["high"], color=colour, alpha=0.2, lw=0)
+    layers = table["layer"].nunique()
+    axes.axhline(1 / layers, color="0.5", linestyle="--", linewidth=1)
+    axes.annotate("even", (0, 1 / layers), xytext=(0, 3), textcoords="offset points", color="0.4")
+    axes.set_ylim(0, None)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("share of the\nmasked vectors")
+    axes.legend()
+    return figure
+
+
+def general_change(table: pd.DataFrame) -> Figure:
+    """C7: what masking does to unrelated questions, in accuracy, a bar for each mask and ratio.
+
+    Args:
+        table: rows of `pss.summarize`: `mask`, `ratio`, `general_change` and its interval.
+    """
+    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    ratios = sorted(table["ratio"].unique())
+    places = _ratio_axis(axes, ratios)
+    for shift, (mask, colour) in enumerate(MASK_COLOURS.items()):
+        part = table[table["mask"] == mask].sort_values("ratio")
+        if part.empty:
+            continue
+        axes.errorbar(
+            places + 0.12 * (shift - 1.5),
+            part["general_change"],
+            yerr=[
+                part["general_change"] - part["general_change_low"],
+                part["general_change_high"] - part["general_change"],
+            ],
+            fmt="o",
+            color=colour,
+            label=MASK_TITLES[mask],
+        )
+    axes.axhline(0, color="0.3", linewidth=1)
+    axes.margins(x=0.15)
+    axes.set_ylabel("change of accuracy on\nunrelated questions")
+    axes.legend(fontsize=9, ncols=2, loc="lower left")
+    return figure
