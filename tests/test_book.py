@@ -75,7 +75,7 @@ print(seed, ratios, limit, model, exact)
 def make_checkout(folder: Path, **chapters: str) -> Path:
     """Write a book of the given chapters, with the repository's settings; return its root."""
     (folder / "book" / "profiles").mkdir(parents=True)
-    for name in ("_config.yml", "requirements.lock"):
+    for name in ("_config.yml", "requirements.lock", "requirements-weights.lock"):
         shutil.copy(REPOSITORY / name, folder)
     shutil.copytree(REPOSITORY / "book" / "_assets", folder / "book" / "_assets")
     pages = {
@@ -252,6 +252,7 @@ BAD = [
     (["run", "a-small", "-p", "seed", "["], "'['", "YAML"),
     (["run", "a-small", "--out", "result.txt"], "result.txt", ".ipynb"),
     (["run", "a-small", "--out", "runs.txt/x.ipynb"], "runs.txt/x.ipynb", "cannot be written"),
+    (["build", "--out", "runs.txt/x"], "runs.txt/x", "cannot be written"),
     (["run", "a-small", "--out", "folder.ipynb"], "folder.ipynb", "cannot be written"),
 ]
 

@@ -290,14 +290,15 @@ def library_digest() -> str:
 
 
 def environment_digest(root: Path) -> str:
-    """Return the digest of the installed versions of everything that requirements.lock names.
+    """Return the digest of the installed versions of everything that the two locks name.
 
-    The embedded model is one of these packages, so a new release of it changes this digest.
+    The embedded model is one of these packages, so another release of it changes this digest.
     """
     from importlib.metadata import PackageNotFoundError, version
 
     lines = [platform.python_version()]
-    for name in re.findall(r"^([\w.-]+)(?:\[.*?\])?==", _read(root / "requirements.lock"), re.M):
+    locks = _read(root / "requirements.lock") + _read(root / "requirements-weights.lock")
+    for name in re.findall(r"^([\w.-]+)==", locks, re.M):
         try:
             lines.append(f"{name}=={version(name)}")
         except PackageNotFoundError:
@@ -316,7 +317,7 @@ def execution_key(text: str, profile: str, parameters: Mapping[str, Any], root: 
     for value in _strings(parameters):
         path = root / Path(value).expanduser()
         with contextlib.suppress(OSError, ValueError):  # not a path after all
-            if path.exists():
+            if value.strip("./") and path.exists():
                 files = [path] if path.is_file() else sorted(path.rglob("*"))
                 stats = ((p, p.stat()) for p in files)
                 inputs += [f"{p} {s.st_size} {s.st_mtime_ns}" for p, s in stats]
@@ -412,7 +413,7 @@ def _execute(chapter: Chapter, values: dict[str, Any], scratch: Path, root: Path
     notebook = _notebook(chapter)
     if notebook.metadata.get("kernelspec", {}).get("name") != "python3":
         raise InputError(f"{chapter.source.name}: kernelspec must name the kernel python3")
-    scratch.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(scratch.parent)
     place = f"the unfinished notebook is {_shown(scratch, root)}"
     try:
         with _kernel_environment():
@@ -490,7 +491,7 @@ def build_site(root: Path, executed: Path, folder: Path, *, force: bool = False)
         return html
     start = time.monotonic()
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    _make_folder(aside)
     # --all: after a failed build, an incremental one forgets the warnings and succeeds
     command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build"]
     command += [str(root), "--path-output", str(aside), "-W", "--keep-going", "-n", "--all", "-q"]
@@ -579,6 +580,16 @@ def _kernel_environment() -> Iterator[None]:
         yield
     finally:
         put(before)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder, or raise InputError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be made ({error.strerror}); free the place or choose another"
+        ) from error
 
 
 def _check_target(target: Path) -> None:
