@@ -204,9 +204,12 @@ def test_a_failing_chapter_keeps_its_last_good_copy(root: Path) -> None:
     lines = done.stderr.strip().splitlines()
     # the first line of the failing cell, counted here from the text itself
     line = source.read_text().split("if seed ==")[0].count("\n") + 1
-    assert f"chapter a-small failed (a-small.md:{line}): ValueError: an unlucky seed" in lines[0]
+    (told,) = [x for x in lines if x.startswith("chapter a-small")]
+    assert told.startswith(
+        f"chapter a-small failed (a-small.md:{line}): ValueError: an unlucky seed"
+    )
     assert lines[-1] == "paramspec: error: the site was not built: a-small failed, see above"
-    unfinished = root / lines[0].rsplit(" ", 1)[1]
+    unfinished = root / told.rsplit(" ", 1)[1]
     outputs = [o for c in nbformat.read(unfinished, 4).cells for o in c.get("outputs", [])]
     assert "ValueError" in {o.get("ename") for o in outputs}
     assert not (root / "_build" / "html").exists()

@@ -425,7 +425,7 @@ def _execute(chapter: Chapter, values: dict[str, Any], scratch: Path, root: Path
                 start_timeout=300,
                 autosave_cell_every=30,
                 progress_bar=sys.stderr.isatty(),
-                extra_arguments=["--log-level=ERROR"],  # the kernel's own, not the chapter's
+                extra_arguments=["--log-level=CRITICAL"],  # the kernel's own log, not the chapter's
             )
     except PapermillExecutionError as error:
         raise ChapterFailed(f"chapter {_failure(chapter, scratch, error)}; {place}") from error
