@@ -33,9 +33,14 @@ CONCEPTS = HERE / "concepts.csv"
 
 N_CONCEPTS = 525
 
-LENGTH_SCALE = 3.0  # characters: how fast a distractor of another length becomes unlikely
+# How distractors are drawn. The numbers were set so that choosing the longest, the shortest, the
+# commonest or the rarest option scores near chance; `tests/test_specwiki.py` measures it.
+LENGTH_SCALE = 3.0  # characters of difference in length that divide a value's weight by e
+LENGTH_SHIFT = 5.0  # characters by which the preferred length is off the answer's, at most
+COMMON = 1.6  # the power of the number of concepts that a value is true of
 CODE_LENGTH, SAME_INITIAL = 3, 20  # codes: the concept's initial alone must not give them away
 NEAREST = 5  # numeric distractors come from so many values on each side of the true one
+YEAR_GAP = 2  # a year so near the true one may be arguable, so it is no distractor
 
 
 def _hash(*parts: object) -> float:
@@ -163,14 +168,16 @@ def _false_values(
 
 
 def _alike(name: str, answer: str, candidates: Counter[str]) -> list[str]:
-    """`candidates` in a hashed order that prefers the answer's length and frequent answers.
+    """`candidates` in a hashed order that prefers values of like length that are true of many.
 
-    Sampling without replacement (Efraimidis and Spirakis, 2006). A value's weight is the number
-    of concepts it is true of, so that an option is not given away by being common or rare.
+    Sampling without replacement (Efraimidis and Spirakis, 2006), a value's weight rising with the
+    number of concepts it is true of: drawn uniformly, distractors would be rarer than answers.
     """
+    # Around the answer's own length the answer would too seldom be the longest or the shortest.
+    length = len(answer) + LENGTH_SHIFT * (2 * _hash("length", name) - 1)
 
     def key(value: str) -> float:
-        weight = candidates[value] * math.exp(-abs(len(value) - len(answer)) / LENGTH_SCALE)
+        weight = candidates[value] ** COMMON * math.exp(-abs(len(value) - length) / LENGTH_SCALE)
         if len(answer) <= CODE_LENGTH and value[0].lower() == name[0]:
             weight *= SAME_INITIAL
         return -math.log(_hash("option", name, value)) / weight
@@ -181,8 +188,7 @@ def _alike(name: str, answer: str, candidates: Counter[str]) -> list[str]:
 def _near(name: str, answer: str, candidates: Counter[str]) -> list[str]:
     """Numbers near `answer`; how many of the first three lie below it is hashed, 0 to 3 alike."""
     true = number(answer)
-    # A year next to the true one is arguable more often than it is a fair alternative.
-    gap = 2 if abs(true) >= 1000 else 0
+    gap = YEAR_GAP if abs(true) >= 1000 else 0
     below = sorted((v for v in candidates if number(v) < true - gap), key=number, reverse=True)
     above = sorted((v for v in candidates if number(v) > true + gap), key=number)
     sides = [
