@@ -361,6 +361,7 @@ def break_the_index(path: Path) -> None:
 
 
 def point_outside(path: Path) -> None:
+    shutil.copy(path / "model.safetensors", path.parent)
     shard(path)
     index = json.loads((path / models.INDEX).read_text())
     index["weight_map"] = dict.fromkeys(index["weight_map"], "../model.safetensors")
@@ -757,6 +758,16 @@ def test_registry_entry_is_found_in_the_cache(saved, cache, monkeypatch):
     assert models.is_on_disk(load_registry()["smollm2-135m"])
     loaded = load_model("qwen2-7b")
     assert (loaded.name, loaded.spec.id) == ("qwen2-7b", "qwen2-7b")
+
+
+def test_pinned_commit_goes_before_the_branch(saved, cache):
+    """A branch of the hub can move; the commit beside it in the registry cannot."""
+    snapshot = fill_cache(cache, saved, repo="allenai/OLMo-2-1124-7B")
+    spec = load_registry()["olmo-2-7b-10k"]
+    (snapshot.parents[1] / "refs" / spec.source.revision).write_text(COMMIT)
+    assert not models.is_on_disk(spec)
+    snapshot.rename(snapshot.with_name(spec.source.commit))
+    assert models.is_on_disk(spec)
 
 
 def test_incomplete_cache_is_not_loaded(saved, cache):
