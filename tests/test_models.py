@@ -776,12 +776,13 @@ def test_incomplete_cache_is_not_loaded(saved, cache):
     assert re.search(r"org/toy: .*not all of them, in the hub cache .*connect to the network", told)
 
 
-def test_broken_off_download_is_taken_up_again(hub, cache):
-    weights = fill_cache(cache, hub.files) / "model.safetensors"
-    weights.resolve().unlink()
-    weights.unlink()
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_broken_off_download_is_taken_up_again(hub, cache, name):
+    part = fill_cache(cache, hub.files) / name
+    part.resolve().unlink()
+    part.unlink()
     load_model("org/toy")
-    assert hub.fetched == ["model.safetensors"]
+    assert hub.fetched == [name]
 
 
 def test_no_network_is_told_at_once(tmp_path):

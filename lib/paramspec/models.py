@@ -358,7 +358,9 @@ def _hub_snapshot(source: HubSource, gated: str | None, download: bool) -> Path:
         return Path(found)
 
     with contextlib.suppress(InputError, errors.LocalEntryNotFoundError):
-        return fetch(local=True)
+        path = fetch(local=True)
+        if (path / "config.json").is_file() and _has_vocabulary(path):
+            return path
     if not download:
         raise InputError(f"{name}: not in the hub cache {constants.HF_HUB_CACHE}; download it")
     try:
@@ -400,7 +402,7 @@ def _load_directory(
 
     _check_config(path)
     numbers = sum(_count_numbers(file) for file in _weight_files(path) if file.name != INDEX)
-    if not any((path / name).is_file() for name in VOCABULARIES):
+    if not _has_vocabulary(path):
         raise InputError(
             f"{path}: no tokenizer ({', '.join(VOCABULARIES[:2])}, ...); save it there with "
             "tokenizer.save_pretrained"
@@ -465,6 +467,10 @@ def _check_config(path: Path) -> None:
         )
     if "transformers_weights" in config:
         raise InputError(f"{file}: transformers_weights: not supported; name it model.safetensors")
+
+
+def _has_vocabulary(path: Path) -> bool:
+    return any((path / name).is_file() for name in VOCABULARIES)
 
 
 def _weight_files(path: Path) -> list[Path]:
