@@ -13,6 +13,7 @@ from typer.exceptions import TyperException
 from paramspec.errors import InputError
 
 if TYPE_CHECKING:
+    from paramspec.specwiki import Question
     from paramspec.sweep import Study
 
 app = typer.Typer(
@@ -139,6 +140,71 @@ def models(
         )
     # In a pipe there is no width to fit into, and a cut cell helps nobody.
     Console(width=None if sys.stdout.isatty() else 180).print(table)
+
+
+@app.command()
+def questions(
+    validate: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Check a question file of your own, then stop."),
+    ] = None,
+    export_lm_eval: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write a task that lm-evaluation-harness runs."),
+    ] = None,
+    show: Annotated[
+        str | None, typer.Option(metavar="ID", help="Print one question, such as france/capital.")
+    ] = None,
+    concept: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Print the questions of one concept.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--questions", help="A question file; SpecWiki if not given.")
+    ] = None,
+) -> None:
+    """Print, check or export questions; with no option, count SpecWiki by domain and tier."""
+    from paramspec import specwiki
+
+    if validate is not None:
+        problems = specwiki.validate(validate)
+        if len(problems) > 1:
+            print("\n".join(problems))
+            raise InputError(f"{validate}: {len(problems)} problems, listed above; mend them")
+        if problems:
+            raise InputError(problems[0])
+        file = file or validate
+    asked = specwiki.load_questions(file, concepts=concept)
+    if export_lm_eval is not None:
+        task = specwiki.export_lm_eval(export_lm_eval, asked)
+        print(f"{task}: lm_eval --model hf --tasks specwiki --include_path {task.parent} ...")
+    elif show is not None:
+        print(specwiki.describe(specwiki.find(asked, show)))
+    elif concept is not None:
+        print("\n\n".join(specwiki.describe(question) for question in asked))
+    else:
+        _print_counts(asked)
+
+
+def _print_counts(asked: list[Question]) -> None:
+    """A table of the number of concepts in each domain and tier."""
+    from collections import Counter
+
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from paramspec.specwiki import TIERS, questions_digest
+
+    concepts = {(question.domain, question.tier, question.concept) for question in asked}
+    domains = sorted({domain for domain, _, _ in concepts})
+    table = Table(box=box.SIMPLE)
+    for title in ("domain", *TIERS, "all"):
+        table.add_column(title, justify="left" if title == "domain" else "right")
+    for domain in (*domains, "all"):
+        found = Counter(tier for d, tier, _ in concepts if domain in (d, "all"))
+        table.add_row(domain, *(str(found[tier]) for tier in TIERS), str(found.total()))
+    Console().print(table)
+    print(f"{len(asked)} questions on {len(concepts)} concepts, SHA-256 {questions_digest(asked)}")
 
 
 @app.command()

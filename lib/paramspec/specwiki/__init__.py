@@ -9,14 +9,23 @@
 
 from paramspec.specwiki.export import export_lm_eval
 from paramspec.specwiki.facts import normalise
-from paramspec.specwiki.load import QUESTIONS, load_questions, questions_digest, validate
+from paramspec.specwiki.load import (
+    QUESTIONS,
+    describe,
+    find,
+    load_questions,
+    questions_digest,
+    validate,
+)
 from paramspec.specwiki.schema import TIERS, Question
 
 __all__ = [
     "QUESTIONS",
     "TIERS",
     "Question",
+    "describe",
     "export_lm_eval",
+    "find",
     "load_questions",
     "normalise",
     "questions_digest",

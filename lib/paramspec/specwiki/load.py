@@ -74,6 +74,34 @@ def validate(path: str | Path) -> list[str]:
     return _check(Path(path))[1]
 
 
+def find(questions: Sequence[Question], name: str) -> Question:
+    """The question with the id `name`: `find(load_questions(), "france/capital")`.
+
+    Raises:
+        InputError: no question has it; the message names ids that come close.
+    """
+    by_id = {question.id: question for question in questions}
+    if name not in by_id:
+        hint = ", ".join(difflib.get_close_matches(name, by_id, n=3))
+        raise InputError(
+            f"unknown question {name!r}; "
+            + (f"did you mean {hint}?" if hint else "an id reads like france/capital")
+        )
+    return by_id[name]
+
+
+def describe(question: Question) -> str:
+    """A question as a few lines to read, the true option marked by an asterisk."""
+    lines = [
+        f"{question.id}  ({question.domain}, {question.tier}, fold {question.fold})",
+        f"  {question.question}",
+        f"  {question.cloze} ...",
+    ]
+    for place, option in enumerate(question.options):
+        lines.append(f"  {'*' if place == question.answer else ' '} {option}")
+    return "\n".join(lines)
+
+
 def questions_digest(questions: Iterable[Question]) -> str:
     """SHA-256 (64 hexadecimal digits) of the questions as canonical JSON, in their order."""
     rows = [question.model_dump(mode="json") for question in questions]
