@@ -55,15 +55,16 @@ def load_questions(
         questions = _sample(questions, concepts, seed, path)
     elif concepts is not None:
         questions = _named(questions, concepts, path)
-    before = {question.concept for question in questions}
-    questions = _keep(questions, "fold", folds, (0, 1), path)
-    lost = sorted(before - {question.concept for question in questions})
+    if folds is None:
+        return questions
+    kept = _keep(questions, "fold", folds, (0, 1), path)
+    lost = {question.concept for question in questions} - {question.concept for question in kept}
     if lost:
         raise InputError(
-            f"{path}: concept {lost[0]!r} has no question in fold {folds}; "
+            f"{path}: concept {min(lost)!r} has no question in fold {folds}; "
             "give it one, or leave the concept out"
         )
-    return questions
+    return kept
 
 
 def validate(path: str | Path) -> list[str]:
@@ -227,7 +228,7 @@ def _keep(
             names = ", ".join(map(str, known))
             raise InputError(f"{path}: unknown {field} {value!r}; choose from {names}")
     kept = [question for question in questions if getattr(question, field) in values]
-    if not kept:
+    if not kept and field != "fold":
         raise InputError(f"{path}: no question has {field} {chosen!r}; choose another {field}")
     return kept
 
