@@ -212,16 +212,24 @@ def save_masks(path: Path, masks: Mapping[str, Tensor], choices: Mapping[str, ob
     """
     scratch = path.with_name(path.name + ".partial")
     metadata = {name: json.dumps(value) for name, value in choices.items()}
-    save_file({name: vectors.contiguous() for name, vectors in masks.items()}, scratch, metadata)
-    scratch.replace(path)
+    try:
+        tensors = {name: vectors.contiguous() for name, vectors in masks.items()}
+        save_file(tensors, scratch, metadata)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def load_masks(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """`masks, choices = load_masks(path)`: what `save_masks` saved."""
+    """`masks, choices = load_masks(path)`: what `save_masks` saved.
+
+    Raises:
+        InputError: if the file is missing, damaged, or not one of masks.
+    """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             masks = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-    except (OSError, safetensors.SafetensorError) as error:
+            choices = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise InputError(f"{path}: not a readable masks file ({error}); write it again") from None
-    return masks, {name: json.loads(value) for name, value in metadata.items()}
+    return masks, choices

@@ -1,0 +1,171 @@
+"""A toy study: questions in a tiny language, their tokenizer, and models whose facts are planted.
+
+questions = toy_questions()
+tokenizer = toy_tokenizer()
+loaded = toy_loaded("llama")                  # random weights, as `load_model` would give it
+model, home = planted_model(questions)        # home[question.id] = (layer, value vector)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from paramspec.models import LoadedModel
+from paramspec.specwiki import TIERS, Question
+from toys import toy_model
+
+CONCEPTS = ("alpha", "beta", "gamma", "delta", "zeta", "kappa", "sigma", "omega")
+RELATIONS = (
+    "age",
+    "colour",
+    "food",
+    "height",
+    "king",
+    "language",
+    "motto",
+    "price",
+    "river",
+    "song",
+)
+VALUES = (
+    "ash bee cow doe elk fox gnu hen ibis jay kite lynx mink newt otter puma quail raven stork "
+    "tiger urchin vulture walrus wombat yellowhammer zebrafinch"
+).split()
+VOCABULARY = ("<pad>", "<s>", "</s>", "the", "of", "old", "new", *CONCEPTS, *RELATIONS, *VALUES)
+HIDDEN, WIDTH = 100, 100  # of the planted model
+
+
+def toy_tokenizer() -> PreTrainedTokenizerFast:
+    """A word a token: fits every model of `toys.py`, whose vocabulary is 97."""
+    model = WordLevel({word: place for place, word in enumerate(VOCABULARY)}, unk_token="<pad>")
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def toy_questions(
+    concepts: int = 8, *, seed: int = 0, same_answers: bool = False
+) -> list[Question]:
+    """Ten questions a concept, five of each fold; prompts and options differ in length.
+
+    The answer is never the longest option, so that a model which finds all options equally likely
+    has `acc_norm` 0. With `same_answers`, a relation has one question's options for all concepts.
+    """
+    questions = []
+    for number, concept in enumerate(CONCEPTS[:concepts]):
+        for place, relation in enumerate(RELATIONS):
+            draw = np.random.default_rng([seed, 0 if same_answers else number, place])
+            options = sorted(draw.choice(VALUES, 4, replace=False), key=len)
+            answer = str(options[0])
+            options = [str(options[index]) for index in draw.permutation(4)]
+            options[options.index(answer)] = answer
+            if place % 4 == 3:  # options of two tokens
+                options = [f"{option} {('old', 'new')[len(option) % 2]}" for option in options]
+                answer = next(option for option in options if option.startswith(f"{answer} "))
+            article = "the " if place % 3 == 0 else ""
+            questions.append(
+                Question(
+                    id=f"{concept}/{relation}",
+                    concept=concept,
+                    domain=("greek", "letter")[number % 2],
+                    tier=TIERS[number % 3],
+                    relation=relation,
+                    question=f"{article}{relation} of {concept}",
+                    cloze=f"{article}{relation} of {concept}",
+                    options=tuple(options),
+                    answer=options.index(answer),
+                    aliases=(answer,),
+                    fold=place % 2,
+                    statements=(),
+                )
+            )
+    return questions
+
+
+def toy_loaded(
+    family: str = "llama", *, name: str = "toy", digest: str = "0" * 64, seed: int = 0
+) -> LoadedModel:
+    """A random model of `toys.py` with the toy tokenizer, as `load_model` would hand it over."""
+    return loaded(toy_model(family, seed), name=name, digest=digest)
+
+
+def loaded(model: nn.Module, *, name: str = "toy", digest: str = "0" * 64) -> LoadedModel:
+    """Any model with the toy tokenizer."""
+    return LoadedModel(
+        model=model,
+        tokenizer=toy_tokenizer(),
+        spec=None,
+        name=name,
+        digest=digest,
+        dtype=next(model.parameters()).dtype,
+        device=torch.device("cpu"),
+    )
+
+
+def planted_model(
+    questions: list[Question], *, shared: bool = False, seed: int = 0
+) -> tuple[GPT2LMHeadModel, dict[str, tuple[int, int]]]:
+    """A GPT-2 that knows every answer, each by one value vector that nothing else uses.
+
+    Residual dimensions are words. Attention adds the mean of the words so far; a neuron fires
+    where the last word is its concept and its relation stands before (with `shared`: its relation
+    alone, so that one value vector serves all concepts), and writes the answer's first word.
+    Relations alternate between two layers in pairs. All other neurons are always on and write
+    nothing.
+
+    Returns:
+        The model, and where each question's answer is kept: (layer, value vector) by id.
+    """
+    config = GPT2Config(
+        vocab_size=len(VOCABULARY),
+        n_embd=HIDDEN,
+        n_layer=2,
+        n_head=1,
+        n_positions=16,
+        n_inner=WIDTH,
+        activation_function="relu",
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    model = GPT2LMHeadModel(config).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if "ln_" not in name:
+            parameter.zero_()
+    words = {word: place for place, word in enumerate(VOCABULARY)}
+    model.transformer.wte.weight += torch.eye(len(VOCABULARY), HIDDEN)
+    model.lm_head.weight += 3 * torch.eye(len(VOCABULARY), HIDDEN)
+    attention = model.transformer.h[0].attn  # no queries, no keys: the mean of all values
+    attention.c_attn.weight[:, 2 * HIDDEN :] += torch.eye(HIDDEN)
+    attention.c_proj.weight += torch.eye(HIDDEN)
+    draw = np.random.default_rng(seed)
+    places = [list(map(int, draw.permutation(WIDTH))) for _ in range(2)]
+    for block in model.transformer.h:
+        block.mlp.c_fc.bias += torch.from_numpy(draw.uniform(0.1, 3, WIDTH)).float()
+    home: dict[str, tuple[int, int]] = {}
+    taken: dict[tuple[str, str], tuple[int, int]] = {}
+    for question in questions:
+        layer = RELATIONS.index(question.relation) // 2 % 2
+        key = ("" if shared else question.concept, question.relation)
+        if key not in taken:
+            vector = places[layer].pop()
+            taken[key] = (layer, vector)
+            mlp = model.transformer.h[layer].mlp
+            # Normalised, the concept is 6.2 to 6.7 where it is the last word and the relation 4.4
+            # to 5.1; a relation alone is 10.
+            mlp.c_fc.weight[words[question.relation], vector] = 1.0 if shared else 0.5
+            if not shared:
+                mlp.c_fc.weight[words[question.concept], vector] = 1.0
+            mlp.c_fc.bias[vector] = -2.0 if shared else -7.5
+            mlp.c_proj.weight[vector, words[question.options[question.answer].split()[0]]] = 20.0
+        home[question.id] = taken[key]
+    return model, home
