@@ -53,14 +53,10 @@ def generator(seed=0):
 
 @pytest.mark.parametrize("ratio", [0.0, 0.02, 0.1, 0.5, 0.98, 1.0])
 def test_the_highest_of_each_layer(scores, ratio):
-    count = round(ratio * WIDTH)
-    expected = {
-        (layer, vector)
-        for layer in range(LAYERS)
-        for vector in sorted(range(WIDTH), key=lambda j, row=scores[layer].tolist(): -row[j])[
-            :count
-        ]
-    }
+    expected = set()
+    for layer in range(LAYERS):
+        order = sorted(zip(scores[layer].tolist(), range(WIDTH), strict=True), reverse=True)
+        expected |= {(layer, vector) for _, vector in order[: round(ratio * WIDTH)]}
     assert pairs(top_vectors(scores, ratio)) == expected
 
 

@@ -20,23 +20,17 @@ from paramspec.models import LoadedModel
 from paramspec.specwiki import TIERS, Question
 from toys import toy_model
 
+# fmt: off
 CONCEPTS = ("alpha", "beta", "gamma", "delta", "zeta", "kappa", "sigma", "omega")
 RELATIONS = (
-    "age",
-    "colour",
-    "food",
-    "height",
-    "king",
-    "language",
-    "motto",
-    "price",
-    "river",
-    "song",
+    "age", "colour", "food", "height", "king", "language", "motto", "price", "river", "song",
 )
 VALUES = (
-    "ash bee cow doe elk fox gnu hen ibis jay kite lynx mink newt otter puma quail raven stork "
-    "tiger urchin vulture walrus wombat yellowhammer zebrafinch"
-).split()
+    "ash", "bee", "cow", "doe", "elk", "fox", "gnu", "hen", "ibis", "jay", "kite", "lynx", "mink",
+    "newt", "otter", "puma", "quail", "raven", "stork", "tiger", "urchin", "vulture", "walrus",
+    "wombat", "yellowhammer", "zebrafinch",
+)
+# fmt: on
 VOCABULARY = ("<pad>", "<s>", "</s>", "the", "of", "old", "new", *CONCEPTS, *RELATIONS, *VALUES)
 HIDDEN, WIDTH = 100, 100  # of the planted model
 
