@@ -16,11 +16,14 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from paramspec.errors import InputError
 
@@ -41,8 +44,8 @@ class Store:
         problem = _damage(path)
         if problem is None:
             return path
-        aside = path.with_name(f"{path.name}.damaged-{os.getpid()}")
-        with contextlib.suppress(OSError):
+        aside = path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}")
+        with contextlib.suppress(OSError):  # another worker was first
             path.rename(aside)
         warnings.warn(
             f"{path}: {problem}; set aside as {aside.name} and computed again", stacklevel=2
@@ -88,10 +91,11 @@ def writing_to(directory: Path) -> Iterator[None]:
     """`with writing_to(out): ...`: turn a failed write into one line that names the place."""
     try:
         yield
-    except OSError as error:
-        place = error.filename or directory
+    except (OSError, SafetensorError) as error:  # safetensors tells of a full disk in its own way
+        place = getattr(error, "filename", None) or directory
+        reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"{place}: cannot write ({error.strerror or error}); "
+            f"{place}: cannot write ({reason}); "
             "free some space, or choose a directory that you may write to"
         ) from None
 
@@ -119,6 +123,8 @@ def _damage(path: Path) -> str | None:
     """What is wrong with a stored result, or None."""
     try:
         sums = json.loads((path / "checksums.json").read_text())
+        if not isinstance(sums, dict) or "key.json" not in sums:
+            return "checksums.json is damaged"
         for name, expected in sums.items():
             if _digest(path / name) != expected:
                 return f"{name} is damaged"
