@@ -33,7 +33,15 @@ __getattr__, __dir__, __all__ = _lazy.attach(
             "value_vector_scores",
         ],
         "models": ["LoadedModel", "ModelSpec", "load_model", "load_registry"],
-        "pss": ["Choices", "parse_choices", "peak_pss", "sampling_floor", "summarize"],
+        "pss": [
+            "Choices",
+            "accuracy_table",
+            "parse_choices",
+            "peak_pss",
+            "sampling_floor",
+            "summarize",
+            "verdict",
+        ],
         "scoring": [
             "answer_matches",
             "choose",
@@ -44,6 +52,6 @@ __getattr__, __dir__, __all__ = _lazy.attach(
         ],
         "specwiki": ["Question", "export_lm_eval", "load_questions", "questions_digest"],
         "store": ["Store"],
-        "sweep": ["Study", "measure_pss", "score_questions", "write_study"],
+        "sweep": ["Study", "concept_coefficients", "measure_pss", "score_questions", "write_study"],
     },
 )

@@ -13,6 +13,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 CHANCE = 0.25
 _COLOURS = sns.color_palette("colorblind")
@@ -85,6 +86,7 @@ def promoted_share(table: pd.DataFrame) -> Figure:
         part = table[table["layer"] == layer]
         axes.plot(part["vectors"], part["error"], color=colour, linewidth=1.2)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_ylim(-0.03, None)
     axes.set_xlabel("value vectors kept, those with the largest terms first")
     axes.set_ylabel("missing part of\nthe MLP's output")

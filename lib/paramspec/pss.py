@@ -39,7 +39,7 @@ from paramspec.masks import (
     value_vector_scores,
 )
 from paramspec.scoring import SCORING_VERSION, Engine, Item, Request, choose, encode, score_options
-from paramspec.specwiki import Question
+from paramspec.specwiki import TIERS, Question
 
 Protocol = Literal["paper", "holdout"]
 MASKS = ("none", "concept", "random", "magnitude", "other")
@@ -340,6 +340,38 @@ def _pss_rows(details: pd.DataFrame, questions: Sequence[Question]) -> pd.DataFr
     return table[list(PSS_COLUMNS)]
 
 
+def accuracy_table(
+    answers: pd.DataFrame, by: Sequence[str], *, resamples: int = 2000, seed: int = 0
+) -> pd.DataFrame:
+    """`accuracy_table(answers, by=["tier"])`: accuracy by group, with its 95 % interval.
+
+    Args:
+        answers: from `score_questions`; column `correct_norm` is averaged.
+        by: columns that make the groups; none for all rows together.
+
+    Returns:
+        `by`, `group` (their names and values, joined by " / "), `accuracy`, `low` and `high` (a
+        bootstrap over concepts; of a single concept, not a number), and `n`, the number of
+        questions. Tiers come in their order, other groups by accuracy.
+    """
+    grouped = answers.groupby(list(by), sort=False) if by else [((), answers)]
+    rows = []
+    for values, part in grouped:
+        right = part.groupby("concept")["correct_norm"].agg(["sum", "size"]).to_numpy().T
+
+        def accuracy(sample: np.ndarray, axis: int, right=right) -> np.ndarray:
+            return right[0][sample].sum(-1) / right[1][sample].sum(-1)
+
+        low, high = _interval(accuracy, right.shape[1], resamples, seed)
+        group = " / ".join(map(str, values))
+        row = (" / ".join(by), group, float(part["correct_norm"].mean()), low, high, len(part))
+        rows.append(row)
+    table = pd.DataFrame(rows, columns=["by", "group", "accuracy", "low", "high", "n"])
+    if list(by) == ["tier"]:
+        return table.sort_values("group", key=lambda names: names.map(TIERS.index))
+    return table.sort_values("accuracy", ascending=False)
+
+
 # --- summarizing --------------------------------------------------------------------------------
 
 
@@ -495,25 +527,33 @@ def _with_intervals(
     """Each statistic, and the bounds of its 95 % interval over resampled concepts."""
     tables = [counts.none, *(counts.cell(cell) for cell in cells)]
     point = statistics(*tables)
-    indices = np.arange(len(counts.names))
 
     def resampled(sample: np.ndarray, axis: int) -> np.ndarray:
         return np.stack(list(statistics(*(table[:, sample] for table in tables)).values()))
 
     row = {name: float(value) for name, value in point.items()}
-    if len(indices) < 2:
-        return row | {f"{name}_{end}": float("nan") for name in point for end in ("low", "high")}
+    bounds = _interval(resampled, len(counts.names), resamples, seed)
+    low, high = (np.broadcast_to(bound, len(point)).tolist() for bound in bounds)
+    row |= {f"{name}_low": value for name, value in zip(point, low, strict=True)}
+    row |= {f"{name}_high": value for name, value in zip(point, high, strict=True)}
+    return row
+
+
+def _interval(
+    statistic: Callable[..., np.ndarray], concepts: int, resamples: int, seed: int
+) -> tuple[np.ndarray | float, np.ndarray | float]:
+    """Bounds of the 95 % bootstrap interval of a statistic of concept indices `[..., concepts]`."""
+    if concepts < 2:
+        return float("nan"), float("nan")
     interval = stats.bootstrap(
-        (indices,),
-        resampled,
+        (np.arange(concepts),),
+        statistic,
         n_resamples=resamples,
         vectorized=True,
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    for name, low, high in zip(point, interval.low, interval.high, strict=True):
-        row |= {f"{name}_low": float(low), f"{name}_high": float(high)}
-    return row
+    return interval.low, interval.high
 
 
 def _floors(counts: _Counts, cell: tuple[str, float]) -> dict[str, float]:
@@ -529,3 +569,15 @@ def _floors(counts: _Counts, cell: tuple[str, float]) -> dict[str, float]:
 def method_key(choices: Choices) -> dict[str, object]:
     """What of the method a stored result depends on, beside the model and the questions."""
     return {"choices": choices.model_dump(mode="json"), "scoring_version": SCORING_VERSION}
+
+
+def verdict(low: float, measured: bool = True) -> str:
+    """`verdict(interval_low)`: whether a claim that something rises holds in this run.
+
+    Args:
+        low: the lower bound of the 95 % interval of the claimed rise.
+        measured: False if the run did not measure what the claim is about.
+    """
+    if not measured:
+        return "not run here"
+    return "reproduced" if low > 0 else "not reproduced"

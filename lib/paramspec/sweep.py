@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from paramspec.errors import InputError
 from paramspec.hooks import value_vector_view
@@ -51,6 +51,7 @@ from paramspec.specwiki import Question, questions_digest
 from paramspec.store import Store, writing_to
 
 VERSIONS = ("paramspec", "torch", "transformers", "numpy")
+COEFFICIENTS = "coefficients.safetensors"
 SHARD = 4  # concepts of a unit: seconds to minutes of work, so that little is lost by a crash
 
 
@@ -162,6 +163,45 @@ def score_questions(
     return pd.read_parquet(path / "answers.parquet")
 
 
+def concept_coefficients(
+    loaded: LoadedModel,
+    questions: Sequence[Question],
+    choices: Choices | None = None,
+    *,
+    store: Store | None = None,
+) -> ConceptCoefficients:
+    """`coefficients = concept_coefficients(loaded, questions)`: `record_concepts`, stored.
+
+    Args:
+        loaded: the model.
+        questions: of at least two concepts.
+        choices: only `position` and `batch_tokens` matter.
+        store: where they are kept and looked for.
+    """
+    choices = choices or Choices()
+    store = store or Store("results/store")
+    key = _basis(loaded, questions) | {
+        "unit": "coefficients",
+        "position": choices.position,
+        "batch_tokens": choices.batch_tokens,
+    }
+    path = store.get(key)
+    if path is None:
+        with tqdm(total=len(questions), desc="coefficients", unit="question", leave=False) as bar:
+            recorded = record_concepts(
+                value_vector_view(loaded.model),
+                loaded.tokenizer,
+                questions,
+                position=choices.position,
+                batch_tokens=choices.batch_tokens,
+                progress=bar.update,
+            )
+        tensors = {"sums": recorded.sums, "counts": recorded.counts}
+        path = store.put(key, lambda folder: save_file(tensors, folder / COEFFICIENTS))
+    concepts = tuple(dict.fromkeys(question.concept for question in questions))
+    return ConceptCoefficients(concepts, **load_file(path / COEFFICIENTS))
+
+
 def _answer(question: Question, score: Tensor) -> dict[str, object]:
     choice = choose(score.tolist(), question.options)
     return {
@@ -242,7 +282,7 @@ def _measure_model(
         for shard, key in zip(shards, keys, strict=True):
             path = store.get(key)
             if path is None:
-                coefficients = _coefficients(loaded, view, questions, choices, store, basis)
+                coefficients = concept_coefficients(loaded, questions, choices, store=store)
                 measured = measure_concepts(
                     loaded.name,
                     view,
@@ -285,42 +325,6 @@ def _basis(loaded: LoadedModel, questions: Sequence[Question]) -> dict[str, obje
         "device": loaded.device.type,
         "questions": questions_digest(questions),
     }
-
-
-def _coefficients(
-    loaded: LoadedModel,
-    view,
-    questions: Sequence[Question],
-    choices: Choices,
-    store: Store,
-    basis: dict[str, object],
-) -> ConceptCoefficients:
-    key = basis | {
-        "unit": "coefficients",
-        "position": choices.position,
-        "batch_tokens": choices.batch_tokens,
-    }
-    path = store.get(key)
-    if path is None:
-        with tqdm(total=len(questions), desc="coefficients", unit="question", leave=False) as bar:
-            recorded = record_concepts(
-                view,
-                loaded.tokenizer,
-                questions,
-                position=choices.position,
-                batch_tokens=choices.batch_tokens,
-                progress=bar.update,
-            )
-        path = store.put(
-            key,
-            lambda directory: save_file(
-                {"sums": recorded.sums, "counts": recorded.counts},
-                directory / "coefficients.safetensors",
-            ),
-        )
-    concepts = tuple(dict.fromkeys(question.concept for question in questions))
-    tensors = load_file(path / "coefficients.safetensors")
-    return ConceptCoefficients(concepts, tensors["sums"], tensors["counts"])
 
 
 def _save(tables: Tables, directory: Path) -> None:
