@@ -46,21 +46,20 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def toy_questions(
-    concepts: int = 8, *, seed: int = 0, same_answers: bool = False
+    concepts: int = 8, *, seed: int = 0, shortest: bool = False, same_answers: bool = False
 ) -> list[Question]:
     """Ten questions a concept, five of each fold; prompts and options differ in length.
 
-    The answer is never the longest option, so that a model which finds all options equally likely
-    has `acc_norm` 0. With `same_answers`, a relation has one question's options for all concepts.
+    With `shortest` the answer is the shortest option, so that a model which finds all options
+    equally likely has `acc_norm` 0. With `same_answers`, a relation has one question's options for
+    all concepts.
     """
     questions = []
     for number, concept in enumerate(CONCEPTS[:concepts]):
         for place, relation in enumerate(RELATIONS):
             draw = np.random.default_rng([seed, 0 if same_answers else number, place])
-            options = sorted(draw.choice(VALUES, 4, replace=False), key=len)
-            answer = str(options[0])
-            options = [str(options[index]) for index in draw.permutation(4)]
-            options[options.index(answer)] = answer
+            options = list(map(str, draw.choice(VALUES, 4, replace=False)))
+            answer = min(options, key=len) if shortest else options[draw.integers(4)]
             if place % 4 == 3:  # options of two tokens
                 options = [f"{option} {('old', 'new')[len(option) % 2]}" for option in options]
                 answer = next(option for option in options if option.startswith(f"{answer} "))

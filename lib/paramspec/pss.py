@@ -15,6 +15,7 @@ headline accuracy is lm-evaluation-harness's `acc_norm`.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -57,7 +58,7 @@ class Choices(BaseModel):
             and scores on fold 1.
         controls: draws of each control mask (random, magnitude, other); 0 for none.
         general: unrelated questions a concept's masks are scored on.
-        seed: of the general questions and the controls.
+        seed: of the general questions and the controls, from 0 to 2^32 - 1.
         row_tokens, batch_tokens: how a forward pass is filled, see `score_options`.
     """
 
@@ -90,6 +91,13 @@ class Choices(BaseModel):
             raise ValueError(f"{info.field_name} {value}: expected at least {least}")
         return value
 
+    @field_validator("seed")
+    @classmethod
+    def _seed(cls, seed: int) -> int:
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed {seed}: expected a number from 0 to {2**32 - 1}")
+        return seed
+
     @property
     def choose_on(self) -> tuple[int, ...]:
         return (0,) if self.protocol == "holdout" else (0, 1)
@@ -107,7 +115,7 @@ def parse_choices(*, ratios: str | Sequence[float] = RATIOS, **others: object) -
     """
     if isinstance(ratios, str):
         try:
-            ratios = [float(part) for part in ratios.split(",") if part.strip()]
+            ratios = [float(part) for part in ratios.split(",")]
         except ValueError:
             raise InputError(
                 f"ratios {ratios!r}: expected numbers from 0 to 1 separated by commas, as 0.01,0.05"
@@ -294,7 +302,7 @@ def evaluations(choices: Choices, questions: Sequence[Question], concepts: Seque
 
 def mask_name(model: str, concept: str, ratio: float, kind: str, seed: int) -> str:
     """The name of a mask in `masks.safetensors`: `MODEL/CONCEPT/RATIO/MASK/SEED`."""
-    return f"{model}/{concept}/{ratio:g}/{kind}/{seed}"
+    return f"{model}/{concept}/{ratio:.12g}/{kind}/{seed}"
 
 
 def _generator(*key: object) -> torch.Generator:
@@ -378,8 +386,10 @@ def accuracy_table(
 def summarize(pss: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
     """`summarize(pss)`: accuracies and PSS at each ratio and mask, with 95 % intervals.
 
-    Intervals are percentiles of a bootstrap over concepts: a concept's questions, masks and draws
-    stay together (`scipy.stats.bootstrap`, paired).
+    Of several draws of a control, each gives its own value, and the mean of them is told: taken
+    before the absolute value, it would shrink with the number of draws, and a control would not
+    show what a single mask does. Intervals are percentiles of a bootstrap over concepts: a
+    concept's questions, masks and draws stay together (`scipy.stats.bootstrap`).
 
     Returns:
         A row per (model, protocol, mask, ratio): `concepts`; then, each with `_low` and `_high`:
@@ -389,6 +399,9 @@ def summarize(pss: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.
         ((G(k) - C(k)) - (G(0) - C(0))) / G(0), signed; `general_change`, G(k) - G(0); and, with
         no interval, `floor_pooled` and `floor_per_concept`, what PSS would be if nothing but
         sampling parted C from G (see `sampling_floor`).
+
+    Raises:
+        InputError: if a mask lacks a row of a concept, or has two, or if there is no mask `none`.
     """
     rows = []
     for (model, protocol), part in pss.groupby(["model", "protocol"], sort=False):
@@ -405,8 +418,8 @@ def summarize(pss: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.
 def peak_pss(pss: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
     """`peak_pss(pss)`: the maximum of PSS over the ratios, with 95 % intervals.
 
-    The maximum is taken anew in every resample of concepts. A maximum of noisy values is biased
-    upwards: read a mask's peak beside the peaks of its controls.
+    The maximum is taken anew in every resample of concepts and for every draw of a control. A
+    maximum of noisy values is biased upwards: read a mask's peak beside those of its controls.
 
     Returns:
         A row per (model, protocol, mask): `peak_pooled` and `peak_per_concept`, each with `_low`
@@ -420,7 +433,7 @@ def peak_pss(pss: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.D
             row = {"model": model, "protocol": protocol, "mask": mask}
             row |= _with_intervals(counts, cells, _peak_statistics, resamples, seed)
             pooled = [
-                float(_cell_statistics(counts.none, counts.cell(cell))["pss_pooled"])
+                _cell_statistics(counts.none, counts.values[cell])["pss_pooled"].mean()
                 for cell in cells
             ]
             row["ratio"] = cells[int(np.argmax(pooled))][1]
@@ -452,9 +465,9 @@ def sampling_floor(
 
 @dataclass(frozen=True)
 class _Counts:
-    """Right answers and questions, per concept: `[4, concepts]` for each (mask, ratio).
+    """Right answers and questions, per concept: `[4, draws, concepts]` for each (mask, ratio).
 
-    The four are right own, own, right general, general; draws of a control are summed.
+    The four are right own, own, right general, general; a draw is a seed.
     """
 
     names: list[str]
@@ -468,23 +481,35 @@ class _Counts:
             right_own=part["concept_accuracy"] * part["n_concept"],
             right_general=part["general_accuracy"] * part["n_general"],
         )
-        columns = ["right_own", "n_concept", "right_general", "n_general"]
-        values = {}
-        for cell, rows in table.groupby(["mask", "ratio"], sort=False):
-            summed = rows.groupby("concept")[columns].sum().reindex(names)
-            if summed.isna().any(axis=None):
-                missing = summed.index[summed["n_concept"].isna()][0]
-                raise InputError(f"mask {cell[0]!r}, ratio {cell[1]}: no row for {missing!r}")
-            values[cell] = summed.to_numpy().T
+        values = {
+            cell: np.stack([_draw(draw, names) for _, draw in rows.groupby("seed")], axis=1)
+            for cell, rows in table.groupby(["mask", "ratio"], sort=False)
+        }
+        if ("none", 0.0) not in values:
+            raise InputError("mask 'none': no row; PSS is relative to the accuracy without a mask")
         order = sorted(values, key=lambda cell: (MASKS.index(cell[0]), cell[1]))
+        draws = {mask: values[mask, ratio].shape[1] for mask, ratio in order}
+        for mask, ratio in order:
+            if values[mask, ratio].shape[1] != draws[mask]:
+                raise InputError(f"mask {mask!r}, ratio {ratio}: not as many draws as other ratios")
         return cls(names, order, values)
 
     @property
     def none(self) -> np.ndarray:
-        return self.values["none", 0.0]
+        return self.values["none", 0.0].sum(axis=1, keepdims=True)
 
-    def cell(self, cell: tuple[str, float]) -> np.ndarray:
-        return self.values[cell]
+
+def _draw(rows: pd.DataFrame, names: list[str]) -> np.ndarray:
+    """The counts of one mask, ratio and seed, `[4, concepts]`, a row for each concept."""
+    place = "mask {mask!r}, ratio {ratio}, seed {seed}".format(**rows.iloc[0])
+    twice = rows["concept"][rows["concept"].duplicated()]
+    if len(twice):
+        raise InputError(f"{place}: more than one row for {twice.iloc[0]!r}; keep one")
+    missing = [name for name in names if name not in set(rows["concept"])]
+    if missing:
+        raise InputError(f"{place}: no row for {missing[0]!r}; measure it, or leave it out")
+    columns = ["right_own", "n_concept", "right_general", "n_general"]
+    return rows.set_index("concept").loc[names, columns].to_numpy(dtype=float).T
 
 
 def _pooled(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -494,7 +519,7 @@ def _pooled(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _cell_statistics(none: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Statistics of `[4, ..., concepts]` counts without a mask and with one."""
+    """Statistics, `[draws, ...]`, of `[4, draws, ..., concepts]` counts without and with a mask."""
     c0, g0 = _pooled(none)
     c, g = _pooled(counts)
     gaps = abs(counts[2] / counts[3] - counts[0] / counts[1]).mean(-1)
@@ -524,12 +549,13 @@ def _with_intervals(
     resamples: int,
     seed: int,
 ) -> dict[str, float]:
-    """Each statistic, and the bounds of its 95 % interval over resampled concepts."""
-    tables = [counts.none, *(counts.cell(cell) for cell in cells)]
-    point = statistics(*tables)
+    """Each statistic, the mean over draws, and its 95 % interval over resampled concepts."""
+    tables = [counts.none, *(counts.values[cell] for cell in cells)]
+    point = {name: values.mean(axis=0) for name, values in statistics(*tables).items()}
 
     def resampled(sample: np.ndarray, axis: int) -> np.ndarray:
-        return np.stack(list(statistics(*(table[:, sample] for table in tables)).values()))
+        values = statistics(*(table[..., sample] for table in tables)).values()
+        return np.stack([value.mean(axis=0) for value in values])
 
     row = {name: float(value) for name, value in point.items()}
     bounds = _interval(resampled, len(counts.names), resamples, seed)
@@ -545,22 +571,26 @@ def _interval(
     """Bounds of the 95 % bootstrap interval of a statistic of concept indices `[..., concepts]`."""
     if concepts < 2:
         return float("nan"), float("nan")
-    interval = stats.bootstrap(
-        (np.arange(concepts),),
-        statistic,
-        n_resamples=resamples,
-        vectorized=True,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
+    with warnings.catch_warnings():
+        # Where G(0) is 0 a ratio is not a number, and so are its bounds.
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        interval = stats.bootstrap(
+            (np.arange(concepts),),
+            statistic,
+            n_resamples=resamples,
+            vectorized=True,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
     return interval.low, interval.high
 
 
 def _floors(counts: _Counts, cell: tuple[str, float]) -> dict[str, float]:
-    own_right, own, general_right, general = counts.cell(cell)
+    own_right, own, general_right, general = counts.values[cell]
     accuracy = (own_right.sum() + general_right.sum()) / (own.sum() + general.sum())
-    base = _pooled(counts.none)[1]
-    pooled, per_concept = sampling_floor(own.astype(int), general.astype(int), accuracy)
+    base = float(_pooled(counts.none)[1].item())
+    # All draws of a control meet the same questions: the floor is that of one.
+    pooled, per_concept = sampling_floor(own[0].astype(int), general[0].astype(int), accuracy)
     # sampling_floor divides by the accuracy under the mask; PSS divides by G(0).
     scale = accuracy / base if base > 0 else float("nan")
     return {"floor_pooled": pooled * scale, "floor_per_concept": per_concept * scale}
