@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import string
 import subprocess
 import sys
@@ -409,6 +410,20 @@ def test_loading_gives_the_file_through_datasets():
     questions = load_questions()
     assert to_jsonl(questions) == QUESTIONS.read_text(encoding="utf-8")
     assert validate(QUESTIONS) == []
+
+
+def test_loading_makes_no_connection(monkeypatch):
+    asked = []
+
+    def refuse(*address, **_):
+        asked.append(address)
+        raise OSError("no network in this test")
+
+    for name in ("create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    assert len(load_questions(concepts=3)) == 30
+    assert asked == []
 
 
 def test_a_changed_file_is_never_answered_from_a_cache(tmp_path):
