@@ -201,7 +201,7 @@ def _read_with_datasets(data: bytes) -> list[Question]:
         with tempfile.TemporaryDirectory(prefix="paramspec-") as scratch:
             file = Path(scratch, "questions.jsonl")
             file.write_bytes(data)
-            # `load_dataset("json", ...)` does the same, but first tells a server that it was called.
+            # `load_dataset("json", ...)` does the same, but tells a server that it was called.
             rows = datasets.Dataset.from_json(
                 str(file), features=features, cache_dir=scratch, keep_in_memory=True
             ).to_list()
