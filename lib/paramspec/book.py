@@ -375,7 +375,7 @@ def run_chapter(
     print(f"{chapter.name}: running, profile {profile}", flush=True)
     start, executed = time.monotonic(), _now()
     scratch = root / "results" / "unfinished" / f"{chapter.name}-{key[:12]}.ipynb"
-    notebook = _execute(chapter, values, scratch, root)
+    notebook = _execute(chapter, values, scratch, root, profile)
     for name in ("input_path", "output_path"):  # papermill notes the whole source, and this machine
         notebook.metadata.papermill.pop(name, None)
     notebook.metadata[RECORD] = {
@@ -399,7 +399,9 @@ def run_chapter(
     return target
 
 
-def _execute(chapter: Chapter, values: dict[str, Any], scratch: Path, root: Path) -> Any:
+def _execute(
+    chapter: Chapter, values: dict[str, Any], scratch: Path, root: Path, profile: str
+) -> Any:
     """Execute a chapter into `scratch` and return the notebook; ChapterFailed when it raises."""
     import logging
 
@@ -416,7 +418,7 @@ def _execute(chapter: Chapter, values: dict[str, Any], scratch: Path, root: Path
     _make_folder(scratch.parent)
     place = f"the unfinished notebook is {_shown(scratch, root)}"
     try:
-        with _kernel_environment():
+        with _kernel_environment(profile):
             result = papermill.execute_notebook(
                 notebook,
                 str(scratch),
@@ -557,16 +559,22 @@ def cell_lines(text: str, cells: list[Any]) -> list[int]:
 
 
 @contextlib.contextmanager
-def _kernel_environment() -> Iterator[None]:
+def _kernel_environment(profile: str) -> Iterator[None]:
     """Set what a kernel inherits, and undo it.
 
+    PARAMSPEC_PROFILE: a chapter says beside a verdict which profile it was reached with.
     TQDM_DISABLE: every refresh of a bar would be a box on the page. JUPYTER_PREFER_ENV_PATH: the
     kernel `python3` is the one of this environment, not one that the user has at home.
     MPLBACKEND: set by a user, it would keep figures off the page.
     """
     import tqdm  # noqa: F401  papermill's own progress bar reads the environment at its import
 
-    changed = {"TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1", "MPLBACKEND": None}
+    changed = {
+        "PARAMSPEC_PROFILE": profile,
+        "TQDM_DISABLE": "1",
+        "JUPYTER_PREFER_ENV_PATH": "1",
+        "MPLBACKEND": None,
+    }
     before = {name: os.environ.get(name) for name in changed}
 
     def put(values: Mapping[str, str | None]) -> None:

@@ -27,7 +27,7 @@ MASK_COLOURS = {
 MASK_TITLES = {
     "concept": "the concept's own vectors",
     "other": "another concept's vectors",
-    "magnitude": "vectors as active",
+    "magnitude": "equally active vectors",
     "random": "random vectors",
 }
 OWN, GENERAL = _COLOURS[3], _COLOURS[0]
@@ -177,14 +177,14 @@ def curves(summary: pd.DataFrame) -> Figure:
     base = summary[summary["mask"] == "none"]
     masks = [mask for mask in MASK_COLOURS if (summary["mask"] == mask).any()]
     figure, panels = plt.subplots(
-        1,
-        len(masks),
-        figsize=(2.5 * len(masks) + 0.8, 3.4),
+        (len(masks) + 1) // 2,
+        min(2, len(masks)),
+        figsize=(7.2, 0.6 + 2.5 * ((len(masks) + 1) // 2)),
         sharey=True,
         layout="constrained",
         squeeze=False,
     )
-    for axes, mask in zip(panels[0], masks, strict=True):
+    for axes, mask in zip(panels.flat, masks, strict=False):
         part = pd.concat([base, summary[summary["mask"] == mask].sort_values("ratio")])
         places = _ratio_axis(axes, list(part["ratio"]))
         general = {"color": GENERAL, "label": "unrelated questions, G(k)"}
@@ -192,9 +192,11 @@ def curves(summary: pd.DataFrame) -> Figure:
         _with_interval(axes, places, part, "general_accuracy", **general)
         _with_interval(axes, places, part, "concept_accuracy", **own)
         axes.axhline(CHANCE, color="0.5", linestyle="--", linewidth=1)
-        axes.set_title(f"{mask}:\n{MASK_TITLES[mask]}", fontsize=10)
-        axes.tick_params(axis="x", labelsize=9)
-    panels[0, 0].set_ylabel("accuracy (acc_norm)")
+        axes.set_title(MASK_TITLES[mask])
+    for axes in panels[:-1].flat:
+        axes.set_xlabel("")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("accuracy (acc_norm)")
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return figure
@@ -212,8 +214,8 @@ def pss_over_ratio(summary: pd.DataFrame) -> Figure:
         "did": ("difference in differences", None),
     }
     ratios = sorted(summary.loc[summary["mask"] != "none", "ratio"].unique())
-    figure, panels = plt.subplots(1, 3, figsize=(10.5, 3.5), layout="constrained")
-    for axes, (column, (title, floor)) in zip(panels, columns.items(), strict=True):
+    figure, panels = plt.subplots(2, 2, figsize=(7.2, 5.6), layout="constrained")
+    for axes, (column, (title, floor)) in zip(panels.flat, columns.items(), strict=False):
         places = _ratio_axis(axes, ratios)
         for shift, (mask, colour) in enumerate(MASK_COLOURS.items()):
             part = summary[summary["mask"] == mask].sort_values("ratio")
@@ -227,7 +229,7 @@ def pss_over_ratio(summary: pd.DataFrame) -> Figure:
                 marker="o",
                 markersize=5,
                 linewidth=1.8 if mask == "concept" else 1.2,
-                label=f"{mask}: {MASK_TITLES[mask]}",
+                label=MASK_TITLES[mask],
             )
         if floor:
             own = summary[summary["mask"] == "concept"].sort_values("ratio")
@@ -236,8 +238,9 @@ def pss_over_ratio(summary: pd.DataFrame) -> Figure:
         else:
             axes.axhline(0, color="0.5", linestyle="--", linewidth=1)
         axes.set_title(title)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    panels[1, 1].set_axis_off()
+    panels[1, 1].legend(handles, labels, loc="center", title="masked:")
     return figure
 
 
@@ -291,7 +294,7 @@ def general_change(table: pd.DataFrame) -> Figure:
     Args:
         table: rows of `pss.summarize`: `mask`, `ratio`, `general_change` and its interval.
     """
-    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
     ratios = sorted(table["ratio"].unique())
     places = _ratio_axis(axes, ratios)
     for shift, (mask, colour) in enumerate(MASK_COLOURS.items()):
@@ -312,5 +315,5 @@ def general_change(table: pd.DataFrame) -> Figure:
     axes.axhline(0, color="0.3", linewidth=1)
     axes.margins(x=0.15)
     axes.set_ylabel("change of accuracy on\nunrelated questions")
-    axes.legend(fontsize=9, ncols=2, loc="lower left")
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
