@@ -22,7 +22,7 @@ book: .venv/installed  ## run every chapter, then build the site: _build/html/in
 test: .venv/installed  ## lint, and run every test (the site's need Chromium: CHROMIUM=/path)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 setup: .venv/installed  ## create .venv, or bring it up to the locks
 
@@ -44,4 +44,4 @@ lock: .venv/installed  ## write requirements.lock from what is installed in .ven
 	$(BIN)/python .ci/lock.py
 
 clean:  ## remove what was built; .venv and results/ stay (remove them by hand)
-	rm -rf _build book/_executed .pytest_cache .ruff_cache .hypothesis
+	rm -rf _build book/_executed .pytest_cache .ruff_cache
