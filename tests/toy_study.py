@@ -8,6 +8,8 @@ model, home = planted_model(questions)        # home[question.id] = (layer, valu
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from tokenizers import Tokenizer
@@ -162,3 +164,16 @@ def planted_model(
             mlp.c_proj.weight[vector, words[question.options[question.answer].split()[0]]] = 20.0
         home[question.id] = taken[key]
     return model, home
+
+
+def save_toy(path: Path, family: str = "llama", seed: int = 0) -> Path:
+    """A directory that `load_model` reads: a random model of `toys.py` and the toy tokenizer."""
+    toy_model(family, seed).save_pretrained(path)
+    toy_tokenizer().save_pretrained(path)
+    return path
+
+
+def save_questions(path: Path, questions: list[Question]) -> Path:
+    """A question file, one JSON object a line."""
+    path.write_text("".join(question.model_dump_json() + "\n" for question in questions))
+    return path

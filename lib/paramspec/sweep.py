@@ -14,11 +14,13 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pandas as pd
 import torch
@@ -29,13 +31,14 @@ from tqdm import tqdm
 from paramspec.errors import InputError
 from paramspec.hooks import value_vector_view
 from paramspec.masks import ConceptCoefficients, load_masks, record_concepts, save_masks
-from paramspec.models import LoadedModel, load_model
+from paramspec.models import LoadedModel, find_checkpoint, load_model
 from paramspec.pss import (
     DETAIL_COLUMNS,
     PSS_COLUMNS,
     Choices,
     Tables,
     evaluations,
+    general_questions,
     measure_concepts,
     method_key,
 )
@@ -84,13 +87,13 @@ def measure_pss(
         dtype, device: see `load_model`.
 
     Raises:
-        InputError: if a model or the questions cannot be used, before anything is measured.
+        InputError: if a model is not found or named twice, or if the questions cannot be used,
+            before anything is measured; if a model cannot be loaded, when its turn comes.
     """
     choices = choices or Choices()
     store = store or Store("results/store")
-    if not models:
-        raise InputError("models: none given; name at least one model")
-    _refuse_thin(questions)
+    _refuse_thin(questions, choices)
+    _refuse_twice(models)
     parts: list[Tables] = []
     runs = []
     for model in models:
@@ -106,9 +109,7 @@ def measure_pss(
         "questions": {"digest": questions_digest(questions), "count": len(questions)},
         **method_key(choices),
         "models": runs,
-        "versions": {
-            name: version(name) for name in ("paramspec", "torch", "transformers", "numpy")
-        },
+        "versions": {name: version(name) for name in VERSIONS},
         "hardware": hardware(),
     }
     return Study(
@@ -142,7 +143,6 @@ def score_questions(
         "engine": engine.name,
         "row_tokens": row_tokens,
         "batch_tokens": batch_tokens,
-        "scoring_version": SCORING_VERSION,
     }
     path = store.get(key)
     if path is None:
@@ -159,7 +159,7 @@ def score_questions(
         table = pd.DataFrame(
             [_answer(question, score) for question, score in zip(questions, scores, strict=True)]
         )
-        path = store.put(key, lambda folder: _write_parquet(table, folder / "answers.parquet"))
+        path = store.put(key, lambda folder: table.to_parquet(folder / "answers.parquet"))
     return pd.read_parquet(path / "answers.parquet")
 
 
@@ -222,19 +222,23 @@ def _answer(question: Question, score: Tensor) -> dict[str, object]:
 def write_study(study: Study, out: Path) -> None:
     """`write_study(study, Path("out"))`: the four files that the command `pss` leaves.
 
-    Each replaces its predecessor whole or not at all.
+    All are written before the first of them replaces its predecessor: a full disk leaves the
+    results that were there.
     """
     choices = {
         key: value for key, value in study.run.items() if key not in ("hardware", "versions")
     }
     with writing_to(out):
         out.mkdir(parents=True, exist_ok=True)
-        _write_parquet(study.pss, out / "pss.parquet")
-        _write_parquet(study.details, out / "details.parquet")
-        save_masks(out / "masks.safetensors", study.masks, choices)
-        scratch = out / "run.json.partial"
-        scratch.write_text(json.dumps(study.run, indent=2, ensure_ascii=False) + "\n")
-        scratch.replace(out / "run.json")
+        with TemporaryDirectory(prefix=".partial-", dir=out) as name:
+            scratch = Path(name)
+            study.pss.to_parquet(scratch / "pss.parquet", index=False)
+            study.details.to_parquet(scratch / "details.parquet", index=False)
+            save_masks(scratch / "masks.safetensors", study.masks, choices)
+            text = json.dumps(study.run, indent=2, ensure_ascii=False) + "\n"
+            (scratch / "run.json").write_text(text, encoding="utf-8")
+            for file in list(scratch.iterdir()):
+                file.replace(out / file.name)
 
 
 def hardware() -> dict[str, object]:
@@ -249,7 +253,18 @@ def hardware() -> dict[str, object]:
     return {"cpu": cpu, "threads": torch.get_num_threads(), "gpus": gpus}
 
 
-def _refuse_thin(questions: Sequence[Question]) -> None:
+def _refuse_twice(models: Sequence[str | LoadedModel]) -> None:
+    if not models:
+        raise InputError("models: none given; name at least one model")
+    names = set()
+    for model in models:
+        name = model.name if isinstance(model, LoadedModel) else find_checkpoint(model).name
+        if name in names:
+            raise InputError(f"model {name!r}: given twice; results are told apart by its name")
+        names.add(name)
+
+
+def _refuse_thin(questions: Sequence[Question], choices: Choices) -> None:
     folds: dict[str, set[int]] = {}
     for question in questions:
         folds.setdefault(question.concept, set()).add(question.fold)
@@ -260,6 +275,9 @@ def _refuse_thin(questions: Sequence[Question]) -> None:
             raise InputError(
                 f"{concept!r} has questions of fold {min(present)} alone; both folds are needed"
             )
+    # The concept with the most questions has the fewest on others.
+    asked = Counter(q.concept for q in questions if q.fold in choices.score_on)
+    general_questions(questions, asked.most_common(1)[0][0], choices)
 
 
 def _measure_model(
@@ -294,12 +312,11 @@ def _measure_model(
                     engine=engine,
                     progress=bar.update,
                 )
-                store.put(key, lambda directory, measured=measured: _save(measured, directory))
+                path = store.put(key, lambda folder, measured=measured: _save(measured, folder))
             else:
                 reused += 1
-                measured = _load(path)
                 bar.update(evaluations(choices, questions, shard))
-            tables.append(measured)
+            tables.append(_load(path))
     run = {
         "name": loaded.name,
         "digest": loaded.digest,
@@ -324,12 +341,13 @@ def _basis(loaded: LoadedModel, questions: Sequence[Question]) -> dict[str, obje
         "dtype": str(loaded.dtype),
         "device": loaded.device.type,
         "questions": questions_digest(questions),
+        "scoring_version": SCORING_VERSION,
     }
 
 
 def _save(tables: Tables, directory: Path) -> None:
-    _write_parquet(tables.pss, directory / "pss.parquet")
-    _write_parquet(tables.details, directory / "details.parquet")
+    tables.pss.to_parquet(directory / "pss.parquet", index=False)
+    tables.details.to_parquet(directory / "details.parquet", index=False)
     save_masks(directory / "masks.safetensors", tables.masks, {})
 
 
@@ -339,9 +357,3 @@ def _load(directory: Path) -> Tables:
         pd.read_parquet(directory / "details.parquet")[list(DETAIL_COLUMNS)],
         load_masks(directory / "masks.safetensors")[0],
     )
-
-
-def _write_parquet(table: pd.DataFrame, path: Path) -> None:
-    scratch = path.with_name(path.name + ".partial")
-    table.to_parquet(scratch, index=False)
-    scratch.replace(path)
