@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from pydantic import ValidationError
 from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
 from paramspec.errors import InputError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from paramspec.specwiki import Question
     from paramspec.sweep import Study
 
@@ -115,7 +118,6 @@ def models(
         print(json.dumps(rows, indent=2))
         return
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=box.SIMPLE)
@@ -138,8 +140,7 @@ def models(
             "yes" if spec.gated else "no",
             "yes" if is_on_disk(spec) else "no",
         )
-    # In a pipe there is no width to fit into, and a cut cell helps nobody.
-    Console(width=None if sys.stdout.isatty() else 180).print(table)
+    _console().print(table)
 
 
 @app.command()
@@ -190,7 +191,6 @@ def _print_counts(asked: list[Question]) -> None:
     from collections import Counter
 
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     from paramspec.specwiki import TIERS, questions_digest
@@ -203,7 +203,7 @@ def _print_counts(asked: list[Question]) -> None:
     for domain in (*domains, "all"):
         found = Counter(tier for d, tier, _ in concepts if domain in (d, "all"))
         table.add_row(domain, *(str(found[tier]) for tier in TIERS), str(found.total()))
-    Console().print(table)
+    _console().print(table)
     print(f"{len(asked)} questions on {len(concepts)} concepts, SHA-256 {questions_digest(asked)}")
 
 
@@ -284,18 +284,18 @@ def pss(
 
 def _print_study(study: Study) -> None:
     """A table a model: accuracies and PSS with intervals at each mask and ratio, and the peaks."""
-    from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from paramspec.pss import peak_pss, summarize
 
-    console = Console()
+    console = _console()
     columns = ["concept_accuracy", "general_accuracy", "pss_pooled", "did", "pss_per_concept"]
     titles = ["C(k)", "G(k)", "PSS pooled", "diff. in diff.", "PSS per concept"]
     for model, part in summarize(study.pss).groupby("model", sort=False):
         protocol, concepts = part["protocol"].iloc[0], part["concepts"].iloc[0]
         table = Table(
-            title=f"{model}: {concepts} concepts, protocol {protocol}",
+            title=f"{escape(model)}: {concepts} concepts, protocol {protocol}",
             caption="in brackets: 95 % bootstrap intervals over concepts; floor: sampling alone",
         )
         table.add_column("mask")
@@ -308,14 +308,22 @@ def _print_study(study: Study) -> None:
         console.print(table)
     for row in peak_pss(study.pss).to_dict("records"):
         console.print(
-            f"{row['model']}, mask {row['mask']}: peak PSS pooled {_interval(row, 'peak_pooled')} "
-            f"at ratio {row['ratio']:g}, per concept {_interval(row, 'peak_per_concept')}",
+            f"{escape(row['model'])}, mask {row['mask']}: "
+            f"peak PSS pooled {_interval(row, 'peak_pooled')} at ratio {row['ratio']:g}, "
+            f"per concept {_interval(row, 'peak_per_concept')}",
             highlight=False,
         )
 
 
 def _interval(row: dict[str, float], name: str) -> str:
     return f"{row[name]:.3f} \\[{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"
+
+
+def _console() -> Console:
+    """In a pipe there is no width to fit into, and a cut cell helps nobody."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 180)
 
 
 def _fail(error: Exception, status: int) -> None:
@@ -332,6 +340,8 @@ def main() -> None:
         status = 2
     except TyperException as error:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
+        if isinstance(error.__cause__, ValidationError):  # its message leaves the value out
+            message += f": {error.__cause__.errors()[0]['input']!r}"
         print(f"paramspec: error: {message} (see --help)", file=sys.stderr)
         status = 2
     except (KeyboardInterrupt, typer.Abort):

@@ -212,6 +212,17 @@ def unembed_only(model: nn.Module, places: Tensor) -> Iterator[None]:
         hook.remove()
 
 
+def refuse_too_long(view: ValueVectorView, tokens: int) -> None:
+    """`refuse_too_long(view, 9000)`: InputError if the model has no position for so many tokens."""
+    config = view.model.config.get_text_config(decoder=True)
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and tokens > limit:
+        raise InputError(
+            f"a question of {tokens} tokens does not fit the model's context of {limit} tokens; "
+            "shorten its cloze or its options"
+        )
+
+
 def _name(model: nn.Module) -> str:
     return type(model).__name__
 

@@ -27,7 +27,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from paramspec.errors import InputError
-from paramspec.hooks import Position, ValueVectorView, record_coefficients, unembed_only
+from paramspec.hooks import (
+    Position,
+    ValueVectorView,
+    record_coefficients,
+    refuse_too_long,
+    unembed_only,
+)
 from paramspec.specwiki import Question
 
 Scope = Literal["layer", "model"]
@@ -82,6 +88,9 @@ def record_concepts(
         position: the tokens that count, see `record_coefficients`.
         batch_tokens: tokens of a forward pass, padding included.
         progress: called with the number of questions that each forward pass did.
+
+    Raises:
+        InputError: if a cloze is longer than the model's context.
     """
     concepts = tuple(dict.fromkeys(question.concept for question in questions))
     rows = {name: row for row, name in enumerate(concepts)}
@@ -91,6 +100,7 @@ def record_concepts(
         ((tokenizer.encode(question.cloze), question) for question in questions),
         key=lambda pair: -len(pair[0]),
     )
+    refuse_too_long(view, max((len(prompt) for prompt, _ in prompts), default=0))
     start = 0
     while start < len(prompts):
         batch = prompts[start : start + max(1, batch_tokens // len(prompts[start][0]))]

@@ -38,7 +38,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from paramspec.errors import InputError
-from paramspec.hooks import ValueVectorView, mask_value_vectors, unembed_only
+from paramspec.hooks import (
+    ValueVectorView,
+    mask_value_vectors,
+    refuse_too_long,
+    unembed_only,
+)
 from paramspec.specwiki import Question, normalise
 
 # Raised whenever a change could move a score; part of every result's key.
@@ -268,12 +273,14 @@ def score_options(
         For each request an fp32 tensor `[options]`, in nats, on the CPU.
 
     Raises:
-        InputError: if a budget is not positive, or if a question is longer than the context.
+        InputError: if a budget is not positive, if a question is longer than the context, or if
+            the model gives no numbers (damaged weights, an overflow).
     """
     for name, value in (("row_tokens", row_tokens), ("batch_tokens", batch_tokens)):
         if value < 1:
             raise InputError(f"{name} {value}: expected at least 1")
-    _refuse_too_long(view, requests)
+    longest = max((max(map(len, _paths(request.item))) for request in requests), default=0)
+    refuse_too_long(view, longest)
     engine = engine or choose_engine(view)
     scores = [torch.zeros(len(request.item.options)) for request in requests]
     numbered = list(enumerate(requests))
@@ -293,19 +300,12 @@ def score_options(
             for read, value in zip(reads, _forward(view, batch, keeps, tree), strict=True):
                 scores[read.request][read.option] += value
             progress(sum({read.request: 1 for read in reads if read.option == 0}.values()))
-    return scores
-
-
-def _refuse_too_long(view: ValueVectorView, requests: Sequence[Request]) -> None:
-    limit = getattr(
-        view.model.config.get_text_config(decoder=True), "max_position_embeddings", None
-    )
-    longest = max((max(map(len, _paths(request.item))) for request in requests), default=0)
-    if limit is not None and longest > limit:
+    if not all(bool(score.isfinite().all()) for score in scores):
         raise InputError(
-            f"a question of {longest} tokens does not fit the model's context of {limit} tokens; "
-            "shorten its cloze or its options"
+            f"{type(view.model).__name__}: a log-likelihood is not a finite number; the weights "
+            "are damaged, or their dtype overflows: try float32"
         )
+    return scores
 
 
 def _forward(
