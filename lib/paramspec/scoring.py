@@ -377,7 +377,20 @@ def score_one_at_a_time(view: ValueVectorView, item: Item, keep: Tensor | None =
 
 # --- open-ended ---------------------------------------------------------------------------------
 
-OPEN_PROMPT = "Question: {question}\nAnswer:"
+# Three examples show that a bare answer is wanted; without them, models answer in sentences, or
+# stop at once. They are about no concept of SpecWiki.
+OPEN_PROMPT = """\
+Question: Who painted the Mona Lisa?
+Answer: Leonardo da Vinci
+
+Question: Which instrument has 88 keys?
+Answer: the piano
+
+Question: In which year was the Battle of Waterloo?
+Answer: 1815
+
+Question: {question}
+Answer:"""
 
 
 @torch.no_grad()
@@ -387,16 +400,18 @@ def generate_answers(
     questions: Sequence[str],
     keeps: Sequence[Tensor | None] | None = None,
     *,
+    prompt: str = OPEN_PROMPT,
     max_new_tokens: int = 12,
     batch_size: int = 32,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
     """`answers = generate_answers(view, tokenizer, ["What is the capital of France?"])`.
 
-    Greedy decoding of the first line after `OPEN_PROMPT`, each question under its own mask.
+    Greedy decoding of the first line after the prompt, each question under its own mask.
 
     Args:
         keeps: a mask for each question, bool `[layers, width]` or None; no masks if not given.
+        prompt: holds `{question}`.
 
     Returns:
         The answers, stripped, in the order of the questions.
@@ -405,7 +420,7 @@ def generate_answers(
     answers = []
     for start in range(0, len(questions), batch_size):
         part = questions[start : start + batch_size]
-        prompts = [OPEN_PROMPT.format(question=question) for question in part]
+        prompts = [prompt.replace("{question}", question) for question in part]
         texts = _left_padded(tokenizer, prompts, view.model.device)
         rows = [Row(mask=start + index) for index in range(len(part))]
         with _row_masks(view, rows, keeps):
