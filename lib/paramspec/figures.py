@@ -276,7 +276,7 @@ def depth(table: pd.DataFrame) -> Figure:
     palette = sns.color_palette("flare", len(ratios))
     for colour, ratio in zip(palette, ratios, strict=True):
         part = table[table["ratio"] == ratio].sort_values("layer")
-        axes.plot(part["layer"], part["share"], color=colour, label=f"{ratio:.0%} masked")
+        axes.plot(part["layer"], part["share"], color=colour, label=f"{ratio:.1%} masked")
         axes.fill_between(part["layer"], part["low"], part["high"], color=colour, alpha=0.2, lw=0)
     layers = table["layer"].nunique()
     axes.axhline(1 / layers, color="0.5", linestyle="--", linewidth=1)
