@@ -22,7 +22,7 @@ book: .venv/installed  ## run every chapter, then build the site: _build/html/in
 test: .venv/installed  ## lint, and run every test (the site's need Chromium: CHROMIUM=/path)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 setup: .venv/installed  ## create .venv, or bring it up to the locks
 
