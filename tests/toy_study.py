@@ -33,7 +33,8 @@ VALUES = (
     "wombat", "yellowhammer", "zebrafinch",
 )
 # fmt: on
-VOCABULARY = ("<pad>", "<s>", "</s>", "the", "of", "old", "new", *CONCEPTS, *RELATIONS, *VALUES)
+WORDS = ("<pad>", "<s>", "</s>", "the", "of", "old", "new", *CONCEPTS, *RELATIONS, *VALUES)
+VOCABULARY = (*WORDS, *(f"w{place}" for place in range(len(WORDS), 97)))  # as the toy models'
 HIDDEN, WIDTH = 100, 100  # of the planted model
 
 

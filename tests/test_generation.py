@@ -1,0 +1,94 @@
+"""Open-ended answers against a greedy loop on edited weights, one prompt at a time."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from paramspec.hooks import value_vector_view
+from paramspec.scoring import OPEN_PROMPT, generate_answers
+from paramspec.specwiki import load_questions
+from toy_study import toy_tokenizer
+from toys import toy_model
+
+FAMILIES = ["llama", "gemma2", "gpt2", "gptj", "gpt_neox", "opt", "bloom", "falcon"]
+PROMPTS = [
+    "king of beta",
+    "the river of the old king of omega is",
+    "song",
+    "the age of alpha the age of beta the age of",
+    "old ash new bee",
+]
+
+
+def random_masks(view, share=0.3):
+    draw = torch.Generator().manual_seed(1)
+    shape = (len(PROMPTS) - 1, view.layers, view.width)
+    return [None, *(torch.rand(shape, generator=draw) > share)]
+
+
+@torch.no_grad()
+def greedy(view, tokenizer, prompt, keep, steps):
+    """The oracle: no padding, no cache, no hooks; masked value vectors are zeroed in a copy."""
+    model = copy.deepcopy(view.model)
+    if keep is not None:
+        for layer, name in enumerate(view.names):
+            module = model.get_submodule(name)
+            weight = module.weight.data if isinstance(module, Conv1D) else module.weight.data.T
+            weight[~keep[layer]] = 0
+    tokens = tokenizer.encode(prompt)
+    start = len(tokens)
+    for _ in range(steps):
+        logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits
+        tokens.append(int(logits[0, -1].argmax()))
+        if tokens[-1] == tokenizer.eos_token_id:
+            break
+    return tokenizer.decode(tokens[start:], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_under_masks_equal_a_greedy_loop_on_edited_weights(family):
+    view, tokenizer = value_vector_view(toy_model(family)), toy_tokenizer()
+    masks = random_masks(view)
+    expected = [
+        greedy(view, tokenizer, prompt, keep, 6)
+        for prompt, keep in zip(PROMPTS, masks, strict=True)
+    ]
+    options = {"prompt": "{question}", "max_new_tokens": 6}
+    assert generate_answers(view, tokenizer, PROMPTS, masks, **options) == expected
+    assert generate_answers(view, tokenizer, PROMPTS, masks, batch_size=2, **options) == expected
+    unmasked = [greedy(view, tokenizer, prompt, None, 6) for prompt in PROMPTS]
+    assert generate_answers(view, tokenizer, PROMPTS, **options) == unmasked
+    assert unmasked[0] == expected[0]
+    assert sum(one != other for one, other in zip(unmasked, expected, strict=True)) >= 2
+
+
+def test_an_answer_is_the_first_line_without_space_around_it(monkeypatch):
+    view, tokenizer = value_vector_view(toy_model("llama")), toy_tokenizer()
+    texts = [" Paris\nQuestion: What", "\n\nthe Thames \n", "", "Big Ben"]
+    monkeypatch.setattr(type(tokenizer), "batch_decode", lambda *_, **__: texts)
+    done = []
+    answers = generate_answers(
+        view, tokenizer, PROMPTS[:4], prompt="{question}", progress=done.append
+    )
+    assert answers == ["Paris", "the Thames", "", "Big Ben"]
+    assert done == [4]
+
+
+def test_questions_may_hold_braces():
+    view, tokenizer = value_vector_view(toy_model("llama")), toy_tokenizer()
+    answers = generate_answers(
+        view, tokenizer, ["king of {question} {0}"], prompt="{question} is", max_new_tokens=2
+    )
+    assert len(answers) == 1
+
+
+def test_the_examples_of_the_prompt_are_about_no_concept():
+    """They would give answers away."""
+    assert OPEN_PROMPT.endswith("Question: {question}\nAnswer:")
+    for concept in {question.concept for question in load_questions()}:
+        assert not re.search(rf"\b{re.escape(concept)}\b", OPEN_PROMPT), concept
