@@ -1,0 +1,179 @@
+"""The real weights: SmolLM2-135M against lm-evaluation-harness, and the paper's effect."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from paramspec.hooks import value_vector_view
+from paramspec.masks import (
+    keep_tensor,
+    random_vectors,
+    record_concepts,
+    top_vectors,
+    value_vector_scores,
+)
+from paramspec.models import load_model
+from paramspec.scoring import (
+    Request,
+    answer_matches,
+    choose,
+    choose_engine,
+    encode,
+    generate_answers,
+    score_one_at_a_time,
+    score_options,
+)
+from paramspec.specwiki import load_questions
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return load_model("smollm2-135m", dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def view(smollm2):
+    return value_vector_view(smollm2.model)
+
+
+def test_it_is_the_model_that_the_registry_describes(smollm2, view):
+    assert (view.layers, view.width, view.hidden) == (30, 1536, 576)
+    assert (smollm2.spec.layers, smollm2.spec.mlp_width, smollm2.spec.width) == (30, 1536, 576)
+    assert choose_engine(view).name == "packed"
+
+
+def test_log_likelihoods_are_those_of_lm_evaluation_harness(smollm2, view):
+    """The harness's own model class, its own encoding, padding and batching."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    questions = load_questions()
+    questions = questions[:: len(questions) // 25]
+    harness = HFLM(pretrained=smollm2.model, tokenizer=smollm2.tokenizer, batch_size=8)
+    instances = [
+        Instance("loglikelihood", {}, (question.cloze, f" {option}"), 0)
+        for question in questions
+        for option in question.options
+    ]
+    answers = harness.loglikelihood(instances, disable_tqdm=True)
+    expected = np.array([value for value, _ in answers]).reshape(-1, 4)
+    requests = [Request(encode(smollm2.tokenizer, question), 0) for question in questions]
+    actual = torch.stack(score_options(view, requests, [None])).numpy()
+    assert len(questions) >= 25
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-3)
+    for question, ours, theirs in zip(questions, actual, expected, strict=True):
+        lengths = np.array([len(option) for option in question.options])
+        assert choose(ours, question.options) == (theirs.argmax(), (theirs / lengths).argmax())
+
+
+def test_packed_rows_under_several_masks_equal_one_option_at_a_time(smollm2, view):
+    questions = load_questions()[::900]
+    draw = torch.Generator().manual_seed(0)
+    keeps = [None, *(torch.rand(3, view.layers, view.width, generator=draw) > 0.05)]
+    requests = [
+        Request(encode(smollm2.tokenizer, question), mask)
+        for question, mask in itertools.product(questions, range(4))
+    ]
+    scores = score_options(view, requests, keeps)
+    for request, score in zip(requests, scores, strict=True):
+        expected = score_one_at_a_time(view, request.item, keeps[request.mask])
+        torch.testing.assert_close(score, expected, rtol=0, atol=1e-3)
+    for start in range(0, len(scores), 4):  # no mask leaves a question as it was
+        assert len({tuple(score.tolist()) for score in scores[start : start + 4]}) == 4
+
+
+COUNTRIES, RATIO = 24, 0.05
+
+
+@pytest.fixture(scope="module")
+def right(smollm2, view):
+    """`right[mask, role]`: which questions are answered rightly, `[countries, 10]`.
+
+    The most frequent countries stand in pairs. Under a country's mask, C(k) is the accuracy on its
+    own questions and G(k) that on its partner's: over all pairs, C and G are of the same questions,
+    each once under the mask of its own country and once under the other's, so that questions
+    being easy or hard does not blur the comparison.
+    """
+    questions = load_questions(domains="country", tiers="high")
+    names = list(dict.fromkeys(question.concept for question in questions))[:COUNTRIES]
+    own = {name: [q for q in questions if q.concept == name] for name in names}
+    asked = [question for name in names for question in own[name]]
+    coefficients = record_concepts(view, smollm2.tokenizer, asked)
+    items = {question.id: encode(smollm2.tokenizer, question) for question in asked}
+    keeps, requests, about = [], [], []
+    for place, name in enumerate(names):
+        partner = names[place ^ 1]
+        vectors = top_vectors(value_vector_scores(coefficients, name), RATIO)
+        draw = torch.Generator().manual_seed(place)
+        chance = random_vectors(vectors, view.layers, view.width, draw)
+        for mask, chosen in (("concept", vectors), ("random", chance)):
+            keeps.append(keep_tensor(chosen, view.layers, view.width))
+            for role, question in [
+                *(("own", question) for question in own[name]),
+                *(("general", question) for question in own[partner]),
+            ]:
+                requests.append(Request(items[question.id], len(keeps) - 1))
+                about.append((mask, role, question))
+    scores = score_options(view, requests, keeps, engine=choose_engine(view))
+    answers = {}
+    for (mask, role, question), score in zip(about, scores, strict=True):
+        chosen = choose(score.tolist(), question.options).by_characters
+        answers.setdefault((mask, role), []).append(chosen == question.answer)
+    return {
+        key: np.array(rows, dtype=float).reshape(COUNTRIES, 10) for key, rows in answers.items()
+    }
+
+
+def gap(answers, mask):
+    """G(k) - C(k), and its standard error over pairs of countries."""
+    each = (answers[mask, "general"] - answers[mask, "own"]).mean(1)
+    pairs = each.reshape(-1, 2).mean(1)
+    return pairs.mean(), pairs.std(ddof=1) / len(pairs) ** 0.5
+
+
+def test_masking_a_concept_hurts_its_own_questions_more(right):
+    value, error = gap(right, "concept")
+    assert value > 2 * error, (value, error)
+    assert value > 0.05
+
+
+def test_random_masks_of_the_same_size_do_not(right):
+    value, error = gap(right, "random")
+    assert abs(value) < 2 * error, (value, error)
+    # And they leave most of what the model knows.
+    assert right["random", "own"].mean() > right["concept", "own"].mean() + 0.1
+
+
+CAPITALS = {
+    "France": "Paris",
+    "Italy": "Rome",
+    "Spain": "Madrid",
+    "Japan": "Tokyo",
+    "Germany": "Berlin",
+    "Egypt": "Cairo",
+}
+
+
+def test_famous_capitals_are_answered_in_words(smollm2, view):
+    questions = [f"What is the capital of {country}?" for country in CAPITALS]
+    answers = generate_answers(view, smollm2.tokenizer, questions)
+    right = [
+        answer_matches(answer, [capital])
+        for answer, capital in zip(answers, CAPITALS.values(), strict=True)
+    ]
+    assert right[0], answers
+    assert sum(right) >= 4, answers
+    alone = [generate_answers(view, smollm2.tokenizer, [question])[0] for question in questions[:3]]
+    assert alone == answers[:3]
+
+
+def test_an_answer_is_lost_under_a_mask_of_everything_and_its_neighbour_is_not(smollm2, view):
+    questions = ["What is the capital of France?"] * 2
+    keeps = [torch.zeros(view.layers, view.width, dtype=torch.bool), None]
+    masked, kept = generate_answers(view, smollm2.tokenizer, questions, keeps)
+    assert not answer_matches(masked, ["Paris"])
+    assert answer_matches(kept, ["Paris"])
