@@ -659,7 +659,7 @@ def test_intervals_cover_the_truth_about_95_times_in_100(no_floors):
     covered = Counter()
     studies = 160
     for _ in range(studies):
-        summary = summarize(simulated(rng, 60), resamples=300).set_index("mask").loc["concept"]
+        summary = summarize(simulated(rng, 60), resamples=200).set_index("mask").loc["concept"]
         for name, value in truth.items():
             covered[name] += summary[f"{name}_low"] <= value <= summary[f"{name}_high"]
     for name in truth:

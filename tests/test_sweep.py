@@ -17,6 +17,7 @@ import pytest
 import torch
 from disks import small_disk
 
+from paramspec import sweep
 from paramspec.errors import InputError
 from paramspec.hooks import value_vector_view
 from paramspec.masks import load_masks, record_concepts
@@ -110,7 +111,7 @@ def test_another_choice_is_another_result(store, tmp_path, field):
 
 
 def other_questions():
-    questions = toy_questions(3)
+    questions = toy_questions(2)
     for field, value in {
         "cloze": "old age of beta",
         "options": ("ash", "bee", "cow", "doe"),
@@ -127,14 +128,14 @@ def other_questions():
         yield pytest.param(changed, id=field)
     yield pytest.param(questions[::-1], id="order")
     yield pytest.param(questions[:-1], id="one less")
-    yield pytest.param(toy_questions(4), id="another concept")
+    yield pytest.param(toy_questions(3), id="another concept")
 
 
 @pytest.mark.parametrize("questions", list(other_questions()))
 def test_other_questions_are_another_result(store, tmp_path, questions):
     model = toy_loaded()
-    measure_pss([model], toy_questions(3), SMALL, store=store)
-    assert questions_digest(questions) != questions_digest(toy_questions(3))
+    measure_pss([model], toy_questions(2), SMALL, store=store)
+    assert questions_digest(questions) != questions_digest(toy_questions(2))
     changed = measure_pss([model], questions, SMALL, store=store)
     assert reused(changed) == [0]
     assert_same(changed, measure_pss([model], questions, SMALL, store=Store(tmp_path / "new")))
@@ -194,48 +195,39 @@ def test_another_name_or_scoring_version_is_another_result(store, monkeypatch):
 # Crashes
 
 PROGRAM = """
-import sys
+import sys, time
 import paramspec.sweep as sweep
 from paramspec.pss import Choices
 from paramspec.store import Store
 from toy_study import toy_loaded, toy_questions
 
-where, calls = sys.argv[2], []
-def stop_at_fourth(function):
-    def stopping(*arguments, **options):
-        calls.append(1)
-        if len(calls) == 4:
-            if where == "_save":
-                arguments[0].pss.to_parquet(arguments[1] / "pss.parquet")
-            print("fourth", flush=True)
-            sys.stdin.readline()
-        return function(*arguments, **options)
-    return stopping
+calls, save = [], sweep._save
+def stop_at_fourth(tables, directory):
+    calls.append(1)
+    if len(calls) == 4:
+        tables.pss.to_parquet(directory / "pss.parquet")
+        print("fourth", flush=True)
+        time.sleep(60)
+    save(tables, directory)
 
-sweep.SHARD = 1
-setattr(sweep, where, stop_at_fourth(getattr(sweep, where)))
+sweep.SHARD, sweep._save = 1, stop_at_fourth
 study = sweep.measure_pss(
     [toy_loaded()], toy_questions(6), Choices(ratios=(0.1, 0.3), general=5),
     store=Store(sys.argv[1]),
 )
-sweep.write_study(study, sweep.Path(sys.argv[3]))
+sweep.write_study(study, sweep.Path(sys.argv[2]))
 """
-
-
-def start(store, where, out):
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(store.root), where, str(out)],
-        cwd=Path(__file__).parent,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def test_a_killed_run_continues_and_ends_with_the_same_tables(store, tmp_path):
     """Killed while it writes its fourth unit."""
-    process = start(store, "_save", tmp_path / "out")
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(store.root), str(tmp_path / "out")],
+        cwd=Path(__file__).parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     assert process.stdout.readline() == "fourth\n"
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -254,23 +246,28 @@ def test_a_killed_run_continues_and_ends_with_the_same_tables(store, tmp_path):
     assert_same(continued, whole)
 
 
-def test_two_processes_with_one_store_agree(store, tmp_path):
-    """One overtakes the other, which is at its fourth unit, and finishes first."""
-    process = start(store, "measure_concepts", tmp_path / "slow")
-    assert process.stdout.readline() == "fourth\n"
-    study = measure_pss([toy_loaded()], toy_questions(6), SMALL, store=store)
-    assert reused(study) == [3]
-    finished = units(store)
-    assert len(finished) == 7
-    errors = process.communicate("go on\n")[1]
-    assert process.returncode == 0, errors
-    assert "Warning" not in errors
-    assert units(store) == finished
-    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "slow" / "pss.parquet"), study.pss)
-    details = pd.read_parquet(tmp_path / "slow" / "details.parquet")
-    pd.testing.assert_frame_equal(details, study.details)
-    record = json.loads((tmp_path / "slow" / "run.json").read_text())
-    assert record["models"][0]["units_from_store"] == 2  # the last two, which the other had done
+def test_a_run_that_another_overtakes_ends_with_the_same_tables(store, monkeypatch):
+    """At its second unit, another worker with the same store begins and finishes the study."""
+    model, questions = toy_loaded(), toy_questions(4)
+    calls, overtaking = [], []
+    measure = sweep.measure_concepts
+
+    def overtaken(*arguments, **options):
+        calls.append(arguments[4])
+        if len(calls) == 2:
+            overtaking.append(measure_pss([model], questions, SMALL, store=store))
+            overtaking.append(units(store))
+        return measure(*arguments, **options)
+
+    monkeypatch.setattr("paramspec.sweep.measure_concepts", overtaken)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        slow = measure_pss([model], questions, SMALL, store=store)
+    quick, finished = overtaking
+    assert len(finished) == 5
+    assert units(store) == finished  # what the other had put is kept, not put again
+    assert (reused(quick), reused(slow)) == ([1], [2])
+    assert_same(slow, quick)
 
 
 def exchange(file, content):
