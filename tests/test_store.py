@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from disks import read_only, small_disk
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from paramspec.errors import InputError
@@ -328,6 +329,9 @@ def test_a_store_that_cannot_be_written_is_still_read(store, monkeypatch):
 def test_only_failed_writes_are_translated(tmp_path):
     with pytest.raises(InputError, match=f"^{tmp_path}: cannot write"), writing_to(tmp_path):
         raise OSError("no name, no number")
+    full = SafetensorError("Error while serializing: No space left on device (os error 28)")
+    with pytest.raises(InputError, match="No space left on device"), writing_to(tmp_path):
+        raise full
     with pytest.raises(KeyError), writing_to(tmp_path):
         raise KeyError
     with writing_to(tmp_path):
