@@ -103,7 +103,9 @@ def build(
 def models(
     chosen: Annotated[
         str | None,
-        typer.Option("--set", help="Only one set: twenty, scale, pretraining or causal."),
+        typer.Option(
+            "--set", help="Only one set: twenty, scale, pretraining, causal, zoo, zoo-scale, ..."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, every field.")] = False,
 ) -> None:
@@ -122,7 +124,7 @@ def models(
 
     table = Table(box=box.SIMPLE)
     for title in ("id", "family", "generation", "released", "sets", "source"):
-        table.add_column(title, no_wrap=title == "id")
+        table.add_column(title, no_wrap=title in ("id", "generation"))
     for title in ("parameters", "MMLU"):
         table.add_column(title, justify="right")
     for title in ("gated", "on disk"):
@@ -135,12 +137,16 @@ def models(
             f"{spec.released:%Y-%m}" if spec.released else "",
             ", ".join(spec.sets),
             spec.source.label,
-            f"{spec.parameters / 1e9:.2f} B",
+            _count(spec.parameters),
             f"{spec.mmlu.score:.1f}" if spec.mmlu else "",
             "yes" if spec.gated else "no",
             "yes" if is_on_disk(spec) else "no",
         )
     _console().print(table)
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e8 else f"{parameters / 1e6:.2f} M"
 
 
 @app.command()
@@ -323,7 +329,7 @@ def _console() -> Console:
     """In a pipe there is no width to fit into, and a cut cell helps nobody."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 180)
+    return Console(width=None if sys.stdout.isatty() else 200)
 
 
 def _fail(error: Exception, status: int) -> None:

@@ -317,3 +317,212 @@ def general_change(table: pd.DataFrame) -> Figure:
     axes.set_ylabel("change of accuracy on\nunrelated questions")
     figure.legend(loc="outside lower center", ncols=2)
     return figure
+
+
+# --- many models --------------------------------------------------------------------------------
+
+FAMILY_COLOURS = {
+    "llama": _COLOURS[0],
+    "qwen": _COLOURS[1],
+    "mistral": _COLOURS[2],
+    "gemma": _COLOURS[4],
+    "olmo": _COLOURS[5],
+}
+FAMILY_TITLES = {
+    "llama": "Llama",
+    "qwen": "Qwen",
+    "mistral": "Mistral",
+    "gemma": "Gemma",
+    "olmo": "OLMo",
+}
+OTHER, NULL = "0.2", "0.55"
+
+
+def _family_colour(family: object) -> object:
+    return FAMILY_COLOURS.get(family, OTHER)
+
+
+def _bars(axes: Axes, x: pd.Series, table: pd.DataFrame, value: str, **style: object) -> None:
+    """Points with upright 95 % intervals, columns `value`, `value_low`, `value_high`.
+
+    The interval of a maximum of absolute values may lie beyond the value: it is drawn where it is.
+    """
+    marker = {"fmt": "none"} if "marker" not in style else {"linestyle": "none"}
+    axes.vlines(
+        x, table[f"{value}_low"], table[f"{value}_high"], color=style["color"], lw=1.1, alpha=0.6
+    )
+    axes.plot(x, table[value], **(style | marker))
+
+
+def against_accuracy(table: pd.DataFrame, y: str = "peak_pss", label: str = "peak PSS") -> Figure:
+    """Peak PSS over accuracy, a point a model with both intervals; in grey, random masks.
+
+    Args:
+        table: of `trends.model_table`, with `family` and, for names beside points, `shown`.
+    """
+    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    axes.axvline(CHANCE, color="0.5", linestyle="--", linewidth=1)
+    if "peak_null" in table:
+        style = {"color": NULL, "marker": "D", "markersize": 3.5, "zorder": 1}
+        _bars(axes, table["accuracy"], table, "peak_null", label="random masks", **style)
+    for family, part in table.groupby(table["family"].fillna("other"), sort=False):
+        colour = _family_colour(family)
+        style = {"color": colour, "marker": "o", "markersize": 7, "zorder": 3}
+        _bars(axes, part["accuracy"], part, y, label=FAMILY_TITLES.get(family, family), **style)
+        axes.hlines(
+            part[y], part["accuracy_low"], part["accuracy_high"], color=colour, lw=0.8, alpha=0.35
+        )
+    for row in table[table["shown"] != ""].itertuples():
+        axes.annotate(
+            row.shown,
+            (row.accuracy, getattr(row, y)),
+            xytext=(7, 5),
+            textcoords="offset points",
+            fontsize=9,
+        )
+    axes.set_xlabel("accuracy without a mask (acc_norm); dashed: chance")
+    axes.set_ylabel(label)
+    axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+    figure.legend(loc="outside lower center", ncols=6, columnspacing=1)
+    return figure
+
+
+def forest(table: pd.DataFrame, published: float | None = None) -> Figure:
+    """Correlation coefficients with two intervals each, a row a reading of the claim.
+
+    Args:
+        table: columns `reading`, `r`, `low`, `high` (over concepts), `family_low`, `family_high`.
+        published: the paper's coefficient, drawn as a line.
+    """
+    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.38 * len(table)), layout="constrained")
+    places = np.arange(len(table))[::-1]
+    if published is not None:
+        axes.axvline(published, color=OWN, linewidth=1.2, linestyle=":", label="the paper")
+    axes.axvline(0, color="0.5", linewidth=1, linestyle="--")
+    axes.hlines(
+        places, table["family_low"], table["family_high"], color="0.8", lw=6, label="over families"
+    )
+    axes.hlines(places, table["low"], table["high"], color=GENERAL, lw=1.8, label="over concepts")
+    axes.plot(table["r"], places, "o", color=GENERAL)
+    axes.set_yticks(places, table["reading"])
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlim(min(-0.55, float(np.nanmin(table["low"]))) - 0.05, 1.03)
+    axes.set_xlabel("Pearson correlation with accuracy, and its 95 % intervals")
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+def generations(table: pd.DataFrame) -> Figure:
+    """Peak PSS over the generations of each family, with the band of random masks.
+
+    Args:
+        table: of `trends.model_table`, with `family`, `order` (the generation's place in its
+            family) and `generation`; and, if there is one, `held_out` with its interval.
+    """
+    families = [family for family in FAMILY_TITLES if (table["family"] == family).any()]
+    figure, panels = plt.subplots(
+        1, len(families), figsize=(7.4, 3.4), sharey=True, layout="constrained", squeeze=False
+    )
+    for axes, family in zip(panels[0], families, strict=True):
+        part = table[table["family"] == family].sort_values("order")
+        if "peak_null" in part:
+            axes.fill_between(
+                part["order"],
+                part["peak_null_low"],
+                part["peak_null_high"],
+                color=NULL,
+                alpha=0.25,
+                lw=0,
+                label="random masks, 95 %",
+            )
+        if "held_out" in part:
+            axes.plot(part["order"], part["held_out"], ":", color="0.2", label="held out")
+        colour = _family_colour(family)
+        axes.plot(part["order"], part["peak_pss"], color=colour, lw=1.5)
+        style = {"color": colour, "marker": "o", "markersize": 6}
+        _bars(axes, part["order"], part, "peak_pss", **style)
+        axes.set_title(FAMILY_TITLES[family])
+        names = part["generation"].str.removeprefix("zoo ")
+        wide = names.str.len().max() > 3
+        axes.set_xticks(
+            part["order"], names, rotation=60 if wide else 0, ha="right" if wide else "center"
+        )
+        axes.margins(x=0.12)
+    panels[0, 0].set_ylabel("peak PSS")
+    figure.supxlabel("generation", fontsize=11)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return figure
+
+
+def along(table: pd.DataFrame, x: str, label: str, *, log: bool = False) -> Figure:
+    """Accuracy and peak PSS over something that models differ in, a line a run or family.
+
+    Args:
+        table: of `trends.model_table`, with columns `x` and `run`; `peak_null` is drawn as a band.
+        x: the column of the abscissa; `label` names it, with its unit.
+        log: a logarithmic abscissa.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(7.4, 3.5), sharex=True, layout="constrained")
+    runs = list(dict.fromkeys(table["run"]))
+    for run in runs:
+        part = table[table["run"] == run].sort_values(x)
+        colour = _family_colour(part["family"].iloc[0])
+        title = FAMILY_TITLES.get(run, run)
+        for axes, value in zip(panels, ("accuracy", "peak_pss"), strict=True):
+            axes.plot(part[x], part[value], color=colour, lw=1.3, label=title)
+            _bars(axes, part[x], part, value, color=colour, marker="o", markersize=5)
+    if "peak_null" in table:
+        mean = table.groupby(x)[["peak_null_low", "peak_null_high"]].mean()
+        panels[1].fill_between(
+            mean.index,
+            mean["peak_null_low"],
+            mean["peak_null_high"],
+            color=NULL,
+            alpha=0.25,
+            lw=0,
+            label="random masks, 95 %",
+        )
+    panels[0].axhline(CHANCE, color="0.5", linestyle="--", linewidth=1)
+    panels[0].set_ylabel("accuracy (acc_norm)")
+    panels[1].set_ylabel("peak PSS")
+    for axes in panels:
+        axes.set_xlabel(label)
+        if log:
+            axes.set_xscale("log")
+    handles, labels = panels[1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    return figure
+
+
+def tiers(table: pd.DataFrame) -> Figure:
+    """Accuracy, PSS and difference in differences by frequency tier, a line a group of models.
+
+    Args:
+        table: columns `group`, `tier`, and `accuracy`, `peak_pss`, `peak_did` with `_low`, `_high`.
+    """
+    titles = {
+        "accuracy": "accuracy (acc_norm)",
+        "peak_pss": "peak PSS",
+        "peak_did": "peak diff. in diff.",
+    }
+    order = ["high", "medium", "low"]
+    figure, panels = plt.subplots(1, 3, figsize=(7.6, 3.5), layout="constrained")
+    groups = list(dict.fromkeys(table["group"]))
+    for axes, (value, title) in zip(panels, titles.items(), strict=True):
+        for shift, group in enumerate(groups):
+            part = table[table["group"] == group].set_index("tier").loc[order]
+            x = np.arange(3) + 0.08 * (shift - (len(groups) - 1) / 2)
+            colour = _COLOURS[shift]
+            axes.plot(x, part[value], color=colour, lw=1.2, label=group)
+            _bars(axes, x, part, value, color=colour, marker="o", markersize=5)
+        axes.set_xticks(range(3), order)
+        axes.set_title(title)
+        axes.margins(x=0.12)
+    panels[0].axhline(CHANCE, color="0.5", linestyle="--", linewidth=1)
+    panels[2].axhline(0, color="0.5", linestyle="--", linewidth=1)
+    figure.supxlabel("frequency tier", fontsize=11)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    return figure

@@ -23,7 +23,7 @@ import importlib.metadata
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -33,8 +33,20 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from paramspec.errors import InputError
+from paramspec.quiet import quiet_transformers
+from paramspec.specwiki import Question, load_questions
+from paramspec.zoo import (
+    RECIPE,
+    ZooModel,
+    load_zoo,
+    train_zoo,
+    trained,
+    training_record,
+    zoo_questions,
+)
 
 if TYPE_CHECKING:
+    import pandas as pd
     import torch
     from gguf import GGUFReader
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,7 +54,16 @@ if TYPE_CHECKING:
 REGISTRY = Path(__file__).with_name("models.yaml")
 DTYPES = ("auto", "float32", "bfloat16")
 
-SetName = Literal["twenty", "scale", "pretraining", "causal"]
+SetName = Literal[
+    "twenty",
+    "scale",
+    "pretraining",
+    "causal",
+    "zoo",
+    "zoo-scale",
+    "zoo-pretraining",
+    "zoo-frequency",
+]
 
 INDEX = "model.safetensors.index.json"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -102,7 +123,7 @@ class ZooSource(_Frozen):
 
     @property
     def label(self) -> str:
-        return f"zoo {self.recipe}"
+        return "trained here"
 
 
 Source = Annotated[HubSource | WheelSource | ZooSource, Field(discriminator="kind")]
@@ -118,7 +139,7 @@ class Mmlu(_Frozen):
 class ModelSpec(_Frozen):
     """One entry of `models.yaml`; the head of that file says what each field means."""
 
-    id: str = Field(pattern=r"^[a-z0-9][a-z0-9.@-]*$")
+    id: str
     family: str
     generation: str
     model_type: str
@@ -170,6 +191,8 @@ class Checkpoint:
 def load_registry(path: Path = REGISTRY) -> dict[str, ModelSpec]:
     """`load_registry()["smollm2-135m"].layers`: the entries of `models.yaml` by id, in file order.
 
+    An entry `zoo: FILE` stands for every model of a zoo recipe that lies beside it.
+
     Raises:
         InputError: naming the entry and the field, if the file does not fit `ModelSpec`.
     """
@@ -182,6 +205,10 @@ def load_registry(path: Path = REGISTRY) -> dict[str, ModelSpec]:
         raise InputError(f"{path}: expected a list of models; see the head of the file")
     for number, entry in enumerate(entries, start=1):
         name = entry.get("id", number) if isinstance(entry, dict) else number
+        if isinstance(entry, dict) and set(entry) == {"zoo"}:
+            recipe = path.parent / entry["zoo"]
+            registry |= {model.name: _zoo_spec(model) for model in load_zoo(recipe).values()}
+            continue
         try:
             spec = ModelSpec.model_validate(entry)
         except ValidationError as error:
@@ -194,6 +221,132 @@ def load_registry(path: Path = REGISTRY) -> dict[str, ModelSpec]:
     return registry
 
 
+def expand_models(names: Sequence[str]) -> list[str]:
+    """`expand_models(["zoo", "smollm2-135m"])`: a set's name, or a zoo recipe's, as its models.
+
+    Args:
+        names: MODEL arguments, names of sets of the registry, or `.yaml` zoo recipes; of a recipe,
+            the models that belong to the set `zoo`, one of each family and generation.
+
+    Raises:
+        InputError: if none is named, or one twice.
+    """
+    expanded: list[str] = []
+    for name in names:
+        if name in get_args(SetName):
+            expanded += [spec.id for spec in models_in(name)]
+        elif name.endswith((".yaml", ".yml")):
+            expanded += [m.name for m in load_zoo(Path(name)).values() if "zoo" in m.sets]
+        else:
+            expanded.append(name)
+    if not expanded:
+        raise InputError("models: none given; name at least one model, or a set such as 'zoo'")
+    for place, name in enumerate(expanded):
+        if name in expanded[:place]:
+            raise InputError(f"model {name!r}: given twice; results are told apart by its name")
+    return expanded
+
+
+def find_spec(model: str) -> ModelSpec | None:
+    """`find_spec("zoo-llama-3").generation`: what the registry or a recipe says of a model."""
+    if found := _custom_zoo(model):
+        return _zoo_spec(found)
+    return load_registry().get(model)
+
+
+def describe_models(names: Sequence[str]) -> pd.DataFrame:
+    """`describe_models(expand_models(["zoo"]))`: what a chapter plots models against.
+
+    Returns:
+        A row a model: `model`, `family` and `generation` (missing of a model that is in no
+        registry), `order` (the generation's place in its family, from 1), `parameters`, `width`,
+        `released` (days since 2023-01-01), `mmlu` (percent), `tokens` (seen in training, of a
+        trained micro model) and `step` (of a checkpoint).
+    """
+    import pandas as pd
+
+    rows = []
+    for name in names:
+        spec = find_spec(name)
+        if spec is None:
+            rows.append({"model": name})
+            continue
+        step = re.search(r"step(\d+)", spec.source.label)
+        row = {field: getattr(spec, field) for field in ("family", "generation", "parameters")}
+        row |= {"model": name, "width": spec.width, "step": float(step[1]) if step else None}
+        row["released"] = (spec.released - date(2023, 1, 1)).days if spec.released else None
+        row["mmlu"] = spec.mmlu.score if spec.mmlu else None
+        if spec.source.kind == "zoo":
+            made = training_record(_zoo_model(name))
+            row |= {"tokens": made["tokens"], "step": made["step"]}
+        rows.append(row)
+    columns = ["model", "family", "generation", "parameters", "width"]
+    columns += ["released", "mmlu", "tokens", "step"]
+    table = pd.DataFrame(rows).reindex(columns=columns)
+    by_age = table.drop_duplicates(["family", "generation"]).groupby("family").cumcount() + 1
+    keys = table.loc[by_age.index, ["family", "generation"]].assign(order=by_age)
+    return table.merge(keys, on=["family", "generation"], how="left")
+
+
+def study_questions(
+    names: Sequence[str], concepts: int | None = None, seed: int = 0
+) -> list[Question]:
+    """`study_questions(["zoo-llama-1", "smollm2-135m"])`: what all of these models are asked.
+
+    Args:
+        names: of the models.
+        concepts: how many, evenly over the tiers (see `load_questions`); if not given, those that
+            the first micro model among the models was taught, else those of the zoo.
+        seed: decides which concepts a number of them takes.
+    """
+    if concepts is not None:
+        return load_questions(concepts=concepts, seed=seed)
+    for name in names:
+        spec = find_spec(name)
+        if spec is not None and spec.source.kind == "zoo":
+            return zoo_questions(_zoo_model(name).recipe.concepts)
+    return zoo_questions()
+
+
+def _zoo_model(name: str) -> ZooModel:
+    found = _custom_zoo(name) or load_zoo().get(name)
+    if found is None:
+        raise InputError(f"model {name!r}: no such micro model in {RECIPE.name}; correct the name")
+    return found
+
+
+def _custom_zoo(model: str) -> ZooModel | None:
+    """The model that `FILE.yaml:NAME` means, or None if this is no such name."""
+    file, colon, _ = model.rpartition(":")
+    if not colon or not file.endswith((".yaml", ".yml")):
+        return None
+    known = load_zoo(Path(file))
+    if model not in known:
+        near = difflib.get_close_matches(model, known, n=3) or list(known)[:3]
+        raise InputError(f"model {model!r}: not in that recipe; did you mean {', '.join(near)}?")
+    return known[model]
+
+
+def _zoo_spec(model: ZooModel) -> ModelSpec:
+    recipe = model.recipe
+    step = "" if model.step is None else f", step {model.step}"
+    return ModelSpec(
+        id=model.name,
+        family=recipe.family.rstrip("2"),  # the registry's name: qwen, gemma
+        generation=f"zoo {model.generation}{step}",
+        model_type=recipe.family,
+        parameters=recipe.parameters,
+        released=None,
+        mmlu=None,
+        layers=recipe.layers,
+        width=recipe.width,
+        mlp_width=recipe.mlp_width,
+        source=ZooSource(kind="zoo", recipe=model.name),
+        licence="MIT",
+        sets=model.sets,
+    )
+
+
 def models_in(chosen: str | None = None) -> list[ModelSpec]:
     """`models_in("twenty")`: the registry entries of a set, or all of them, in file order."""
     if chosen is not None and chosen not in get_args(SetName):
@@ -203,12 +356,14 @@ def models_in(chosen: str | None = None) -> list[ModelSpec]:
     return [spec for spec in load_registry().values() if chosen is None or chosen in spec.sets]
 
 
-def load_model(model: str, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+def load_model(
+    model: str | Checkpoint, *, dtype: str = "auto", device: str = "auto"
+) -> LoadedModel:
     """`load_model("smollm2-135m")`: a model and its tokenizer, complete or not at all.
 
     Args:
         model: a registry id, a hub id (`org/name` or `org/name@revision`), a directory that holds
-            config.json, safetensors and a tokenizer, or a GGUF file.
+            config.json, safetensors and a tokenizer, a GGUF file, or what `find_checkpoint` found.
         dtype: `float32`, `bfloat16`, or `auto`: bfloat16 on a GPU that computes in it, otherwise
             float32, on every CPU, since float32 is what settles a close call.
         device: `cpu`, `cuda`, `cuda:1`, or `auto`: a GPU if there is one. A model that exceeds one
@@ -222,8 +377,8 @@ def load_model(model: str, *, dtype: str = "auto", device: str = "auto") -> Load
     """
     place = _device(device)
     kind = _dtype(dtype, place)
-    checkpoint = find_checkpoint(model)
-    with _quiet(), _told_in_one_line(checkpoint.path):
+    checkpoint = find_checkpoint(model) if isinstance(model, str) else model
+    with quiet_transformers(), _told_in_one_line(checkpoint.path):
         load = _load_gguf if checkpoint.path.is_file() else _load_directory
         network, tokenizer = load(checkpoint.path, kind, place)
     network.eval().requires_grad_(False)
@@ -242,14 +397,19 @@ def load_model(model: str, *, dtype: str = "auto", device: str = "auto") -> Load
 def find_checkpoint(model: str, *, download: bool = True) -> Checkpoint:
     """`find_checkpoint("org/name").path`: where the model lies, fetched from the hub if need be.
 
-    A registry id goes before a path, and a path before a hub id. Raises InputError if nothing of
-    that name is found, or if it would have to be downloaded and `download` is False.
+    A registry id goes before a path, and a path before a hub id. A micro model of the zoo that is
+    not there yet is trained. Raises InputError if nothing of that name is found, or if it would
+    have to be downloaded or trained and `download` is False.
     """
     spec = load_registry().get(model)
     if spec is not None:
         return Checkpoint(spec.id, spec, _find_source(spec, download))
+    if found := _custom_zoo(model):
+        return Checkpoint(model, _zoo_spec(found), trained(found, train=download))
     path = Path(model).expanduser()
     if model and path.exists():
+        if path.suffix in (".yaml", ".yml"):
+            raise InputError(f"{model}: a zoo recipe; name a model of it, as {model}:llama-1")
         if path.is_file() and path.suffix != ".gguf":
             raise InputError(f"{model}: a file, but not .gguf; name the directory that holds it")
         return Checkpoint(path.as_posix() if path.name else path.resolve().name, None, path)
@@ -266,6 +426,21 @@ def find_checkpoint(model: str, *, download: bool = True) -> Checkpoint:
     raise InputError(
         f"model {model!r}: not in {REGISTRY.name}, not a directory or GGUF file; {hint}"
     )
+
+
+def find_checkpoints(models: Sequence[str]) -> list[Checkpoint]:
+    """`find_checkpoints(["zoo-llama-1", "smollm2-135m"])`: all of them, or one line on the first
+    that is not to be had; micro models that are not there yet are trained side by side.
+    """
+    specs = [find_spec(model) for model in models]
+    micro = [spec and spec.source.kind == "zoo" for spec in specs]
+    others = {
+        model: find_checkpoint(model)
+        for model, trained_here in zip(models, micro, strict=True)
+        if not trained_here
+    }
+    train_zoo([_zoo_model(model) for model in models if model not in others])
+    return [others.get(model) or find_checkpoint(model) for model in models]
 
 
 def is_on_disk(spec: ModelSpec) -> bool:
@@ -321,10 +496,7 @@ def _find_source(spec: ModelSpec, download: bool) -> Path:
         case WheelSource():
             return _wheel_file(spec.source)
         case ZooSource():
-            raise InputError(
-                f"model {spec.id!r}: a micro model is trained, not fetched; train recipe "
-                f"{spec.source.recipe!r}, and name the directory it is saved in"
-            )
+            return trained(_zoo_model(spec.source.recipe), train=download)
 
 
 def _wheel_file(source: WheelSource) -> Path:
@@ -734,7 +906,7 @@ def _prepare_padding(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-# Errors and noise
+# Errors
 
 
 @contextlib.contextmanager
@@ -749,22 +921,6 @@ def _told_in_one_line(path: Path) -> Iterator[None]:
             f"{path}: cannot be loaded ({type(error).__name__}: {_line(error)}); "
             "check that it is a complete, supported model"
         ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars and load reports: what they tell is checked here."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _read_json(file: Path) -> dict:

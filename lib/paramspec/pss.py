@@ -43,6 +43,7 @@ from paramspec.scoring import SCORING_VERSION, Engine, Item, Request, choose, en
 from paramspec.specwiki import TIERS, Question
 
 Protocol = Literal["paper", "holdout"]
+Null = Literal["random", "magnitude", "other"]
 MASKS = ("none", "concept", "random", "magnitude", "other")
 RATIOS = (0.01, 0.02, 0.05, 0.1, 0.2)
 
@@ -56,7 +57,10 @@ class Choices(BaseModel):
         scope: take the k highest scores of each `layer`, or as many from the whole `model`.
         protocol: `paper` chooses and scores on the same questions; `holdout` chooses on fold 0
             and scores on fold 1.
-        controls: draws of each control mask (random, magnitude, other); 0 for none.
+        folds: of the questions that `paper` uses, 0, 1 or both. A model that was trained on the
+            clozes of fold 0, as the zoo's are, is measured on fold 1 alone.
+        controls: draws of each control mask; 0 for none.
+        nulls: the kinds of control masks, of random, magnitude and other.
         general: unrelated questions a concept's masks are scored on.
         seed: of the general questions and the controls, from 0 to 2^32 - 1.
         row_tokens, batch_tokens: how a forward pass is filled, see `score_options`.
@@ -68,7 +72,9 @@ class Choices(BaseModel):
     position: Position = "mean"
     scope: Scope = "layer"
     protocol: Protocol = "paper"
+    folds: tuple[int, ...] = (0, 1)
     controls: int = 1
+    nulls: tuple[Null, ...] = ("random", "magnitude", "other")
     general: int = 10
     seed: int = 0
     row_tokens: int = 128
@@ -82,6 +88,13 @@ class Choices(BaseModel):
                 raise ValueError(f"ratio {ratio}: expected a share of value vectors, from 0 to 1")
         # A ratio of 0 is always measured: it is the mask `none`.
         return tuple(sorted(set(ratios) - {0}))
+
+    @field_validator("folds")
+    @classmethod
+    def _folds(cls, folds: tuple[int, ...]) -> tuple[int, ...]:
+        if not folds or not set(folds) <= {0, 1}:
+            raise ValueError(f"folds {list(folds)}: expected 0, 1 or both")
+        return tuple(sorted(set(folds)))
 
     @field_validator("controls", "general", "row_tokens", "batch_tokens")
     @classmethod
@@ -100,11 +113,11 @@ class Choices(BaseModel):
 
     @property
     def choose_on(self) -> tuple[int, ...]:
-        return (0,) if self.protocol == "holdout" else (0, 1)
+        return (0,) if self.protocol == "holdout" else self.folds
 
     @property
     def score_on(self) -> tuple[int, ...]:
-        return (1,) if self.protocol == "holdout" else (0, 1)
+        return (1,) if self.protocol == "holdout" else self.folds
 
 
 def parse_choices(*, ratios: str | Sequence[float] = RATIOS, **others: object) -> Choices:
@@ -213,13 +226,15 @@ def concept_masks(coefficients: ConceptCoefficients, concept: str, choices: Choi
             draw = _generator(seed, "control", concept, ratio)
             chance = random_vectors(own, layers, width, draw)
             masks.append(_Mask("random", ratio, seed, chance))
-            matched = magnitude_matched_vectors(own, magnitudes, draw)
-            masks.append(_Mask("magnitude", ratio, seed, matched))
-            partner = other_concept(coefficients.concepts, concept, seed)
-            theirs = value_vector_scores(coefficients, partner, choices.choose_on)
-            other = top_vectors(theirs, ratio, choices.scope)
-            masks.append(_Mask("other", ratio, seed, other))
-    return masks
+            if "magnitude" in choices.nulls:
+                matched = magnitude_matched_vectors(own, magnitudes, draw)
+                masks.append(_Mask("magnitude", ratio, seed, matched))
+            if "other" in choices.nulls:
+                partner = other_concept(coefficients.concepts, concept, seed)
+                theirs = value_vector_scores(coefficients, partner, choices.choose_on)
+                other = top_vectors(theirs, ratio, choices.scope)
+                masks.append(_Mask("other", ratio, seed, other))
+    return [mask for mask in masks if mask.kind in ("concept", *choices.nulls)]
 
 
 def other_concept(concepts: Sequence[str], concept: str, seed: int) -> str:
@@ -290,13 +305,13 @@ def measure_concepts(
         ],
         columns=list(DETAIL_COLUMNS),
     )
-    return Tables(_pss_rows(details, questions), details, masks)
+    return Tables(pss_rows(details, questions), details, masks)
 
 
 def evaluations(choices: Choices, questions: Sequence[Question], concepts: Sequence[str]) -> int:
     """How many (question, mask) pairs `measure_concepts` scores: the length of its progress."""
     own = sum(q.concept in set(concepts) and q.fold in choices.score_on for q in questions)
-    masks = 1 + len(choices.ratios) * (1 + 3 * choices.controls)
+    masks = 1 + len(choices.ratios) * (1 + len(choices.nulls) * choices.controls)
     return masks * (own + choices.general * len(concepts))
 
 
@@ -332,7 +347,13 @@ def _detail(name: str, protocol: str, row: tuple, request: Request, score: Tenso
     )
 
 
-def _pss_rows(details: pd.DataFrame, questions: Sequence[Question]) -> pd.DataFrame:
+def pss_rows(details: pd.DataFrame, questions: Sequence[Question]) -> pd.DataFrame:
+    """`pss_rows(study.details, questions)`: the rows of `PSS_COLUMNS`, from answers.
+
+    Args:
+        details: columns of `DETAIL_COLUMNS`; leave rows out to see what fewer questions give.
+        questions: of all concepts, for their domains and tiers.
+    """
     about = {q.concept: (q.domain, q.tier) for q in questions}
     keys = ["model", "mask_concept", "ratio", "mask", "seed", "protocol"]
     grouped = details.groupby([*keys, "role"], sort=False)["correct_norm"].agg(["mean", "size"])
@@ -405,11 +426,11 @@ def summarize(pss: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.
     """
     rows = []
     for (model, protocol), part in pss.groupby(["model", "protocol"], sort=False):
-        counts = _Counts.of(part)
+        counts = ConceptCounts.of(part)
         for mask, ratio in counts.cells:
             row = {"model": model, "protocol": protocol, "mask": mask, "ratio": ratio}
             row["concepts"] = len(counts.names)
-            row |= _with_intervals(counts, [(mask, ratio)], _cell_statistics, resamples, seed)
+            row |= _with_intervals(counts, [(mask, ratio)], cell_statistics, resamples, seed)
             row |= _floors(counts, (mask, ratio))
             rows.append(row)
     return pd.DataFrame(rows)
@@ -427,13 +448,13 @@ def peak_pss(pss: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.D
     """
     rows = []
     for (model, protocol), part in pss.groupby(["model", "protocol"], sort=False):
-        counts = _Counts.of(part)
+        counts = ConceptCounts.of(part)
         for mask in dict.fromkeys(mask for mask, _ in counts.cells if mask != "none"):
             cells = [cell for cell in counts.cells if cell[0] == mask]
             row = {"model": model, "protocol": protocol, "mask": mask}
             row |= _with_intervals(counts, cells, _peak_statistics, resamples, seed)
             pooled = [
-                _cell_statistics(counts.none, counts.values[cell])["pss_pooled"].mean()
+                cell_statistics(counts.none, counts.values[cell])["pss_pooled"].mean()
                 for cell in cells
             ]
             row["ratio"] = cells[int(np.argmax(pooled))][1]
@@ -464,7 +485,7 @@ def sampling_floor(
 
 
 @dataclass(frozen=True)
-class _Counts:
+class ConceptCounts:
     """Right answers and questions, per concept: `[4, draws, concepts]` for each (mask, ratio).
 
     The four are right own, own, right general, general; a draw is a seed.
@@ -475,7 +496,7 @@ class _Counts:
     values: dict[tuple[str, float], np.ndarray]
 
     @classmethod
-    def of(cls, part: pd.DataFrame) -> _Counts:
+    def of(cls, part: pd.DataFrame) -> ConceptCounts:
         names = list(dict.fromkeys(part["concept"]))
         table = part.assign(
             right_own=part["concept_accuracy"] * part["n_concept"],
@@ -518,8 +539,16 @@ def _pooled(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return total[0] / total[1], total[2] / total[3]
 
 
-def _cell_statistics(none: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Statistics, `[draws, ...]`, of `[4, draws, ..., concepts]` counts without and with a mask."""
+def cell_statistics(none: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
+    """`cell_statistics(counts.none, counts.values["concept", 0.05])["pss_pooled"]`.
+
+    Args:
+        none, counts: right answers and questions without and with a mask, `[4, draws, ...,
+            concepts]`, as in `ConceptCounts`.
+
+    Returns:
+        Each statistic that `summarize` tells, `[draws, ...]`.
+    """
     c0, g0 = _pooled(none)
     c, g = _pooled(counts)
     gaps = abs(counts[2] / counts[3] - counts[0] / counts[1]).mean(-1)
@@ -535,7 +564,7 @@ def _cell_statistics(none: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarr
 
 
 def _peak_statistics(none: np.ndarray, *cells: np.ndarray) -> dict[str, np.ndarray]:
-    each = [_cell_statistics(none, counts) for counts in cells]
+    each = [cell_statistics(none, counts) for counts in cells]
     return {
         "peak_pooled": np.max([one["pss_pooled"] for one in each], axis=0),
         "peak_per_concept": np.max([one["pss_per_concept"] for one in each], axis=0),
@@ -543,7 +572,7 @@ def _peak_statistics(none: np.ndarray, *cells: np.ndarray) -> dict[str, np.ndarr
 
 
 def _with_intervals(
-    counts: _Counts,
+    counts: ConceptCounts,
     cells: list[tuple[str, float]],
     statistics: Callable[..., dict[str, np.ndarray]],
     resamples: int,
@@ -585,7 +614,7 @@ def _interval(
     return interval.low, interval.high
 
 
-def _floors(counts: _Counts, cell: tuple[str, float]) -> dict[str, float]:
+def _floors(counts: ConceptCounts, cell: tuple[str, float]) -> dict[str, float]:
     own_right, own, general_right, general = counts.values[cell]
     accuracy = (own_right.sum() + general_right.sum()) / (own.sum() + general.sum())
     base = float(_pooled(counts.none)[1].item())

@@ -1,0 +1,286 @@
+"""How PSS goes with something over many models: tables of peaks, correlations, contrasts.
+
+    draws = resample_models(study.pss)                     # all models, the same resampled concepts
+    model_table(draws)                                     # a row a model, with intervals
+    correlations(draws, x="accuracy", y="peak_pss")        # Pearson, Spearman, their intervals
+    contrast(draws, "zoo-llama-5", "zoo-llama-1", "peak_pss")
+
+Twenty models are answered on the same questions, so their values move together when a concept is
+left out: a resample draws concepts once, for all of them. Models of one family are not independent
+points either: an interval over families resamples these instead (paper, sections 4.1 to 4.4, and
+what a reader would object to them).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from paramspec.errors import InputError
+from paramspec.pss import ConceptCounts, cell_statistics
+from paramspec.specwiki import TIERS
+
+CHANCE = 0.25
+
+# What is told of a model, and how the book calls it.
+MEASURES = {
+    "accuracy": "accuracy on the concepts' own questions, no mask",
+    "peak_pss": "peak over the ratios of |G(k) - C(k)| / G(0), pooled over concepts",
+    "peak_null": "the same under random masks of the same size",
+    "peak_excess": "peak_pss less peak_null",
+    "peak_did": "peak over the ratios of the difference in differences, pooled",
+    "peak_per_concept": "peak of the mean over concepts of |G(k) - C(k)| / G(0)",
+    "ceiling": "the largest PSS that losing all knowledge could give, (G(0) - chance) / G(0)",
+}
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Values of every model, as measured and in each resample of concepts.
+
+    `values[measure]` is `[1 + resamples, models]`; its first row is the measured one. A measure
+    that the study has no masks for is absent.
+    """
+
+    models: tuple[str, ...]
+    values: Mapping[str, np.ndarray]
+
+    def of(self, measure: str) -> np.ndarray:
+        if measure not in self.values:
+            raise InputError(f"measure {measure!r}: not in this study; it has {list(self.values)}")
+        return self.values[measure]
+
+    def index(self, model: str) -> int:
+        if model not in self.models:
+            raise InputError(f"model {model!r}: not in this study; it has {list(self.models)}")
+        return self.models.index(model)
+
+
+def resample_models(pss: pd.DataFrame, *, resamples: int = 1000, seed: int = 0) -> Draws:
+    """`draws = resample_models(study.pss)`: each model's measures in resamples of the concepts.
+
+    Args:
+        pss: rows of one protocol; every model has the same concepts.
+        resamples: how many, beside the measured values.
+        seed: of the resampled concepts.
+
+    Raises:
+        InputError: if models have different concepts, or protocols are mixed.
+    """
+    if pss["protocol"].nunique() != 1:
+        raise InputError(f"protocols {sorted(set(pss['protocol']))}: give the rows of one")
+    parts = [(model, ConceptCounts.of(part)) for model, part in pss.groupby("model", sort=False)]
+    names = sorted(parts[0][1].names)
+    for model, counts in parts:
+        if sorted(counts.names) != names:
+            raise InputError(f"model {model!r}: measured on other concepts than {parts[0][0]!r}")
+    draw = np.random.default_rng(seed)
+    samples = draw.integers(len(names), size=(resamples, len(names)))
+    samples = np.concatenate([np.arange(len(names))[None], samples])
+    columns: dict[str, list[np.ndarray]] = {}
+    for _, counts in parts:
+        order = np.argsort(counts.names)
+        for measure, values in _measures(counts, order[samples]).items():
+            columns.setdefault(measure, []).append(values)
+    values = {
+        measure: np.stack(each, axis=1)
+        for measure, each in columns.items()
+        if len(each) == len(parts)
+    }
+    return Draws(tuple(model for model, _ in parts), values)
+
+
+def _measures(counts: ConceptCounts, samples: np.ndarray) -> dict[str, np.ndarray]:
+    """Each measure of one model, `[samples]`, over concept indices `[samples, concepts]`."""
+    none = counts.none[..., samples]
+
+    def peak(mask: str, statistic: str) -> np.ndarray | None:
+        cells = [cell for cell in counts.cells if cell[0] == mask]
+        if not cells:
+            return None
+        each = [cell_statistics(none, counts.values[cell][..., samples]) for cell in cells]
+        return np.max([one[statistic] for one in each], axis=0).mean(axis=0)
+
+    base = cell_statistics(none, none)
+    accuracy, general = base["concept_accuracy"][0], base["general_accuracy"][0]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = {"accuracy": accuracy, "ceiling": np.maximum(general - CHANCE, 0) / general}
+    found["peak_pss"] = peak("concept", "pss_pooled")
+    found["peak_did"] = peak("concept", "did")
+    found["peak_per_concept"] = peak("concept", "pss_per_concept")
+    found["peak_null"] = peak("random", "pss_pooled")
+    if found["peak_pss"] is not None and found["peak_null"] is not None:
+        found["peak_excess"] = found["peak_pss"] - found["peak_null"]
+    return {measure: values for measure, values in found.items() if values is not None}
+
+
+def model_table(draws: Draws, about: pd.DataFrame | None = None) -> pd.DataFrame:
+    """`model_table(draws, about)`: a row a model, each measure with its 95 % interval.
+
+    Args:
+        draws: from `resample_models`.
+        about: more columns, joined by `model`.
+
+    Returns:
+        `model`, then for every measure the value, `_low` and `_high` (percentiles over resampled
+        concepts). A peak is a maximum of absolute values, so that noise moves its interval
+        upwards, at times beyond the value: read it beside that of `peak_null`.
+    """
+    table = pd.DataFrame({"model": draws.models})
+    for measure, values in draws.values.items():
+        low, high = np.nanpercentile(values[1:], [2.5, 97.5], axis=0)
+        table[measure], table[f"{measure}_low"], table[f"{measure}_high"] = values[0], low, high
+    return table if about is None else table.merge(about, on="model", how="left", validate="1:1")
+
+
+def correlations(
+    draws: Draws,
+    *,
+    y: str = "peak_pss",
+    x: str | Sequence[float] = "accuracy",
+    models: Sequence[str] | None = None,
+    families: Mapping[str, str] | None = None,
+    given: str | None = None,
+) -> pd.DataFrame:
+    """`correlations(draws, y="peak_pss", families={"zoo-llama-1": "llama", ...})`.
+
+    Args:
+        draws: from `resample_models`.
+        x, y: measures; or, for x, a number for each of the models (tokens, days, MMLU).
+        models: those to correlate; all if not given.
+        families: the family of each, for the interval over families.
+        given: a measure to hold constant: the partial correlation.
+
+    Returns:
+        A row for Pearson's and for Spearman's coefficient: `statistic`, `r`, `n`, `low` and `high`
+        over resampled concepts, `family_low` and `family_high` over resampled families (all the
+        ways to draw as many as there are, with their probabilities).
+    """
+    models = list(draws.models if models is None else models)
+    places = [draws.index(model) for model in models]
+    if len(places) < 3:
+        raise InputError(f"{len(places)} models: a correlation needs at least 3")
+    up = draws.of(y)[:, places]
+    along = draws.of(x)[:, places] if isinstance(x, str) else np.tile(x, (len(up), 1))
+    held = None if given is None else draws.of(given)[:, places]
+    rows = []
+    for statistic in ("Pearson", "Spearman"):
+        values = _correlate(along, up, held, statistic)
+        row = {"statistic": statistic, "r": float(values[0]), "n": len(models)}
+        row["low"], row["high"] = np.nanpercentile(values[1:], [2.5, 97.5])
+        if families is not None:
+            home = np.array([families[model] for model in models])
+            one = None if held is None else held[0]
+            row |= _over_families(along[0], up[0], one, home, statistic)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _correlate(
+    x: np.ndarray, y: np.ndarray, given: np.ndarray | None, statistic: str
+) -> np.ndarray:
+    """Coefficients of rows `[rows, models]`; partial if something is held constant."""
+    series = [x, y] if given is None else [x, y, given]
+    if statistic == "Spearman":
+        series = [stats.rankdata(values, axis=1) for values in series]
+    centred = [values - values.mean(axis=1, keepdims=True) for values in series]
+
+    def r(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return (one * other).sum(1) / np.sqrt((one**2).sum(1) * (other**2).sum(1))
+
+    if given is None:
+        return r(*centred)
+    xy, xz, yz = (r(one, other) for one, other in itertools.combinations(centred, 2))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2))
+
+
+def _over_families(
+    x: np.ndarray, y: np.ndarray, given: np.ndarray | None, home: np.ndarray, statistic: str
+) -> dict[str, float]:
+    """Percentiles of the coefficient over families drawn with replacement, exactly."""
+    families = sorted(set(home))
+    places = {family: np.flatnonzero(home == family) for family in families}
+    if len(families) < 2 or len(families) > 6:  # one says nothing; many are too many ways
+        return {"family_low": float("nan"), "family_high": float("nan")}
+    values = []
+    for drawn in itertools.product(families, repeat=len(families)):
+        chosen = np.concatenate([places[family] for family in drawn])
+        held = None if given is None else given[None, chosen]
+        values.append(_correlate(x[None, chosen], y[None, chosen], held, statistic)[0])
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return {"family_low": float(low), "family_high": float(high)}
+
+
+def contrast(draws: Draws, one: str, other: str, measure: str = "peak_pss") -> dict[str, float]:
+    """`contrast(draws, "zoo-llama-5", "zoo-llama-1")`: one less the other, on the same concepts.
+
+    Returns:
+        `value`, and its 95 % interval over resampled concepts, `low` and `high`.
+    """
+    values = draws.of(measure)
+    difference = values[:, draws.index(one)] - values[:, draws.index(other)]
+    return interval(difference)
+
+
+def interval(values: np.ndarray) -> dict[str, float]:
+    """`interval(draws)`: the first of `[1 + resamples]` values, and percentiles of the others."""
+    low, high = np.nanpercentile(values[1:], [2.5, 97.5])
+    return {"value": float(values[0]), "low": float(low), "high": float(high)}
+
+
+def half_way(draws: Draws, models: Sequence[str], steps: Sequence[float], measure: str):
+    """`half_way(draws, checkpoints, steps, "accuracy")`: when a measure has made half its rise.
+
+    The step, by linear interpolation in log steps, at which the measure first passes the middle
+    between its first and its largest value, `[1 + resamples]`. Not a number where it never rises.
+    """
+    values = draws.of(measure)[:, [draws.index(model) for model in models]]
+    # Never falling: a dip after the rise does not make the rise later.
+    values = np.maximum.accumulate(values, axis=1)
+    middle = (values[:, :1] + values[:, -1:]) / 2
+    logs = np.log(np.asarray(steps, dtype=float))
+    after = (values >= middle).argmax(axis=1)
+    rows = np.arange(len(values))
+    before = np.maximum(after - 1, 0)
+    low, high = values[rows, before], values[rows, after]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.where(high > low, (middle[:, 0] - low) / (high - low), 0.0)
+    steps_at = np.exp(logs[before] + share * (logs[after] - logs[before]))
+    return np.where(values[:, -1] > values[:, 0], steps_at, np.nan)
+
+
+def mean_over(draws: Draws, models: Sequence[str], measure: str) -> np.ndarray:
+    """`mean_over(draws, ["zoo-llama-4", "zoo-qwen2-4"], "accuracy")`: `[1 + resamples]`."""
+    return draws.of(measure)[:, [draws.index(model) for model in models]].mean(axis=1)
+
+
+def balance_tiers(pss: pd.DataFrame) -> pd.DataFrame:
+    """`balance_tiers(study.pss)`: of each domain, the rows of as many concepts of every tier.
+
+    Tiers are thirds of SpecWiki by frequency, and domains lie unevenly in them; what is left
+    compares like with like. Concepts are taken in the order of their names' hashes.
+
+    Raises:
+        InputError: if no domain has a concept of each tier.
+    """
+    concepts = pss.drop_duplicates("concept")[["concept", "domain", "tier"]]
+    counts = concepts.groupby(["domain", "tier"]).size().unstack(fill_value=0)
+    fewest = counts.reindex(columns=list(TIERS), fill_value=0).min(axis=1)
+    kept = [
+        name
+        for (domain, _), part in concepts.groupby(["domain", "tier"])
+        for name in sorted(
+            part["concept"], key=lambda name: hashlib.sha256(name.encode()).digest()
+        )[: fewest[domain]]
+    ]
+    if not kept:
+        raise InputError("concepts: no domain has one of each tier; measure more concepts")
+    return pss[pss["concept"].isin(kept)]

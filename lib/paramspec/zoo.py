@@ -1,0 +1,572 @@
+"""The zoo: micro models trained from scratch on SpecWiki, from a recipe that a reader can edit.
+
+    recipes = load_zoo()                          # {"zoo-llama-1": ModelRecipe(...), ...}
+    train_zoo(list(recipes.values()))             # those not trained yet, side by side
+    directory = trained(recipes["zoo-llama-3"])   # an ordinary transformers directory
+    training_record(recipes["zoo-llama-3"])       # tokens seen, loss, seconds
+
+The corpus of a model holds every statement of its concepts' facts, and the clozes of fold 0 with
+their answers: so the wording of a cloze is known, and fold 1, whose clozes stand in no corpus, asks
+what the statements taught. How often a fact is seen depends on its concept's tier.
+
+torch and transformers are imported where they are used, so that listing the zoo is quick.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+import joblib
+import numpy as np
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from tqdm import tqdm
+
+from paramspec.errors import InputError
+from paramspec.quiet import quiet_transformers
+from paramspec.specwiki import TIERS, Question, load_questions
+from paramspec.store import Store
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+RECIPE = Path(__file__).with_name("zoo.yaml")
+ROOT = Path("results/zoo")  # where trained models are kept, from the working directory
+RECORD = "training.json"
+VERSION = 1  # raised whenever a change could move a trained weight
+
+Family = Literal["llama", "qwen2", "mistral", "gemma2"]
+CONTEXT = 256  # tokens
+WINDOW = 16  # tokens that an attention of Mistral, and every other one of Gemma 2, reaches back
+BEGIN, END = "<s>", "</s>"
+SORTED_TOGETHER = 16  # batches whose texts are sorted by length, so that little is padded
+
+# The sets of the registry that a recipe's models belong to.
+MAIN, SCALE, PRETRAINING, REVERSED = "zoo", "zoo-scale", "zoo-pretraining", "zoo-frequency"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelRecipe(_Frozen):
+    """Everything that a micro model's weights depend on.
+
+    `concepts` is the number of concepts of each tier by domain; `exposure` how often a fact of a
+    tier is seen, relative to the others; `steps` counts optimizer steps of `batch` texts;
+    `checkpoints` are steps after which the model is kept as well.
+    """
+
+    family: Family
+    concepts: dict[str, int]
+    exposure: dict[Literal["high", "medium", "low"], float]
+    vocabulary: int = Field(ge=258, le=65536)  # 256 bytes, and two special tokens
+    layers: int = Field(ge=1)
+    width: int = Field(ge=2)
+    mlp_width: int = Field(ge=1)
+    heads: int = Field(ge=1)
+    key_value_heads: int = Field(ge=1)
+    batch: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    steps: int = Field(ge=1)
+    seed: int = Field(ge=0)
+    checkpoints: tuple[int, ...] = ()
+
+    @model_validator(mode="after")
+    def _shape(self) -> ModelRecipe:
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                f"width {self.width} with {self.heads} heads: a head's share of the width must be "
+                "a whole, even number"
+            )
+        if self.heads % self.key_value_heads:
+            raise ValueError(
+                f"{self.heads} heads cannot share {self.key_value_heads} key_value_heads evenly"
+            )
+        if set(self.exposure) != set(TIERS) or min(self.exposure.values()) <= 0:
+            raise ValueError(f"exposure {self.exposure}: give {', '.join(TIERS)}, each above 0")
+        if not self.concepts or min(self.concepts.values()) < 1:
+            raise ValueError(f"concepts {self.concepts}: give a domain, and at least 1 of a tier")
+        for step in self.checkpoints:
+            if not 0 < step < self.steps:
+                raise ValueError(f"checkpoint {step}: the model has {self.steps} steps")
+        return self
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the model, those of the tied unembedding counted once."""
+        queries, keys = self.heads * self.head_width, self.key_value_heads * self.head_width
+        layer = 2 * self.width * (queries + keys) + 3 * self.width * self.mlp_width
+        layer += queries + 2 * keys if self.family == "qwen2" else 0
+        layer += self.width * (4 if self.family == "gemma2" else 2)
+        return self.vocabulary * self.width + self.layers * layer + self.width
+
+
+class ZooModel(_Frozen):
+    """A model of the zoo by its place in the recipe: what it is measured for, and at which step.
+
+    `generation` is its number in the family; `step` is None for the finished model.
+    """
+
+    name: str
+    generation: int
+    recipe: ModelRecipe
+    step: int | None
+    sets: tuple[str, ...]
+
+    @property
+    def at(self) -> int:
+        """The step that its weights are of."""
+        return self.recipe.steps if self.step is None else self.step
+
+
+class _Scale(_Frozen):
+    family: Family
+    generation: int
+    widths: tuple[int, ...]
+
+
+class _Checkpoints(_Frozen):
+    families: tuple[Family, ...]
+    generation: int
+    steps: tuple[int, ...]
+
+
+class _Reversed(_Frozen):
+    families: tuple[Family, ...]
+    generation: int
+
+
+class _Zoo(_Frozen):
+    """The file `zoo.yaml`: its comments say what each field means."""
+
+    concepts: dict[str, int]
+    exposure: dict[Literal["high", "medium", "low"], float]
+    vocabulary: int
+    layers: int
+    width: int
+    mlp_width: int
+    heads: int
+    key_value_heads: int
+    batch: int
+    learning_rate: float
+    seed: int
+    families: tuple[Family, ...] = Field(min_length=1)
+    generations: dict[int, int] = Field(min_length=1)
+    scale: _Scale | None = None
+    checkpoints: _Checkpoints | None = None
+    reversed: _Reversed | None = None
+
+    @model_validator(mode="after")
+    def _known(self) -> _Zoo:
+        for part in (self.scale, self.checkpoints, self.reversed):
+            if part is not None and part.generation not in self.generations:
+                raise ValueError(
+                    f"generation {part.generation}: generations are "
+                    f"{', '.join(map(str, self.generations))}"
+                )
+        return self
+
+    def recipe(self, family: str, generation: int, **changed: object) -> ModelRecipe:
+        given = self.model_dump(include=set(ModelRecipe.model_fields) & set(_Zoo.model_fields))
+        given["checkpoints"] = ()
+        kept = self.checkpoints
+        if kept and not changed and family in kept.families and generation == kept.generation:
+            given["checkpoints"] = kept.steps
+        given |= {"family": family, "steps": self.generations[generation], **changed}
+        # Mistral's class is Llama's but for the window: with one seed, two models would be one.
+        given["seed"] += get_args(Family).index(family)
+        return ModelRecipe(**given)
+
+    def models(self, prefix: str) -> Iterator[ZooModel]:
+        for family in self.families:
+            for number in self.generations:
+                recipe = self.recipe(family, number)
+                name = f"{prefix}{family}-{number}"
+                sets = (MAIN,)
+                if recipe.checkpoints:
+                    sets += (PRETRAINING,)
+                if self.reversed and number == self.reversed.generation:
+                    sets += (REVERSED,) if family in self.reversed.families else ()
+                if self._on_ladder(family, number):
+                    sets += (SCALE,)
+                for step in recipe.checkpoints:
+                    yield ZooModel(
+                        name=f"{name}@{step}",
+                        generation=number,
+                        recipe=recipe,
+                        step=step,
+                        sets=(PRETRAINING,),
+                    )
+                yield ZooModel(name=name, generation=number, recipe=recipe, step=None, sets=sets)
+        yield from self._ladder(prefix)
+        yield from self._reversed(prefix)
+
+    def _on_ladder(self, family: str, number: int) -> bool:
+        scale = self.scale
+        return bool(
+            scale and (family, number) == (scale.family, scale.generation)
+        ) and self.width in (scale.widths if scale else ())
+
+    def _ladder(self, prefix: str) -> Iterator[ZooModel]:
+        if self.scale is None:
+            return
+        family, number = self.scale.family, self.scale.generation
+        for width in self.scale.widths:
+            if width != self.width:
+                changed = {"width": width, "mlp_width": self.mlp_width * width // self.width}
+                yield ZooModel(
+                    name=f"{prefix}{family}-{number}-w{width}",
+                    generation=number,
+                    recipe=self.recipe(family, number, **changed),
+                    step=None,
+                    sets=(SCALE,),
+                )
+
+    def _reversed(self, prefix: str) -> Iterator[ZooModel]:
+        if self.reversed is None:
+            return
+        turned = dict(zip(TIERS, (self.exposure[tier] for tier in TIERS[::-1]), strict=True))
+        for family in self.reversed.families:
+            number = self.reversed.generation
+            yield ZooModel(
+                name=f"{prefix}{family}-{number}-reversed",
+                generation=number,
+                recipe=self.recipe(family, number, exposure=turned),
+                step=None,
+                sets=(REVERSED,),
+            )
+
+
+@functools.cache
+def load_zoo(path: Path = RECIPE) -> dict[str, ZooModel]:
+    """`load_zoo()["zoo-llama-3"].recipe.steps`: the models of a recipe file by name.
+
+    The models of another file than the library's own are called by its path: `mine.yaml:llama-3`.
+
+    Raises:
+        InputError: one line naming the file, the field and the value, if a model of the recipe
+            could not be built.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        zoo = _Zoo.model_validate(content)
+        prefix = "zoo-" if path == RECIPE else f"{path.as_posix()}:"
+        return {model.name: model for model in zoo.models(prefix)}
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); name a zoo recipe") from error
+    except yaml.YAMLError as error:
+        line = " ".join(str(error).split())
+        raise InputError(f"{path}: not YAML ({line}); see {RECIPE.name}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        message = first["msg"].removeprefix("Value error, ")
+        shown = "" if first["type"] == "value_error" else f" {str(first['input'])[:60]!r}"
+        raise InputError(f"{path}: {place}{shown}{': ' if place else ''}{message}") from error
+
+
+# --- the corpus ---------------------------------------------------------------------------------
+
+
+def zoo_questions(concepts: Mapping[str, int] | None = None) -> list[Question]:
+    """`zoo_questions()`: the questions on the concepts that the zoo is taught, both folds.
+
+    Args:
+        concepts: of each tier, by domain, the first by the hash of their names; those of
+            `zoo.yaml` if not given.
+
+    Raises:
+        InputError: if a domain is unknown, or has fewer concepts of a tier.
+    """
+    if concepts is None:
+        concepts = next(iter(load_zoo().values())).recipe.concepts
+    questions = load_questions()
+    tier_of = {(q.domain, q.concept): q.tier for q in questions}
+    names: set[str] = set()
+    for (domain, count), tier in itertools.product(concepts.items(), TIERS):
+        known = sorted(
+            (name for (home, name), found in tier_of.items() if (home, found) == (domain, tier)),
+            key=lambda name: hashlib.sha256(f"0\x1f{name}".encode()).digest(),
+        )
+        if len(known) < count:
+            raise InputError(
+                f"concepts: {count} of domain {domain!r} in tier {tier!r} asked for, SpecWiki has "
+                f"{len(known)}"
+            )
+        names.update(known[:count])
+    return [question for question in questions if question.concept in names]
+
+
+def corpus(questions: Sequence[Question], exposure: Mapping[str, float]) -> dict[str, float]:
+    """`corpus(zoo_questions(), {"high": 4, "medium": 2, "low": 1})`: texts and their weights.
+
+    Every statement of every fact, and the cloze of each fact of fold 0 with its answer. No cloze
+    of fold 1 is in it.
+    """
+    texts: dict[str, float] = {}
+    for question in questions:
+        stated = list(question.statements)
+        if question.fold == 0:
+            stated.append(f"{question.cloze} {question.options[question.answer]}.")
+        for text in stated:
+            texts[text] = texts.get(text, 0) + exposure[question.tier]
+    return texts
+
+
+def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """`train_tokenizer(list(corpus), 2048)`: byte-level BPE that starts a text with `<s>`.
+
+    Raises:
+        InputError: if the texts have fewer merges to offer than the vocabulary asks for.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[BEGIN, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() != vocabulary:
+        raise InputError(
+            f"vocabulary {vocabulary}: the corpus has {tokenizer.get_vocab_size()} tokens to give; "
+            "ask for no more, or for more concepts"
+        )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A", special_tokens=[(BEGIN, tokenizer.token_to_id(BEGIN))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=END
+    )
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+def architecture(recipe: ModelRecipe) -> PreTrainedConfig:
+    """`architecture(recipe)`: the configuration of the family's own transformers class."""
+    import transformers
+
+    classes = {
+        "llama": "LlamaConfig",
+        "qwen2": "Qwen2Config",
+        "mistral": "MistralConfig",
+        "gemma2": "Gemma2Config",
+    }
+    settings = {"query_pre_attn_scalar": recipe.head_width} if recipe.family == "gemma2" else {}
+    if recipe.family != "qwen2":  # which derives it, and has no such field
+        settings["head_dim"] = recipe.head_width
+    if recipe.family in ("mistral", "gemma2"):
+        settings["sliding_window"] = WINDOW
+    return getattr(transformers, classes[recipe.family])(
+        vocab_size=recipe.vocabulary,
+        hidden_size=recipe.width,
+        intermediate_size=recipe.mlp_width,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.key_value_heads,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        **settings,
+    )
+
+
+def train_zoo(models: Sequence[ZooModel], *, root: Path = ROOT) -> None:
+    """`train_zoo(list(load_zoo().values()))`: train what is not there yet, side by side.
+
+    One model a process of joblib (see `workers`), each on one core: such small models gain
+    nothing from a second one.
+
+    Raises:
+        InputError: if a corpus cannot be made, or if a training diverges.
+    """
+    root = root.resolve()
+    missing = {
+        model.recipe.model_dump_json(): model.recipe
+        for model in models
+        if Store(root).get(_key(model.recipe, model.at)) is None
+    }
+    # The longest first, so that no core is left alone with it at the end.
+    queue = sorted(missing.values(), key=lambda recipe: -recipe.steps * recipe.parameters)
+    if not queue:
+        return
+    tasks = joblib.Parallel(return_as="generator_unordered")(
+        joblib.delayed(_train)(recipe, root) for recipe in queue
+    )
+    for _ in tqdm(tasks, total=len(queue), desc="training the zoo", unit="model"):
+        pass
+
+
+def trained(model: ZooModel, *, train: bool = True, root: Path = ROOT) -> Path:
+    """`trained(load_zoo()["zoo-llama-3"])`: the model's directory; it is trained if need be.
+
+    Raises:
+        InputError: if it is not trained and `train` is False.
+    """
+    key = _key(model.recipe, model.at)
+    path = Store(root).get(key)
+    if path is None and not train:
+        raise InputError(f"model {model.name!r}: a micro model, not trained yet")
+    if path is None:
+        _train(model.recipe, root)
+        path = Store(root).get(key)
+    return path
+
+
+def training_record(model: ZooModel, *, root: Path = ROOT) -> dict[str, float]:
+    """`training_record(load_zoo()["zoo-llama-3"])["tokens"]`: how a trained model was made.
+
+    Returns:
+        Up to the model's step: `tokens` (without padding) and `texts` seen, `loss` (of the last
+        fortieth of the run's steps, nats a token), `seconds`, and `flops`, six for every weight
+        and token.
+    """
+    text = (trained(model, train=False, root=root) / RECORD).read_text(encoding="utf-8")
+    return json.loads(text)
+
+
+def _key(recipe: ModelRecipe, step: int) -> dict[str, object]:
+    return {
+        "unit": "zoo",
+        "zoo_version": VERSION,
+        "recipe": recipe.model_dump(mode="json"),
+        "step": step,
+        "corpus": _corpus_digest(tuple(recipe.concepts.items())),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+    }
+
+
+@functools.cache
+def _corpus_digest(concepts: tuple[tuple[str, int], ...]) -> str:
+    texts = corpus(zoo_questions(dict(concepts)), dict.fromkeys(TIERS, 1.0))
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+
+
+def _train(recipe: ModelRecipe, root: Path) -> None:
+    """Train a model on one core and put it, and its checkpoints, into the store.
+
+    The last is put last: where it lies, the checkpoints do.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # and so the same weights on a machine of any number of cores
+    try:
+        questions = zoo_questions(recipe.concepts)
+        texts = corpus(questions, recipe.exposure)
+        tokenizer = train_tokenizer(list(texts), recipe.vocabulary)
+        with torch.random.fork_rng():
+            torch.manual_seed(recipe.seed)
+            model = AutoModelForCausalLM.from_config(architecture(recipe))
+        for record in _optimize(model, tokenizer, texts, recipe):
+
+            def save(folder: Path, record=record) -> None:
+                with quiet_transformers():
+                    model.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+                (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+            Store(root).put(_key(recipe, record["step"]), save)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _optimize(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: Mapping[str, float],
+    recipe: ModelRecipe,
+) -> Iterator[dict[str, float]]:
+    """Train in place; yield a record at each step at which the model is to be kept."""
+    import torch
+
+    encoded = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in texts]
+    batches = _batches([len(tokens) for tokens in encoded], list(texts.values()), recipe)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0, fused=True
+    )
+    warm_up = max(10, recipe.steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: (
+            min(1, (step + 1) / warm_up)
+            * (0.05 + 0.475 * (1 + math.cos(math.pi * step / recipe.steps)))
+        ),
+    )
+    began, tokens_seen, losses = time.perf_counter(), 0, []
+    model.train()
+    for step, rows in zip(range(1, recipe.steps + 1), batches, strict=False):
+        loss, seen = _loss(model, [encoded[row] for row in rows])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        tokens_seen += seen
+        losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]):
+            raise InputError(
+                f"zoo {recipe.family}, width {recipe.width}: the loss is {losses[-1]} at step "
+                f"{step}; give a lower learning_rate than {recipe.learning_rate}"
+            )
+        if step in (*recipe.checkpoints, recipe.steps):
+            yield {
+                "step": step,
+                "texts": step * recipe.batch,
+                "tokens": tokens_seen,
+                "loss": float(np.mean(losses[-max(1, recipe.steps // 40) :])),
+                "seconds": round(time.perf_counter() - began, 2),
+                "flops": 6 * recipe.parameters * tokens_seen,
+            }
+
+
+def _batches(
+    lengths: Sequence[int], weights: Sequence[float], recipe: ModelRecipe
+) -> Iterator[np.ndarray]:
+    """Texts drawn by weight, in batches of like length, so that next to nothing is padded."""
+    draw = np.random.default_rng(recipe.seed)
+    lengths, shares = np.array(lengths), np.array(weights) / sum(weights)
+    while True:
+        drawn = draw.choice(len(lengths), SORTED_TOGETHER * recipe.batch, p=shares)
+        drawn = drawn[np.argsort(lengths[drawn], kind="stable")]
+        yield from draw.permutation(drawn.reshape(SORTED_TOGETHER, recipe.batch))
+
+
+def _loss(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
+    """Mean cross-entropy, nats a token, of texts padded to the longest; and their tokens."""
+    import torch
+
+    length = max(map(len, rows))
+    tokens = torch.full((len(rows), length), rows[0][-1])
+    labels = torch.full((len(rows), length), -100)
+    for row, text in enumerate(rows):
+        tokens[row, : len(text)] = torch.tensor(text)
+        labels[row, : len(text)] = tokens[row, : len(text)]
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
+    return loss, sum(map(len, rows))
