@@ -47,7 +47,7 @@ def measured(model, questions, choices, concepts=None, name="toy", **options):
     )
 
 
-GENERAL = 2
+GENERAL = 4
 CHOICES = Choices(ratios=(0.1, 0.5), controls=2, general=GENERAL, seed=3)
 
 
@@ -107,7 +107,7 @@ def test_every_detail_equals_scoring_one_option_at_a_time(study):
     model, questions, tables = study
     view, tokenizer = value_vector_view(model), toy_tokenizer()
     by_id = {question.id: question for question in questions}
-    every = 1 if type(model).__name__ == "LlamaForCausalLM" else 5
+    every = 1 if type(model).__name__ == "LlamaForCausalLM" else 3
     for row in tables.details.iloc[::every].itertuples():
         question = by_id[row.question_id]
         name = mask_name("toy", row.mask_concept, row.ratio, row.mask, row.seed)
@@ -657,15 +657,15 @@ def test_intervals_cover_the_truth_about_95_times_in_100(no_floors):
     }
     rng = np.random.default_rng(7)
     covered = Counter()
-    studies = 160
+    studies = 250
     for _ in range(studies):
-        summary = summarize(simulated(rng, 60), resamples=200).set_index("mask").loc["concept"]
+        summary = summarize(simulated(rng, 60), resamples=400).set_index("mask").loc["concept"]
         for name, value in truth.items():
             covered[name] += summary[f"{name}_low"] <= value <= summary[f"{name}_high"]
     for name in truth:
-        # 3 standard errors of 160 studies are 0.05, and a percentile interval of 60 concepts
+        # 3 standard errors of 250 studies are 0.041; a percentile interval of 60 concepts
         # covers a little less than 0.95. Bootstrapping questions instead would cover 0.75.
-        assert 0.89 <= covered[name] / studies <= 0.995, (name, covered[name] / studies)
+        assert 0.90 <= covered[name] / studies <= 0.99, (name, covered[name] / studies)
 
 
 def test_intervals_come_from_the_seed():
@@ -718,7 +718,7 @@ def test_a_model_at_one_accuracy_has_the_floor_for_its_pss(no_floors):
     """Simulated answers without any effect: mean PSS over studies is the floor."""
     rng = np.random.default_rng(0)
     pooled, per_concept = [], []
-    for _ in range(80):
+    for _ in range(150):
         right = rng.binomial(10, 0.6, (20, 2))
         rows = [row(str(n), "none", 0.0, (6, 10), (6, 10)) for n in range(20)]
         rows += [
@@ -730,7 +730,7 @@ def test_a_model_at_one_accuracy_has_the_floor_for_its_pss(no_floors):
         per_concept.append(summary["pss_per_concept"])
     pair = sampling_floor(np.full(20, 10), np.full(20, 10), 0.6)
     for values, floor in zip((pooled, per_concept), pair, strict=True):
-        assert np.mean(values) == pytest.approx(floor, abs=4 * np.std(values) / 80**0.5)
+        assert np.mean(values) == pytest.approx(floor, abs=4 * np.std(values) / 150**0.5)
 
 
 def test_there_is_no_floor_without_a_right_answer():
