@@ -32,6 +32,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
             "top_vectors",
             "value_vector_scores",
         ],
+        "parallel": ["workers"],
         "models": [
             "LoadedModel",
             "ModelSpec",
