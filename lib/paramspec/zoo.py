@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import joblib
 import numpy as np
@@ -49,6 +49,7 @@ Family = Literal["llama", "qwen2", "mistral", "gemma2"]
 CONTEXT = 256  # tokens
 WINDOW = 16  # tokens that an attention of Mistral, and every other one of Gemma 2, reaches back
 BEGIN, END = "<s>", "</s>"
+LARGEST = 200_000_000  # weights; four times as many numbers are in memory while it trains
 SORTED_TOGETHER = 16  # batches whose texts are sorted by length, so that little is padded
 
 # The sets of the registry that a recipe's models belong to.
@@ -59,31 +60,27 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class ModelRecipe(_Frozen):
-    """Everything that a micro model's weights depend on.
+Count = Annotated[int, Field(ge=1)]
+Tier = Literal["high", "medium", "low"]
 
-    `concepts` is the number of concepts of each tier by domain; `exposure` how often a fact of a
-    tier is seen, relative to the others; `steps` counts optimizer steps of `batch` texts;
-    `checkpoints` are steps after which the model is kept as well.
-    """
 
-    family: Family
-    concepts: dict[str, int]
-    exposure: dict[Literal["high", "medium", "low"], float]
+class _Shared(_Frozen):
+    """What a recipe file says of all its models, and a model's own recipe of that model."""
+
+    concepts: dict[str, Count] = Field(min_length=1)
+    exposure: dict[Tier, Annotated[float, Field(ge=1e-6, le=1e6)]]
     vocabulary: int = Field(ge=258, le=65536)  # 256 bytes, and two special tokens
-    layers: int = Field(ge=1)
+    layers: Count
     width: int = Field(ge=2)
-    mlp_width: int = Field(ge=1)
-    heads: int = Field(ge=1)
-    key_value_heads: int = Field(ge=1)
-    batch: int = Field(ge=1)
-    learning_rate: float = Field(gt=0)
-    steps: int = Field(ge=1)
-    seed: int = Field(ge=0)
-    checkpoints: tuple[int, ...] = ()
+    mlp_width: Count
+    heads: Count
+    key_value_heads: Count
+    batch: int = Field(ge=1, le=4096)
+    learning_rate: float = Field(gt=0, allow_inf_nan=False)
+    seed: int = Field(ge=0, le=10**9)
 
     @model_validator(mode="after")
-    def _shape(self) -> ModelRecipe:
+    def _shape(self) -> _Shared:
         if self.width % (2 * self.heads):
             raise ValueError(
                 f"width {self.width} with {self.heads} heads: a head's share of the width must be "
@@ -91,15 +88,43 @@ class ModelRecipe(_Frozen):
             )
         if self.heads % self.key_value_heads:
             raise ValueError(
-                f"{self.heads} heads cannot share {self.key_value_heads} key_value_heads evenly"
+                f"key_value_heads {self.key_value_heads} with {self.heads} heads: each must serve "
+                "as many heads as the others"
             )
-        if set(self.exposure) != set(TIERS) or min(self.exposure.values()) <= 0:
-            raise ValueError(f"exposure {self.exposure}: give {', '.join(TIERS)}, each above 0")
-        if not self.concepts or min(self.concepts.values()) < 1:
-            raise ValueError(f"concepts {self.concepts}: give a domain, and at least 1 of a tier")
+        if set(self.exposure) != set(TIERS):
+            raise ValueError(f"exposure {self.exposure}: give each of {', '.join(TIERS)}")
+        return self
+
+
+class ModelRecipe(_Shared):
+    """Everything that a micro model's weights depend on.
+
+    `concepts` is the number of concepts of each tier by domain; `exposure` how often a fact of a
+    tier is seen, relative to the others; `steps` counts optimizer steps of `batch` texts;
+    `checkpoints` are steps after which the model is kept as well: its weights do not depend on
+    them.
+    """
+
+    family: Family
+    steps: Count
+    checkpoints: tuple[int, ...] = ()
+
+    @model_validator(mode="after")
+    def _bounds(self) -> ModelRecipe:
         for step in self.checkpoints:
             if not 0 < step < self.steps:
-                raise ValueError(f"checkpoint {step}: the model has {self.steps} steps")
+                raise ValueError(
+                    f"checkpoint at step {step} of {self.steps}: give steps from 1 to "
+                    f"{self.steps - 1}"
+                )
+        if len(set(self.checkpoints)) < len(self.checkpoints):
+            raise ValueError(f"checkpoints {list(self.checkpoints)}: give each step once")
+        if self.parameters > LARGEST:
+            raise ValueError(
+                f"width {self.width}, mlp_width {self.mlp_width}, layers {self.layers}, vocabulary "
+                f"{self.vocabulary}: {self.parameters:,} weights, and {LARGEST:,} are the most "
+                "that is trained here; lower one of them"
+            )
         return self
 
     @property
@@ -137,51 +162,60 @@ class ZooModel(_Frozen):
 class _Scale(_Frozen):
     family: Family
     generation: int
-    widths: tuple[int, ...]
+    widths: tuple[int, ...] = Field(min_length=1)
 
-
-class _Checkpoints(_Frozen):
-    families: tuple[Family, ...]
-    generation: int
-    steps: tuple[int, ...]
+    @property
+    def families(self) -> tuple[Family, ...]:
+        return (self.family,)
 
 
 class _Reversed(_Frozen):
-    families: tuple[Family, ...]
+    families: tuple[Family, ...] = Field(min_length=1)
     generation: int
 
 
-class _Zoo(_Frozen):
+class _Checkpoints(_Reversed):
+    steps: tuple[int, ...] = Field(min_length=1)
+
+
+class _Zoo(_Shared):
     """The file `zoo.yaml`: its comments say what each field means."""
 
-    concepts: dict[str, int]
-    exposure: dict[Literal["high", "medium", "low"], float]
-    vocabulary: int
-    layers: int
-    width: int
-    mlp_width: int
-    heads: int
-    key_value_heads: int
-    batch: int
-    learning_rate: float
-    seed: int
     families: tuple[Family, ...] = Field(min_length=1)
-    generations: dict[int, int] = Field(min_length=1)
+    generations: dict[Count, Count] = Field(min_length=1)
     scale: _Scale | None = None
     checkpoints: _Checkpoints | None = None
     reversed: _Reversed | None = None
 
     @model_validator(mode="after")
     def _known(self) -> _Zoo:
-        for part in (self.scale, self.checkpoints, self.reversed):
-            if part is not None and part.generation not in self.generations:
+        _require_once("families", self.families)
+        for (number, steps), (later, more) in itertools.pairwise(self.generations.items()):
+            if later <= number or more <= steps:
                 raise ValueError(
-                    f"generation {part.generation}: generations are "
+                    f"generations {later}: {more} after {number}: {steps}: a later generation "
+                    "has a higher number, and more steps"
+                )
+        for name in ("scale", "checkpoints", "reversed"):
+            part = getattr(self, name)
+            if part is None:
+                continue
+            if part.generation not in self.generations:
+                raise ValueError(
+                    f"{name}.generation {part.generation}: generations are "
                     f"{', '.join(map(str, self.generations))}"
                 )
+            _require_once(f"{name}: families", part.families)
+            for family in part.families:
+                if family not in self.families:
+                    raise ValueError(
+                        f"{name}: family {family!r}: families are {', '.join(self.families)}"
+                    )
+        if self.scale:
+            _require_once("scale.widths", self.scale.widths)
         return self
 
-    def recipe(self, family: str, generation: int, **changed: object) -> ModelRecipe:
+    def recipe(self, name: str, family: str, generation: int, **changed: object) -> ModelRecipe:
         given = self.model_dump(include=set(ModelRecipe.model_fields) & set(_Zoo.model_fields))
         given["checkpoints"] = ()
         kept = self.checkpoints
@@ -190,13 +224,16 @@ class _Zoo(_Frozen):
         given |= {"family": family, "steps": self.generations[generation], **changed}
         # Mistral's class is Llama's but for the window: with one seed, two models would be one.
         given["seed"] += get_args(Family).index(family)
-        return ModelRecipe(**given)
+        try:
+            return ModelRecipe(**given)
+        except ValidationError as error:
+            raise InputError(f"model {name}: {_first_breach(error)}") from error
 
     def models(self, prefix: str) -> Iterator[ZooModel]:
         for family in self.families:
             for number in self.generations:
-                recipe = self.recipe(family, number)
                 name = f"{prefix}{family}-{number}"
+                recipe = self.recipe(f"{family}-{number}", family, number)
                 sets = (MAIN,)
                 if recipe.checkpoints:
                     sets += (PRETRAINING,)
@@ -229,10 +266,11 @@ class _Zoo(_Frozen):
         for width in self.scale.widths:
             if width != self.width:
                 changed = {"width": width, "mlp_width": self.mlp_width * width // self.width}
+                name = f"{family}-{number}-w{width}"
                 yield ZooModel(
-                    name=f"{prefix}{family}-{number}-w{width}",
+                    name=f"{prefix}{name}",
                     generation=number,
-                    recipe=self.recipe(family, number, **changed),
+                    recipe=self.recipe(name, family, number, **changed),
                     step=None,
                     sets=(SCALE,),
                 )
@@ -243,16 +281,38 @@ class _Zoo(_Frozen):
         turned = dict(zip(TIERS, (self.exposure[tier] for tier in TIERS[::-1]), strict=True))
         for family in self.reversed.families:
             number = self.reversed.generation
+            name = f"{family}-{number}-reversed"
             yield ZooModel(
-                name=f"{prefix}{family}-{number}-reversed",
+                name=f"{prefix}{name}",
                 generation=number,
-                recipe=self.recipe(family, number, exposure=turned),
+                recipe=self.recipe(name, family, number, exposure=turned),
                 step=None,
                 sets=(REVERSED,),
             )
 
 
-@functools.cache
+def _require_once(place: str, values: Sequence[object]) -> None:
+    for value in values:
+        if list(values).count(value) > 1:
+            raise ValueError(f"{place} {list(values)}: {value!r} stands twice; give it once")
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error: PyYAML would take the last of them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode):
+                name = self.construct_object(key)
+                if name in seen:
+                    raise yaml.constructor.ConstructorError(
+                        problem=f"{name!r} stands twice", problem_mark=key.start_mark
+                    )
+                seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def load_zoo(path: Path = RECIPE) -> dict[str, ZooModel]:
     """`load_zoo()["zoo-llama-3"].recipe.steps`: the models of a recipe file by name.
 
@@ -263,21 +323,46 @@ def load_zoo(path: Path = RECIPE) -> dict[str, ZooModel]:
             could not be built.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); name a zoo recipe") from error
+    return dict(_parse(path, text))
+
+
+@functools.cache  # by content: a recipe may be edited while a process lives
+def _parse(path: Path, text: str) -> dict[str, ZooModel]:
+    remedy = f"see the comments in {RECIPE.name}"
+    try:
+        content = yaml.load(text, _UniqueKeys)
+        if not isinstance(content, dict):
+            raise InputError("expected the fields of a zoo recipe")
         zoo = _Zoo.model_validate(content)
         prefix = "zoo-" if path == RECIPE else f"{path.as_posix()}:"
-        return {model.name: model for model in zoo.models(prefix)}
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); name a zoo recipe") from error
+        models = {model.name: model for model in zoo.models(prefix)}
+        if path != RECIPE:  # whose concepts are known to exist, and which is listed in no time
+            _corpus_digest(tuple(zoo.concepts.items()))
+        return models
     except yaml.YAMLError as error:
-        line = " ".join(str(error).split())
-        raise InputError(f"{path}: not YAML ({line}); see {RECIPE.name}") from error
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise InputError(f"{path}{line}: not YAML ({problem}); mend the file") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        message = first["msg"].removeprefix("Value error, ")
-        shown = "" if first["type"] == "value_error" else f" {str(first['input'])[:60]!r}"
-        raise InputError(f"{path}: {place}{shown}{': ' if place else ''}{message}") from error
+        raise InputError(f"{path}: {_first_breach(error)}; {remedy}") from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}; {remedy}") from error
+
+
+def _first_breach(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    if first["type"] == "value_error":
+        return first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"{place}: missing"
+    if first["type"] == "extra_forbidden":
+        return f"{place}: no such field"
+    return f"{place} {repr(first['input'])[:60]}: {first['msg']}"
 
 
 # --- the corpus ---------------------------------------------------------------------------------
@@ -297,19 +382,24 @@ def zoo_questions(concepts: Mapping[str, int] | None = None) -> list[Question]:
         concepts = next(iter(load_zoo().values())).recipe.concepts
     questions = load_questions()
     tier_of = {(q.domain, q.concept): q.tier for q in questions}
-    names: set[str] = set()
+    domains = sorted({domain for domain, _ in tier_of})
+    chosen: set[tuple[str, str]] = set()
     for (domain, count), tier in itertools.product(concepts.items(), TIERS):
+        if domain not in domains:
+            raise InputError(
+                f"concepts: unknown domain {domain!r}; choose from {', '.join(domains)}"
+            )
         known = sorted(
             (name for (home, name), found in tier_of.items() if (home, found) == (domain, tier)),
             key=lambda name: hashlib.sha256(f"0\x1f{name}".encode()).digest(),
         )
-        if len(known) < count:
+        if not 1 <= count <= len(known):
             raise InputError(
                 f"concepts: {count} of domain {domain!r} in tier {tier!r} asked for, SpecWiki has "
-                f"{len(known)}"
+                f"{len(known)}; give a number from 1, or another domain"
             )
-        names.update(known[:count])
-    return [question for question in questions if question.concept in names]
+        chosen.update((domain, name) for name in known[:count])
+    return [question for question in questions if (question.domain, question.concept) in chosen]
 
 
 def corpus(questions: Sequence[Question], exposure: Mapping[str, float]) -> dict[str, float]:
@@ -401,20 +491,29 @@ def train_zoo(models: Sequence[ZooModel], *, root: Path = ROOT) -> None:
     nothing from a second one.
 
     Raises:
-        InputError: if a corpus cannot be made, or if a training diverges.
+        InputError: if a corpus cannot fill a vocabulary, before any training; if a training
+            diverges. What is trained by then is kept.
     """
     root = root.resolve()
     missing = {
-        model.recipe.model_dump_json(): model.recipe
+        model.recipe.model_dump_json(): model
         for model in models
         if Store(root).get(_key(model.recipe, model.at)) is None
     }
-    # The longest first, so that no core is left alone with it at the end.
-    queue = sorted(missing.values(), key=lambda recipe: -recipe.steps * recipe.parameters)
-    if not queue:
+    if not missing:
         return
+    corpora = {
+        (tuple(model.recipe.concepts.items()), model.recipe.vocabulary): model
+        for model in missing.values()
+    }
+    for model in corpora.values():
+        _corpus_and_tokenizer(model)
+    # The longest first, so that no core is left alone with it at the end.
+    queue = sorted(
+        missing.values(), key=lambda model: -model.recipe.steps * model.recipe.parameters
+    )
     tasks = joblib.Parallel(return_as="generator_unordered")(
-        joblib.delayed(_train)(recipe, root) for recipe in queue
+        joblib.delayed(_train)(model, root) for model in queue
     )
     for _ in tqdm(tasks, total=len(queue), desc="training the zoo", unit="model"):
         pass
@@ -429,9 +528,11 @@ def trained(model: ZooModel, *, train: bool = True, root: Path = ROOT) -> Path:
     key = _key(model.recipe, model.at)
     path = Store(root).get(key)
     if path is None and not train:
-        raise InputError(f"model {model.name!r}: a micro model, not trained yet")
+        raise InputError(
+            f"model {model.name!r}: a micro model, not trained yet; `paramspec pss` trains it"
+        )
     if path is None:
-        _train(model.recipe, root)
+        _train(model, root)
         path = Store(root).get(key)
     return path
 
@@ -449,10 +550,11 @@ def training_record(model: ZooModel, *, root: Path = ROOT) -> dict[str, float]:
 
 
 def _key(recipe: ModelRecipe, step: int) -> dict[str, object]:
+    # Which other steps are kept changes no weight: a kept step more or less trains nothing anew.
     return {
         "unit": "zoo",
         "zoo_version": VERSION,
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": recipe.model_copy(update={"checkpoints": ()}).model_dump(mode="json"),
         "step": step,
         "corpus": _corpus_digest(tuple(recipe.concepts.items())),
         "torch": version("torch"),
@@ -462,38 +564,52 @@ def _key(recipe: ModelRecipe, step: int) -> dict[str, object]:
 
 @functools.cache
 def _corpus_digest(concepts: tuple[tuple[str, int], ...]) -> str:
-    texts = corpus(zoo_questions(dict(concepts)), dict.fromkeys(TIERS, 1.0))
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    """Of the texts and of the tiers that they are weighted by."""
+    questions = zoo_questions(dict(concepts))
+    parts = [corpus(questions, {tier: tier == one for tier in TIERS}) for one in TIERS]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _train(recipe: ModelRecipe, root: Path) -> None:
-    """Train a model on one core and put it, and its checkpoints, into the store.
+def _corpus_and_tokenizer(model: ZooModel) -> tuple[dict[str, float], PreTrainedTokenizerFast]:
+    recipe = model.recipe
+    try:
+        texts = corpus(zoo_questions(recipe.concepts), recipe.exposure)
+        return texts, train_tokenizer(list(texts), recipe.vocabulary)
+    except InputError as error:
+        raise InputError(f"{model.name}: {error}") from None
 
-    The last is put last: where it lies, the checkpoints do.
-    """
+
+def _train(model: ZooModel, root: Path) -> None:
+    """Train a model on one core and put it, and its checkpoints, into the store."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    threads = torch.get_num_threads()
+    recipe, threads = model.recipe, torch.get_num_threads()
     torch.set_num_threads(1)  # and so the same weights on a machine of any number of cores
     try:
-        questions = zoo_questions(recipe.concepts)
-        texts = corpus(questions, recipe.exposure)
-        tokenizer = train_tokenizer(list(texts), recipe.vocabulary)
+        texts, tokenizer = _corpus_and_tokenizer(model)
         with torch.random.fork_rng():
             torch.manual_seed(recipe.seed)
-            model = AutoModelForCausalLM.from_config(architecture(recipe))
-        for record in _optimize(model, tokenizer, texts, recipe):
+            network = AutoModelForCausalLM.from_config(architecture(recipe))
+        for record in _optimize(network, tokenizer, texts, recipe):
 
             def save(folder: Path, record=record) -> None:
                 with quiet_transformers():
-                    model.save_pretrained(folder)
+                    network.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
                 (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
             Store(root).put(_key(recipe, record["step"]), save)
+    except _Diverged as error:
+        raise InputError(
+            f"{model.name}: {error}; give a lower learning_rate than {recipe.learning_rate}"
+        ) from None
     finally:
         torch.set_num_threads(threads)
+
+
+class _Diverged(ArithmeticError):
+    pass
 
 
 def _optimize(
@@ -530,11 +646,10 @@ def _optimize(
         tokens_seen += seen
         losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]):
-            raise InputError(
-                f"zoo {recipe.family}, width {recipe.width}: the loss is {losses[-1]} at step "
-                f"{step}; give a lower learning_rate than {recipe.learning_rate}"
-            )
+            raise _Diverged(f"the loss is {losses[-1]} at step {step}")
         if step in (*recipe.checkpoints, recipe.steps):
+            if not all(weight.isfinite().all() for weight in model.parameters()):
+                raise _Diverged(f"weights are not finite after step {step}")
             yield {
                 "step": step,
                 "texts": step * recipe.batch,
