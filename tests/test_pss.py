@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections import Counter, defaultdict
 
@@ -24,6 +25,7 @@ from paramspec.pss import (
     general_questions,
     mask_name,
     measure_concepts,
+    method_key,
     other_concept,
     parse_choices,
     peak_pss,
@@ -802,3 +804,113 @@ def test_the_concept_mask_grows_with_the_ratio():
     for smaller, larger in itertools.pairwise(masks):
         assert set(map(tuple, smaller.vectors.tolist())) < set(map(tuple, larger.vectors.tolist()))
     assert len(masks[-1].vectors) == view.layers * view.width
+
+
+# The folds and the kinds of controls that a study takes
+
+
+def test_a_study_of_one_fold_is_that_of_its_questions_alone():
+    """Of the other fold, neither the questions nor their coefficients are used."""
+    model, questions = toy_model("llama"), toy_questions(4)
+    both = Choices(ratios=(0.2,), controls=2, general=5)
+    for fold in (0, 1):
+        choices = both.model_copy(update={"folds": (fold,)})
+        part = measured(model, questions, choices)
+        alone = measured(model, [q for q in questions if q.fold == fold], both)
+        pd.testing.assert_frame_equal(part.details, alone.details)
+        pd.testing.assert_frame_equal(part.pss, alone.pss)
+        assert part.masks.keys() == alone.masks.keys()
+        assert all(torch.equal(part.masks[name], alone.masks[name]) for name in part.masks)
+        otherwise = measured(model, with_other_clozes(questions, 1 - fold), choices)
+        pd.testing.assert_frame_equal(part.details, otherwise.details)
+        assert evaluations(choices, questions, CONCEPTS[:4]) == len(part.details)
+
+
+def test_one_fold_scores_its_own_questions_as_a_study_of_both_does():
+    """Without a mask, own questions are answered alike, whatever else is asked."""
+    model, questions = toy_model("llama"), toy_questions(4)
+    fold_of = {question.id: question.fold for question in questions}
+    own = ["mask_concept", "question_id"]
+    whole = measured(model, questions, Choices(ratios=(), general=5)).details
+    whole = whole[whole["role"] == "concept"].set_index(own)
+    seen = []
+    for fold in (0, 1):
+        choices = Choices(ratios=(0.2,), general=5, folds=(fold,))
+        tables = measured(model, questions, choices)
+        assert {fold_of[name] for name in tables.details["question_id"]} == {fold}
+        assert set(tables.pss["n_concept"]) == {5}
+        part = tables.details
+        part = part[(part["role"] == "concept") & (part["mask"] == "none")].set_index(own)
+        expected = whole[[fold_of[name] == fold for _, name in whole.index]]
+        assert list(part.index) == list(expected.index)
+        np.testing.assert_allclose(
+            part["option_logprobs"].tolist(), expected["option_logprobs"].tolist(), atol=1e-3
+        )
+        seen += list(part.index)
+    assert sorted(seen) == sorted(whole.index)
+
+
+@pytest.mark.parametrize(
+    "nulls",
+    [
+        (),
+        *itertools.combinations(("random", "magnitude", "other"), 1),
+        *itertools.combinations(("random", "magnitude", "other"), 2),
+    ],
+    ids="-".join,
+)
+def test_fewer_kinds_of_controls_are_those_rows_of_a_full_study(nulls):
+    """A kind's draws do not depend on which other kinds are drawn beside it."""
+    model, questions = toy_model("llama"), toy_questions(3)
+    full = Choices(ratios=(0.1, 0.5), controls=2, general=GENERAL, seed=3)
+    whole = measured(model, questions, full)
+    choices = full.model_copy(update={"nulls": nulls})
+    part = measured(model, questions, choices)
+    kinds = {"none", "concept", *nulls}
+    for one, other in ((part.pss, whole.pss), (part.details, whole.details)):
+        assert set(one["mask"]) == kinds
+        expected = other[other["mask"].isin(kinds)].reset_index(drop=True)
+        inexact = [name for name in one.columns if name == "option_logprobs"]
+        pd.testing.assert_frame_equal(one.drop(columns=inexact), expected.drop(columns=inexact))
+        for name in inexact:
+            np.testing.assert_allclose(one[name].tolist(), expected[name].tolist(), atol=1e-3)
+    expected = {name for name in whole.masks if name.split("/")[3] in kinds}
+    assert set(part.masks) == expected
+    assert all(torch.equal(part.masks[name], whole.masks[name]) for name in expected)
+    assert evaluations(choices, questions, CONCEPTS[:3]) == len(part.details)
+
+
+def test_folds_and_kinds_of_controls_are_part_of_the_key():
+    given = [
+        Choices(folds=folds, nulls=nulls)
+        for folds in ((0,), (1,), (0, 1))
+        for nulls in ((), ("random",), ("other",), ("random", "magnitude", "other"))
+    ]
+    keys = [json.dumps(method_key(choices), sort_keys=True) for choices in given]
+    assert len(set(keys)) == len(given)
+    assert method_key(Choices()) == method_key(given[-1])
+    # Said otherwise, the same: nothing is measured twice.
+    again = Choices(folds=(1, 0, 1), nulls=("other", "random", "magnitude", "random"))
+    assert method_key(again) == method_key(Choices())
+    assert evaluations(again, toy_questions(3), CONCEPTS[:3]) == (
+        evaluations(Choices(), toy_questions(3), CONCEPTS[:3])
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"folds": ()}, r"folds \[\]: expected 0, 1 or both"),
+        ({"folds": (2,)}, r"folds \[2\]: expected 0, 1 or both"),
+        ({"folds": (0, -1)}, r"folds \[0, -1\]: expected 0, 1 or both"),
+        ({"folds": "1"}, r"folds '1': Input should be a valid tuple"),
+        ({"folds": ("one",)}, r"folds 'one': Input should be a valid integer"),
+        ({"nulls": ("chance",)}, r"nulls 'chance': .*'random', 'magnitude' or 'other'"),
+        ({"nulls": ("random", "none")}, r"nulls 'none': .*'random', 'magnitude' or 'other'"),
+        ({"nulls": "random"}, r"nulls 'random': Input should be a valid tuple"),
+    ],
+)
+def test_folds_and_controls_that_are_none_are_told_in_one_line(given, message):
+    with pytest.raises(InputError, match=message) as caught:
+        parse_choices(**given)
+    assert "\n" not in str(caught.value)

@@ -96,6 +96,11 @@ class Choices(BaseModel):
             raise ValueError(f"folds {list(folds)}: expected 0, 1 or both")
         return tuple(sorted(set(folds)))
 
+    @field_validator("nulls")
+    @classmethod
+    def _nulls(cls, nulls: tuple[Null, ...]) -> tuple[Null, ...]:
+        return tuple(sorted(set(nulls), key=MASKS.index))
+
     @field_validator("controls", "general", "row_tokens", "batch_tokens")
     @classmethod
     def _counts(cls, value: int, info) -> int:
