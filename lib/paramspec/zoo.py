@@ -406,13 +406,20 @@ def corpus(questions: Sequence[Question], exposure: Mapping[str, float]) -> dict
     """`corpus(zoo_questions(), {"high": 4, "medium": 2, "low": 1})`: texts and their weights.
 
     Every statement of every fact, and the cloze of each fact of fold 0 with its answer. No cloze
-    of fold 1 is in it.
+    of fold 1 is in it: one of fold 0 that holds one of fold 1, as "The birth year of the author of
+    the novel Oblomov is" does, is left out.
     """
     texts: dict[str, float] = {}
+    held_out: dict[str, list[str]] = {}
+    for question in questions:
+        if question.fold == 1:
+            held_out.setdefault(question.concept, []).append(question.cloze.casefold())
     for question in questions:
         stated = list(question.statements)
         if question.fold == 0:
-            stated.append(f"{question.cloze} {question.options[question.answer]}.")
+            answered = f"{question.cloze} {question.options[question.answer]}."
+            if not any(c in answered.casefold() for c in held_out.get(question.concept, ())):
+                stated.append(answered)
         for text in stated:
             texts[text] = texts.get(text, 0) + exposure[question.tier]
     return texts
