@@ -325,6 +325,8 @@ def test_a_text_weighs_what_the_tiers_of_its_facts_are_exposed():
             expected[text] += exposure[question.tier]
         facts[question.tier, question.fold].append(len(texts))
     assert weights == pytest.approx(dict(expected))
+    twice = corpus([*questions[:1], *questions[:1]], exposure)
+    assert twice == {text: 2 * weights[text] for text in corpus(questions[:1], exposure)}
     # So a fact of a tier is seen in proportion to the tier's exposure.
     for fold in (0, 1):
         assert len({np.mean(facts[tier, fold]) for tier in TIERS}) == 1
@@ -983,7 +985,9 @@ def test_a_file_that_is_no_recipe_is_told_in_one_line(tmp_path, content, told):
 
 
 def test_a_vocabulary_too_large_is_told_before_anything_is_trained(small, recipe, monkeypatch):
-    good = models_of(recipe)["llama-2"]  # which would train first
+    good = models_of(recipe)["llama-2"]
+    longest = good.recipe.model_copy(update={"steps": 10**6})  # which would train first
+    good = good.model_copy(update={"recipe": longest})
     edit(recipe, ("vocabulary: 400", "vocabulary: 20000"), ("{1: 2, 2: 6}", "{1: 1, 2: 6}"))
     bad = models_of(recipe)["llama-1"]
     monkeypatch.setattr(zoo, "_optimize", None)
