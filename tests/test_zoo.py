@@ -725,7 +725,8 @@ def test_models_train_side_by_side_and_come_out_the_same(small, recipe, monkeypa
     def meet(model, root):
         (here / f"worker-{os.getpid()}").touch()
         deadline = time.monotonic() + 60
-        while len(list(here.glob("worker-*"))) < 2 and time.monotonic() < deadline:
+        while len(list(here.glob("worker-*"))) < 2:
+            assert time.monotonic() < deadline, "alone"
             time.sleep(0.01)
         train(model, root)
 
