@@ -19,6 +19,7 @@ from paramspec.trends import (
     mean_over,
     model_table,
     resample_models,
+    with_interval,
 )
 
 OWN, GENERAL, RATIOS = 5, 4, (0.1, 0.4)
@@ -259,3 +260,9 @@ def test_a_study_without_random_masks_has_no_null(pss):
     assert "peak_null" not in bare.values
     assert "peak_excess" not in bare.values
     assert "peak_did" in model_table(bare)
+
+
+def test_a_value_is_told_with_its_interval_and_never_broken():
+    row = {"value": 0.125, "low": -1.0, "high": 1234.5, "did": 3.0, "did_low": 2.0, "did_high": 4.0}
+    assert with_interval(row, form="+,.1f") == "+0.1\u00a0[-1.0,\u00a0+1,234.5]"
+    assert with_interval(row, "did") == "3.00\u00a0[2.00,\u00a04.00]"

@@ -72,6 +72,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
             "mean_over",
             "model_table",
             "resample_models",
+            "with_interval",
         ],
         "zoo": ["load_zoo", "train_zoo", "training_record", "zoo_questions"],
         "sweep": ["Study", "concept_coefficients", "measure_pss", "score_questions", "write_study"],

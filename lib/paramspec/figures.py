@@ -13,7 +13,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
 
 CHANCE = 0.25
 _COLOURS = sns.color_palette("colorblind")
@@ -450,7 +450,8 @@ def generations(table: pd.DataFrame) -> Figure:
         )
         axes.margins(x=0.12)
     panels[0, 0].set_ylabel("peak PSS")
-    figure.supxlabel("generation", fontsize=11)
+    for axes in panels[0]:
+        axes.set_xlabel("generation")
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure
@@ -491,6 +492,10 @@ def along(table: pd.DataFrame, x: str, label: str, *, log: bool = False) -> Figu
         axes.set_xlabel(label)
         if log:
             axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            if table[x].max() < 10 * table[x].min():  # too narrow for two powers of ten
+                axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     handles, labels = panels[1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5)
     return figure
@@ -519,10 +524,10 @@ def tiers(table: pd.DataFrame) -> Figure:
             _bars(axes, x, part, value, color=colour, marker="o", markersize=5)
         axes.set_xticks(range(3), order)
         axes.set_title(title)
+        axes.set_xlabel("frequency tier")
         axes.margins(x=0.12)
     panels[0].axhline(CHANCE, color="0.5", linestyle="--", linewidth=1)
     panels[2].axhline(0, color="0.5", linestyle="--", linewidth=1)
-    figure.supxlabel("frequency tier", fontsize=11)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return figure

@@ -317,10 +317,11 @@ def _zoo_model(name: str) -> ZooModel:
 
 def _custom_zoo(model: str) -> ZooModel | None:
     """The model that `FILE.yaml:NAME` means, or None if this is no such name."""
-    file, colon, _ = model.rpartition(":")
+    file, colon, name = model.rpartition(":")
     if not colon or not file.endswith((".yaml", ".yml")):
         return None
-    known = load_zoo(Path(file))
+    known = load_zoo(Path(file).expanduser())
+    model = f"{Path(file).expanduser().as_posix()}:{name}"
     if model not in known:
         near = difflib.get_close_matches(model, known, n=3) or list(known)[:3]
         raise InputError(f"model {model!r}: not in that recipe; did you mean {', '.join(near)}?")

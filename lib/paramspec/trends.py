@@ -236,6 +236,18 @@ def interval(values: np.ndarray) -> dict[str, float]:
     return {"value": float(values[0]), "low": float(low), "high": float(high)}
 
 
+def with_interval(row: Mapping[str, float], measure: str = "value", form: str = ".2f") -> str:
+    """`with_interval(contrast(draws, "b", "a"), form="+.2f")`: `+0.12 [+0.03, +0.20]`, unbroken.
+
+    Args:
+        row: `measure`, `measure_low` and `measure_high`; or `value`, `low` and `high`.
+        form: of each number.
+    """
+    bounds = ("low", "high") if measure == "value" else (f"{measure}_low", f"{measure}_high")
+    value, low, high = (format(row[key], form) for key in (measure, *bounds))
+    return f"{value}\u00a0[{low},\u00a0{high}]"
+
+
 def half_way(draws: Draws, models: Sequence[str], steps: Sequence[float], measure: str):
     """`half_way(draws, checkpoints, steps, "accuracy")`: when a measure has made half its rise.
 
