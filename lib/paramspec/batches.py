@@ -1,7 +1,7 @@
 """Batches that fit into memory: what does not is halved, and the work goes on.
 
-    for rows, logits in in_batches(batches, forward, tokens=lambda rows: len(rows) * longest):
-        ...
+for rows, logits in in_batches(batches, forward, tokens=lambda rows: len(rows) * longest):
+    ...
 """
 
 from __future__ import annotations

@@ -375,8 +375,7 @@ def load_model(
     Raises:
         InputError: one line with the value, the place and the remedy.
     """
-    place = _device(device)
-    kind = _dtype(dtype, place)
+    place, kind = place_and_dtype(device, dtype)
     checkpoint = find_checkpoint(model) if isinstance(model, str) else model
     with quiet_transformers(), _told_in_one_line(checkpoint.path):
         load = _load_gguf if checkpoint.path.is_file() else _load_directory
@@ -413,11 +412,9 @@ def find_checkpoint(model: str, *, download: bool = True) -> Checkpoint:
         if path.is_file() and path.suffix != ".gguf":
             raise InputError(f"{model}: a file, but not .gguf; name the directory that holds it")
         return Checkpoint(path.as_posix() if path.name else path.resolve().name, None, path)
-    hub = re.fullmatch(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?", model)
     if path.suffix == ".gguf":
         raise InputError(f"{model}: no such GGUF file; check the path")
-    if hub:
-        source = HubSource(kind="hub", repo=hub["repo"], revision=hub["revision"] or "main")
+    if source := _hub_source(model):
         return Checkpoint(model, None, _hub_snapshot(source, None, download))
     if "/" in model:
         raise InputError(f"{model}: no such directory; check the path")
@@ -428,12 +425,24 @@ def find_checkpoint(model: str, *, download: bool = True) -> Checkpoint:
     )
 
 
+def _hub_source(model: str) -> HubSource | None:
+    hub = re.fullmatch(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?", model)
+    if hub is None or hub["repo"].endswith(".gguf") or Path(model).expanduser().exists():
+        return None
+    return HubSource(kind="hub", repo=hub["repo"], revision=hub["revision"] or "main")
+
+
 def find_checkpoints(models: Sequence[str]) -> list[Checkpoint]:
     """`find_checkpoints(["zoo-llama-1", "smollm2-135m"])`: all of them, or one line on the first
     that is not to be had; micro models that are not there yet are trained side by side.
     """
     specs = [find_spec(model) for model in models]
     micro = [spec and spec.source.kind == "zoo" for spec in specs]
+    # A wrong name, a closed gate or a cut network at the end of a list is told before the hours
+    # that downloads of the others, or the training of micro models, may take.
+    for model, trained_here in zip(models, micro, strict=True):
+        if not trained_here:
+            _require_access(model)
     others = {
         model: find_checkpoint(model)
         for model, trained_here in zip(models, micro, strict=True)
@@ -441,6 +450,18 @@ def find_checkpoints(models: Sequence[str]) -> list[Checkpoint]:
     }
     train_zoo([_zoo_model(model) for model in models if model not in others])
     return [others.get(model) or find_checkpoint(model) for model in models]
+
+
+def _require_access(model: str) -> None:
+    """Find a model without its weights: of the hub's, what is not here is asked for its config."""
+    try:
+        find_checkpoint(model, download=False)
+    except InputError:
+        spec = load_registry().get(model)
+        source = spec.source if spec else _hub_source(model)
+        if not isinstance(source, HubSource):
+            raise
+        _hub_snapshot(source, spec and spec.gated, True, files=("config.json",))
 
 
 def is_on_disk(spec: ModelSpec) -> bool:
@@ -486,6 +507,35 @@ def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def check_checkpoint(checkpoint: Checkpoint) -> int:
+    """`weights = check_checkpoint(find_checkpoint("my-checkpoint/"))`: how many, by the headers.
+
+    What can be known of a model without reading its weights: its kind, and that its tokenizer and
+    every file of its weights are there and whole.
+
+    Raises:
+        InputError: as `load_model` does.
+    """
+    path = checkpoint.path
+    with quiet_transformers(), _told_in_one_line(path):
+        if path.is_file():
+            return sum(int(tensor.n_elements) for tensor in _read_gguf(path).tensors)
+        _check_config(path)
+        if not _has_vocabulary(path):
+            raise _no_tokenizer(path)
+        return sum(_count_numbers(file) for file in _weight_files(path) if file.name != INDEX)
+
+
+def place_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """`place_and_dtype("auto", "auto")`: what `load_model` would take on this machine.
+
+    Raises:
+        InputError: if there is no such device or dtype here.
+    """
+    place = _device(device)
+    return place, _dtype(dtype, place)
+
+
 # Finding a model
 
 
@@ -516,7 +566,9 @@ def _wheel_file(source: WheelSource) -> Path:
     return path
 
 
-def _hub_snapshot(source: HubSource, gated: str | None, download: bool) -> Path:
+def _hub_snapshot(
+    source: HubSource, gated: str | None, download: bool, files: tuple[str, ...] = HUB_FILES
+) -> Path:
     """The directory of a hub repository, from the cache if it is complete there."""
     from huggingface_hub import constants, errors, snapshot_download
 
@@ -524,14 +576,15 @@ def _hub_snapshot(source: HubSource, gated: str | None, download: bool) -> Path:
 
     def fetch(local: bool) -> Path:
         found = snapshot_download(
-            name, revision=revision, allow_patterns=list(HUB_FILES), local_files_only=local
+            name, revision=revision, allow_patterns=list(files), local_files_only=local
         )
-        _weight_files(Path(found))  # a download that was broken off leaves a part
+        if files == HUB_FILES:
+            _weight_files(Path(found))  # a download that was broken off leaves a part
         return Path(found)
 
     with contextlib.suppress(InputError, errors.LocalEntryNotFoundError):
         path = fetch(local=True)
-        if (path / "config.json").is_file() and _has_vocabulary(path):
+        if (path / "config.json").is_file() and _has_vocabulary(path) and files == HUB_FILES:
             return path
     if not download:
         raise InputError(f"{name}: not in the hub cache {constants.HF_HUB_CACHE}; download it")
@@ -575,10 +628,7 @@ def _load_directory(
     _check_config(path)
     numbers = sum(_count_numbers(file) for file in _weight_files(path) if file.name != INDEX)
     if not _has_vocabulary(path):
-        raise InputError(
-            f"{path}: no tokenizer ({', '.join(VOCABULARIES[:2])}, ...); save it there with "
-            "tokenizer.save_pretrained"
-        )
+        raise _no_tokenizer(path)
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     network, report = AutoModelForCausalLM.from_pretrained(
         path,
@@ -639,6 +689,13 @@ def _check_config(path: Path) -> None:
         )
     if "transformers_weights" in config:
         raise InputError(f"{file}: transformers_weights: not supported; name it model.safetensors")
+
+
+def _no_tokenizer(path: Path) -> InputError:
+    return InputError(
+        f"{path}: no tokenizer ({', '.join(VOCABULARIES[:2])}, ...); save it there with "
+        "tokenizer.save_pretrained"
+    )
 
 
 def _has_vocabulary(path: Path) -> bool:

@@ -123,7 +123,7 @@ class Store:
 
     def _acquire(self, key: Mapping[str, object], wait: bool) -> FileLock | None:
         place = self._path(key).with_suffix(".lock")
-        lock = FileLock(place, is_singleton=True)
+        lock = FileLock(place, is_singleton=True, fallback_to_soft=False)
         # A disk that knows no locks, or has no room for one, does not keep anyone from work.
         with contextlib.suppress(OSError, NotImplementedError):
             place.parent.mkdir(parents=True, exist_ok=True)
