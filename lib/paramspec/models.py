@@ -507,23 +507,37 @@ def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def check_checkpoint(checkpoint: Checkpoint) -> int:
-    """`weights = check_checkpoint(find_checkpoint("my-checkpoint/"))`: how many, by the headers.
+def check_checkpoint(checkpoint: Checkpoint) -> PreTrainedModel | None:
+    """`network = check_checkpoint(find_checkpoint("my-checkpoint/"))`: fit to be loaded?
 
-    What can be known of a model without reading its weights: its kind, and that its tokenizer and
-    every file of its weights are there and whole.
+    What can be known of a model without reading its weights: its kind, that its tokenizer and every
+    file of its weights are there and whole, and that the weights fit the config.
+
+    Returns:
+        The model on the device `meta`, with shapes and no numbers; None of a GGUF file, which says
+        what it is as it is unpacked.
 
     Raises:
         InputError: as `load_model` does.
     """
+    from transformers import AutoModelForCausalLM
+
     path = checkpoint.path
     with quiet_transformers(), _told_in_one_line(path):
         if path.is_file():
-            return sum(int(tensor.n_elements) for tensor in _read_gguf(path).tensors)
-        _check_config(path)
-        if not _has_vocabulary(path):
-            raise _no_tokenizer(path)
-        return sum(_count_numbers(file) for file in _weight_files(path) if file.name != INDEX)
+            _read_gguf(path)
+            return None
+        _check_directory(path)
+        network, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            device_map={"": "meta"},
+        )
+        _check_report(path, report)
+        return network
 
 
 def place_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
@@ -625,10 +639,7 @@ def _load_directory(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    _check_config(path)
-    numbers = sum(_count_numbers(file) for file in _weight_files(path) if file.name != INDEX)
-    if not _has_vocabulary(path):
-        raise _no_tokenizer(path)
+    numbers = _check_directory(path)
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     network, report = AutoModelForCausalLM.from_pretrained(
         path,
@@ -649,6 +660,18 @@ def _load_directory(
             "put the model's own tokenizer there"
         )
     return network, tokenizer
+
+
+def _check_directory(path: Path) -> int:
+    """Refuse what lacks a part, by its files and their headers; how many weights it holds."""
+    _check_config(path)
+    numbers = sum(_count_numbers(file) for file in _weight_files(path) if file.name != INDEX)
+    if not _has_vocabulary(path):
+        raise InputError(
+            f"{path}: no tokenizer ({', '.join(VOCABULARIES[:2])}, ...); save it there with "
+            "tokenizer.save_pretrained"
+        )
+    return numbers
 
 
 def _check_config(path: Path) -> None:
@@ -689,13 +712,6 @@ def _check_config(path: Path) -> None:
         )
     if "transformers_weights" in config:
         raise InputError(f"{file}: transformers_weights: not supported; name it model.safetensors")
-
-
-def _no_tokenizer(path: Path) -> InputError:
-    return InputError(
-        f"{path}: no tokenizer ({', '.join(VOCABULARIES[:2])}, ...); save it there with "
-        "tokenizer.save_pretrained"
-    )
 
 
 def _has_vocabulary(path: Path) -> bool:

@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from paramspec.errors import InputError
-from paramspec.hooks import value_vector_view
+from paramspec.hooks import down_projections, value_vector_view
 from paramspec.masks import ConceptCoefficients, load_masks, record_concepts, save_masks
 from paramspec.models import (
     Checkpoint,
@@ -367,12 +367,21 @@ def _plan(
         missing = [number for number, key in enumerate(keys) if store.get(key) is None]
         weights = 0
         if missing and isinstance(model, Checkpoint):
-            weights = check_checkpoint(model)
+            weights = _check(model)
         plans.append(_Plan(model, identity, str(place), weights, shards, keys, missing))
     waiting = [plan for plan in plans if plan.weights]
     if waiting and not on_this_machine():
         _require_shared(store, [plan.model.path for plan in waiting])
     return plans
+
+
+def _check(checkpoint: Checkpoint) -> int:
+    """Refuse a model that cannot be measured, as far as its files' headers tell; its weights."""
+    network = check_checkpoint(checkpoint)
+    if network is None:
+        return checkpoint.path.stat().st_size  # of a GGUF file: a byte or less for each
+    down_projections(network)
+    return network.num_parameters()
 
 
 def _refuse_twice(names: Sequence[str]) -> None:

@@ -25,13 +25,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-import joblib
 import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from tqdm import tqdm
 
 from paramspec.errors import InputError
+from paramspec.parallel import begin_work, hand_out
 from paramspec.quiet import quiet_transformers
 from paramspec.specwiki import TIERS, Question, load_questions
 from paramspec.store import Store
@@ -413,9 +413,7 @@ def train_zoo(models: Sequence[ZooModel], *, root: Path = ROOT) -> None:
     queue = sorted(missing.values(), key=lambda recipe: -recipe.steps * recipe.parameters)
     if not queue:
         return
-    tasks = joblib.Parallel(return_as="generator_unordered")(
-        joblib.delayed(_train)(recipe, root) for recipe in queue
-    )
+    tasks = hand_out(_train, [(recipe, root) for recipe in queue])
     for _ in tqdm(tasks, total=len(queue), desc="training the zoo", unit="model"):
         pass
 
@@ -471,6 +469,7 @@ def _train(recipe: ModelRecipe, root: Path) -> None:
 
     The last is put last: where it lies, the checkpoints do.
     """
+    begin_work()
     import torch
     from transformers import AutoModelForCausalLM
 
