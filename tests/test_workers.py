@@ -145,9 +145,11 @@ def test_two_sweeps_at_once_share_the_work_and_lose_nothing(place, models, expec
     assert not list((tmp_path / "store").rglob(".partial-*"))
 
 
-def test_a_cluster_gives_the_numbers_of_one_process(dask, models, expected, tmp_path):
+def test_a_cluster_gives_the_numbers_of_one_process(dask, models, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the workers have another working directory
     with workers(scheduler=dask.address):
-        study = measure_pss(models, toy_questions(8), CHOICES, store=Store(tmp_path / "store"))
+        study = measure_pss(models, toy_questions(8), CHOICES, store=Store("store"))
+    assert len(finished(tmp_path / "store")) == 6
     assert_same_numbers((study.pss, study.details), expected)
     assert [record["units_from_store"] for record in study.run["models"]] == [0, 0, 0]
 
