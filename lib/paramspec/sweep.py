@@ -78,7 +78,9 @@ COEFFICIENTS = "coefficients.safetensors"
 RECORD = "record.json"
 SHARD = 4  # concepts of a unit: seconds to minutes of work, so that little is lost by a crash
 TASKS = 2  # of a worker, were all models as large as the largest: uneven ones even out
-OVERHEAD = 10_000_000  # weights whose computation takes as long as what is done beside it
+# Weights whose computation takes as long as what is done beside it: of 0.35 M weights, an
+# evaluation took 0.7 ms on a core, of 135 M weights 44 ms.
+OVERHEAD = 2_000_000
 
 
 @dataclass(frozen=True)
