@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 
@@ -125,6 +126,25 @@ def test_a_sweep_of_two_processes_killed_midway_continues(place, models, expecte
     assert sum(record["units_from_store"] for record in records) == len(before)
     assert "Traceback" not in told
     assert "set aside" not in told  # an unfinished unit is not a damaged one
+
+
+def test_a_process_killed_beside_the_sweep_is_told_in_one_line(place, models, tmp_path):
+    """As the kernel does where memory runs out; the rerun continues with what is finished."""
+    store = ("--store", str(tmp_path / "store"), "--controls", "20")
+    process = start(place, models, tmp_path / "out", *store, "--jobs", "2")
+    wait_for(lambda: finished(tmp_path / "store"))
+    before = finished(tmp_path / "store")
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if "LokyProcess" in " ".join(child.cmdline()):
+            child.kill()
+            break
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 2, told
+    # joblib's own tracker may add what it cleaned up after the dead process.
+    (line,) = [line for line in told.split("\n") if line.startswith("paramspec: error: ")]
+    assert "a worker process was killed, most likely for want of memory; run again" in line
+    assert "Traceback" not in told
+    assert before.items() <= finished(tmp_path / "store").items()
 
 
 def test_two_sweeps_at_once_share_the_work_and_lose_nothing(place, models, expected, tmp_path):
