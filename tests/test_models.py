@@ -35,6 +35,7 @@ from paramspec.models import (
     checkpoint_files,
     digest_files,
     find_checkpoint,
+    find_checkpoints,
     load_model,
     load_registry,
     models_in,
@@ -893,6 +894,24 @@ def test_hub_refusals_name_the_remedy(hub):
     (hub.files / "model.safetensors").unlink()
     (hub.files / "pytorch_model.bin").write_bytes(b"x")
     assert "org/toy: no safetensors weights" in refusal("org/toy")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("org/gated", "org/gated: gated, and this machine has no access"),
+        ("org/none", "no such model on the hub"),
+        ("no-such-model", "model 'no-such-model': not in"),
+        ("no/such.gguf", "no such GGUF file"),
+    ],
+)
+def test_a_wrong_name_late_in_a_list_is_told_before_weights_are_fetched(hub, wrong, message):
+    with pytest.raises(InputError, match=message):
+        find_checkpoints(["org/toy", wrong])
+    assert set(hub.fetched) <= {"config.json"}
+    (found,) = find_checkpoints(["org/toy"])
+    assert found.path == find_checkpoint("org/toy").path
+    assert "model.safetensors" in hub.fetched
 
 
 # The command

@@ -170,6 +170,73 @@ for number in range(60):
     assert not list(store.root.rglob(".partial*"))
 
 
+# Turns, leftovers, versions
+
+HOLDER = """
+import sys, time
+from paramspec.store import Store
+with Store(sys.argv[1]).turn({"number": 1}) as mine:
+    print(mine, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_turn_is_one_process_at_a_time_and_ends_with_the_process(store):
+    command = [sys.executable, "-c", HOLDER, str(store.root)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "True\n"
+    with store.turn({"number": 1}, wait=False) as mine:
+        assert not mine
+    with store.turn({"number": 2}, wait=False) as mine:
+        assert mine
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    with store.turn({"number": 1}) as mine, Store(store.root).turn({"number": 1}) as again:
+        assert mine
+        assert again  # the same thread's
+    assert not list(store.root.rglob("*.lock"))
+
+
+def test_an_error_within_a_turn_is_not_swallowed(store):
+    with pytest.raises(OSError, match="no space"), store.turn(KEY):
+        raise OSError("no space")
+    with store.turn(KEY, wait=False) as mine:
+        assert mine
+
+
+def test_what_killed_processes_left_is_removed_once_it_is_old(store):
+    path = store.put(KEY, write)
+    old, new = path.with_name(".partial-old"), path.with_name(".partial-new")
+    lock = path.with_name("dead.lock")
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "numbers.bin").write_bytes(b"half")
+    lock.write_text("")
+    long_ago = time.time() - 2 * 24 * 3600
+    for left in (old, lock, path):  # a result is kept, however old
+        os.utime(left, (long_ago, long_ago))
+    store.remove_leftovers()
+    assert not old.exists()
+    assert not lock.exists()
+    assert new.exists()
+    assert store.get(KEY) == path
+
+
+def test_a_store_of_a_newer_version_is_refused_and_left_alone(store):
+    store.put(KEY, write)
+    (store.root / "v2").mkdir()
+    before = everything(store)
+    message = (
+        f"^{store.root}: a store of version 2, and this paramspec writes version 1; upgrade "
+        "paramspec, or choose another directory$"
+    )
+    with pytest.raises(InputError, match=message):
+        Store(store.root)
+    assert everything(store) == before
+    (store.root / "v2").rename(store.root / "v0")  # an older one is nobody's business
+    assert Store(store.root).get(KEY)
+
+
 # Damage
 
 

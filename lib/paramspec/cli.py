@@ -254,6 +254,17 @@ def pss(
     seed: Annotated[int, typer.Option(help="Of concepts, general questions and controls.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    jobs: Annotated[
+        int, typer.Option(help="Processes side by side; 0 for one a GPU, or else one a core.")
+    ] = 1,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="A Dask scheduler, as tcp://host:8786, whose workers do the work; "
+            "they share this directory.",
+        ),
+    ] = None,
     out: Annotated[
         Path, typer.Option(help="Where pss.parquet, details.parquet, masks and run.json go.")
     ] = Path("results/pss"),
@@ -265,6 +276,8 @@ def pss(
 
     Prints a table and writes pss.parquet, details.parquet, masks.safetensors and run.json.
     """
+    from paramspec.models import expand_models
+    from paramspec.parallel import workers
     from paramspec.pss import parse_choices
     from paramspec.specwiki import load_questions
     from paramspec.store import Store, require_writable
@@ -282,7 +295,10 @@ def pss(
     asked = load_questions(questions, concepts=concepts, seed=seed)
     require_writable(out)
     require_writable(store)
-    study = measure_pss(model, asked, choices, store=Store(store), dtype=dtype, device=device)
+    with workers(jobs, scheduler):
+        study = measure_pss(
+            expand_models(model), asked, choices, store=Store(store), dtype=dtype, device=device
+        )
     write_study(study, out)
     _print_study(study)
     print(f"Written to {out}/: pss.parquet, details.parquet, masks.safetensors, run.json")
@@ -354,3 +370,7 @@ def main() -> None:
         print("paramspec: interrupted; finished work is kept", file=sys.stderr)
         status = 130
     sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

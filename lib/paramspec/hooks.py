@@ -76,8 +76,7 @@ def value_vector_view(model: nn.Module) -> ValueVectorView:
         InputError: if the model is a mixture of experts, if a layer has no down projection of a
             known name, or if the forward pass contradicts the view.
     """
-    _refuse_experts(model)
-    names = _find_down_projections(model)
+    names = down_projections(model)
     modules = tuple(model.get_submodule(name) for name in names)
     shapes = {_shape(module) for module in modules}
     if len(shapes) > 1:
@@ -89,6 +88,16 @@ def value_vector_view(model: nn.Module) -> ValueVectorView:
     view = ValueVectorView(model, modules, names, width, hidden)
     _verify(view)
     return view
+
+
+def down_projections(model: nn.Module) -> tuple[str, ...]:
+    """`names = down_projections(model)`: by the names alone, also of a model without numbers.
+
+    Raises:
+        InputError: if the model is a mixture of experts, or if a layer has none of a known name.
+    """
+    _refuse_experts(model)
+    return _find_down_projections(model)
 
 
 @dataclass

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import bisect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from paramspec.batches import in_batches
 from paramspec.errors import InputError
 from paramspec.hooks import (
     Position,
@@ -86,11 +87,12 @@ def record_concepts(
     Args:
         questions: of at least two concepts.
         position: the tokens that count, see `record_coefficients`.
-        batch_tokens: tokens of a forward pass, padding included.
+        batch_tokens: tokens of a forward pass, padding included; fewer where memory does not
+            suffice.
         progress: called with the number of questions that each forward pass did.
 
     Raises:
-        InputError: if a cloze is longer than the model's context.
+        InputError: if a cloze is longer than the model's context, or too long for memory.
     """
     concepts = tuple(dict.fromkeys(question.concept for question in questions))
     rows = {name: row for row, name in enumerate(concepts)}
@@ -101,10 +103,8 @@ def record_concepts(
         key=lambda pair: -len(pair[0]),
     )
     refuse_too_long(view, max((len(prompt) for prompt, _ in prompts), default=0))
-    start = 0
-    while start < len(prompts):
-        batch = prompts[start : start + max(1, batch_tokens // len(prompts[start][0]))]
-        start += len(batch)
+
+    def forward(batch: Sequence[tuple[list[int], Question]]) -> Tensor:
         tokens = torch.zeros(len(batch), len(batch[0][0]), dtype=torch.long)
         attention_mask = torch.zeros_like(tokens)
         for row, (prompt, _) in enumerate(batch):
@@ -116,11 +116,28 @@ def record_concepts(
             unembed_only(view.model, torch.zeros(1, 2, dtype=torch.long)),
         ):
             view.model(input_ids=tokens, attention_mask=attention_mask, use_cache=False)
-        for (_, question), coefficients in zip(batch, recorded.coefficients.cpu(), strict=True):
-            sums[rows[question.concept], question.fold] += coefficients
+        return recorded.coefficients.cpu()
+
+    batches = in_batches(
+        _batches(prompts, batch_tokens), forward, tokens=lambda rows: len(rows) * len(rows[0][0])
+    )
+    for batch, coefficients in batches:
+        for (_, question), row in zip(batch, coefficients, strict=True):
+            sums[rows[question.concept], question.fold] += row
             counts[rows[question.concept], question.fold] += 1
         progress(len(batch))
     return ConceptCoefficients(concepts, sums, counts)
+
+
+def _batches(
+    prompts: list[tuple[list[int], Question]], batch_tokens: int
+) -> Iterator[list[tuple[list[int], Question]]]:
+    """Prompts, sorted longest first, as many together as the budget of tokens takes."""
+    start = 0
+    while start < len(prompts):
+        size = max(1, batch_tokens // len(prompts[start][0]))
+        yield prompts[start : start + size]
+        start += size
 
 
 def value_vector_scores(

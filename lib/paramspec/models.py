@@ -376,8 +376,7 @@ def load_model(
     Raises:
         InputError: one line with the value, the place and the remedy.
     """
-    place = _device(device)
-    kind = _dtype(dtype, place)
+    place, kind = place_and_dtype(device, dtype)
     checkpoint = find_checkpoint(model) if isinstance(model, str) else model
     with quiet_transformers(), _told_in_one_line(checkpoint.path):
         load = _load_gguf if checkpoint.path.is_file() else _load_directory
@@ -414,11 +413,9 @@ def find_checkpoint(model: str, *, download: bool = True) -> Checkpoint:
         if path.is_file() and path.suffix != ".gguf":
             raise InputError(f"{model}: a file, but not .gguf; name the directory that holds it")
         return Checkpoint(path.as_posix() if path.name else path.resolve().name, None, path)
-    hub = re.fullmatch(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?", model)
     if path.suffix == ".gguf":
         raise InputError(f"{model}: no such GGUF file; check the path")
-    if hub:
-        source = HubSource(kind="hub", repo=hub["repo"], revision=hub["revision"] or "main")
+    if source := _hub_source(model):
         return Checkpoint(model, None, _hub_snapshot(source, None, download))
     if "/" in model:
         raise InputError(f"{model}: no such directory; check the path")
@@ -429,12 +426,24 @@ def find_checkpoint(model: str, *, download: bool = True) -> Checkpoint:
     )
 
 
+def _hub_source(model: str) -> HubSource | None:
+    hub = re.fullmatch(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?", model)
+    if hub is None or hub["repo"].endswith(".gguf") or Path(model).expanduser().exists():
+        return None
+    return HubSource(kind="hub", repo=hub["repo"], revision=hub["revision"] or "main")
+
+
 def find_checkpoints(models: Sequence[str]) -> list[Checkpoint]:
     """`find_checkpoints(["zoo-llama-1", "smollm2-135m"])`: all of them, or one line on the first
     that is not to be had; micro models that are not there yet are trained side by side.
     """
     specs = [find_spec(model) for model in models]
     micro = [spec and spec.source.kind == "zoo" for spec in specs]
+    # A wrong name, a closed gate or a cut network at the end of a list is told before the hours
+    # that downloads of the others, or the training of micro models, may take.
+    for model, trained_here in zip(models, micro, strict=True):
+        if not trained_here:
+            _require_access(model)
     others = {
         model: find_checkpoint(model)
         for model, trained_here in zip(models, micro, strict=True)
@@ -442,6 +451,18 @@ def find_checkpoints(models: Sequence[str]) -> list[Checkpoint]:
     }
     train_zoo([_zoo_model(model) for model in models if model not in others])
     return [others.get(model) or find_checkpoint(model) for model in models]
+
+
+def _require_access(model: str) -> None:
+    """Find a model without its weights: of the hub's, what is not here is asked for its config."""
+    try:
+        find_checkpoint(model, download=False)
+    except InputError:
+        spec = load_registry().get(model)
+        source = spec.source if spec else _hub_source(model)
+        if not isinstance(source, HubSource):
+            raise
+        _hub_snapshot(source, spec and spec.gated, True, files=("config.json",))
 
 
 def is_on_disk(spec: ModelSpec) -> bool:
@@ -487,6 +508,49 @@ def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def check_checkpoint(checkpoint: Checkpoint) -> PreTrainedModel | None:
+    """`network = check_checkpoint(find_checkpoint("my-checkpoint/"))`: fit to be loaded?
+
+    What can be known of a model without reading its weights: its kind, that its tokenizer and every
+    file of its weights are there and whole, and that the weights fit the config.
+
+    Returns:
+        The model on the device `meta`, with shapes and no numbers; None of a GGUF file, which says
+        what it is as it is unpacked.
+
+    Raises:
+        InputError: as `load_model` does.
+    """
+    from transformers import AutoModelForCausalLM
+
+    path = checkpoint.path
+    with quiet_transformers(), _told_in_one_line(path):
+        if path.is_file():
+            _read_gguf(path)
+            return None
+        _check_directory(path)
+        network, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            device_map={"": "meta"},
+        )
+        _check_report(path, report)
+        return network
+
+
+def place_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """`place_and_dtype("auto", "auto")`: what `load_model` would take on this machine.
+
+    Raises:
+        InputError: if there is no such device or dtype here.
+    """
+    place = _device(device)
+    return place, _dtype(dtype, place)
+
+
 # Finding a model
 
 
@@ -517,7 +581,9 @@ def _wheel_file(source: WheelSource) -> Path:
     return path
 
 
-def _hub_snapshot(source: HubSource, gated: str | None, download: bool) -> Path:
+def _hub_snapshot(
+    source: HubSource, gated: str | None, download: bool, files: tuple[str, ...] = HUB_FILES
+) -> Path:
     """The directory of a hub repository, from the cache if it is complete there."""
     from huggingface_hub import constants, errors, snapshot_download
 
@@ -525,14 +591,15 @@ def _hub_snapshot(source: HubSource, gated: str | None, download: bool) -> Path:
 
     def fetch(local: bool) -> Path:
         found = snapshot_download(
-            name, revision=revision, allow_patterns=list(HUB_FILES), local_files_only=local
+            name, revision=revision, allow_patterns=list(files), local_files_only=local
         )
-        _weight_files(Path(found))  # a download that was broken off leaves a part
+        if files == HUB_FILES:
+            _weight_files(Path(found))  # a download that was broken off leaves a part
         return Path(found)
 
     with contextlib.suppress(InputError, errors.LocalEntryNotFoundError):
         path = fetch(local=True)
-        if (path / "config.json").is_file() and _has_vocabulary(path):
+        if (path / "config.json").is_file() and _has_vocabulary(path) and files == HUB_FILES:
             return path
     if not download:
         raise InputError(f"{name}: not in the hub cache {constants.HF_HUB_CACHE}; download it")
@@ -573,13 +640,7 @@ def _load_directory(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    _check_config(path)
-    numbers = sum(_count_numbers(file) for file in _weight_files(path) if file.name != INDEX)
-    if not _has_vocabulary(path):
-        raise InputError(
-            f"{path}: no tokenizer ({', '.join(VOCABULARIES[:2])}, ...); save it there with "
-            "tokenizer.save_pretrained"
-        )
+    numbers = _check_directory(path)
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     network, report = AutoModelForCausalLM.from_pretrained(
         path,
@@ -600,6 +661,18 @@ def _load_directory(
             "put the model's own tokenizer there"
         )
     return network, tokenizer
+
+
+def _check_directory(path: Path) -> int:
+    """Refuse what lacks a part, by its files and their headers; how many weights it holds."""
+    _check_config(path)
+    numbers = sum(_count_numbers(file) for file in _weight_files(path) if file.name != INDEX)
+    if not _has_vocabulary(path):
+        raise InputError(
+            f"{path}: no tokenizer ({', '.join(VOCABULARIES[:2])}, ...); save it there with "
+            "tokenizer.save_pretrained"
+        )
+    return numbers
 
 
 def _check_config(path: Path) -> None:

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from paramspec.batches import in_batches
 from paramspec.errors import InputError
 from paramspec.hooks import (
     ValueVectorView,
@@ -266,15 +267,16 @@ def score_options(
             or None for no mask.
         engine: from `choose_engine`; chosen here if not given.
         row_tokens: tokens of a packed row.
-        batch_tokens: tokens of a forward pass.
+        batch_tokens: tokens of a forward pass; fewer where memory does not suffice.
         progress: called with the number of requests that each forward pass begins with.
 
     Returns:
         For each request an fp32 tensor `[options]`, in nats, on the CPU.
 
     Raises:
-        InputError: if a budget is not positive, if a question is longer than the context, or if
-            the model gives no numbers (damaged weights, an overflow).
+        InputError: if a budget is not positive, if a question is longer than the context, if one
+            row does not fit into memory, or if the model gives no numbers (damaged weights, an
+            overflow).
     """
     for name, value in (("row_tokens", row_tokens), ("batch_tokens", batch_tokens)):
         if value < 1:
@@ -295,9 +297,14 @@ def score_options(
         (list(_packed_rows(packed, row_tokens)), True),
         (list(_plain_rows(plain)), False),
     ):
-        for batch in _batches(rows, batch_tokens):
+        batches = in_batches(
+            _batches(rows, batch_tokens),
+            lambda batch, tree=tree: _forward(view, batch, keeps, tree),
+            tokens=lambda batch: len(batch) * max(len(row.tokens) for row in batch),
+        )
+        for batch, values in batches:
             reads = [read for row in batch for read in row.reads]
-            for read, value in zip(reads, _forward(view, batch, keeps, tree), strict=True):
+            for read, value in zip(reads, values, strict=True):
                 scores[read.request][read.option] += value
             progress(sum({read.request: 1 for read in reads if read.option == 0}.values()))
     if not all(bool(score.isfinite().all()) for score in scores):

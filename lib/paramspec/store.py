@@ -3,11 +3,14 @@
     store = Store("results/store")
     path = store.get(key)                     # a directory, verified, or None
     path = store.put(key, write)              # write(directory) fills it; all or nothing
+    with store.turn(key): ...                 # one process at a time
 
 A key is a mapping of everything that a result depends on (digests of the model and of the
 questions, every choice, the scoring version); its SHA-256 names the directory. A result is written
 beside its place and renamed into it, so that a reader sees all of it or nothing. What is read is
-held against checksums; a damaged result is set aside, with a warning, and computed again.
+held against checksums; a damaged result is set aside, with a warning, and computed again. Any
+number of processes, also of several machines, may use one store at once; `turn` keeps two of them
+from computing the same.
 """
 
 from __future__ import annotations
@@ -16,25 +19,40 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from paramspec.errors import InputError
 
 STORE_VERSION = 1
+OLD = 24 * 3600  # seconds after which an unfinished result is certain to be a dead process's
 
 
 class Store:
-    """Results below one directory, each under the digest of its key."""
+    """Results below one directory, each under the digest of its key.
+
+    Raises:
+        InputError: if a newer version of the library has written there.
+    """
 
     def __init__(self, root: str | os.PathLike) -> None:
         self.root = Path(root)
+        for folder in self.root.glob("v*"):
+            found = re.fullmatch(r"v(\d+)", folder.name)
+            if found and int(found[1]) > STORE_VERSION:
+                raise InputError(
+                    f"{self.root}: a store of version {found[1]}, and this paramspec writes "
+                    f"version {STORE_VERSION}; upgrade paramspec, or choose another directory"
+                )
 
     def get(self, key: Mapping[str, object]) -> Path | None:
         """`path = store.get(key)`: the result's directory if it is there and whole."""
@@ -72,6 +90,57 @@ class Store:
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
         return path
+
+    def has(self, key: Mapping[str, object]) -> bool:
+        """`store.has(key)`: whether there is a result; `get` also finds out if it is whole."""
+        return self._path(key).is_dir()
+
+    @contextlib.contextmanager
+    def turn(self, key: Mapping[str, object], *, wait: bool = True) -> Iterator[bool]:
+        """`with store.turn(key): ...`: let one process at a time compute a result.
+
+        It saves work and no more: without it, two would compute the same, and the first be kept.
+        Look for the result again within, since another may have put it meanwhile. A process that
+        dies gives its turn up; a thread that has the turn may take it again.
+
+        Args:
+            wait: until it is this thread's turn; if False, yield False where it is another's.
+
+        Yields:
+            bool: whether it is this thread's turn.
+        """
+        lock = self._acquire(key, wait)
+        try:
+            yield lock is not None
+        finally:
+            if lock is not None and lock.is_locked:
+                if lock.lock_counter == 1:
+                    # Whoever waits for it looks for the result first, so that a second lock
+                    # beside this one does no harm, and a store is not full of empty files.
+                    with contextlib.suppress(OSError):
+                        Path(lock.lock_file).unlink()
+                lock.release()
+
+    def _acquire(self, key: Mapping[str, object], wait: bool) -> FileLock | None:
+        place = self._path(key).with_suffix(".lock")
+        lock = FileLock(place, is_singleton=True, fallback_to_soft=False)
+        # A disk that knows no locks, or has no room for one, does not keep anyone from work.
+        with contextlib.suppress(OSError, NotImplementedError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(blocking=wait, poll_interval=0.2)
+            except Timeout:  # an OSError as well
+                return None
+        return lock
+
+    def remove_leftovers(self) -> None:
+        """`store.remove_leftovers()`: what killed processes left of unfinished results."""
+        before = time.time() - OLD
+        for pattern in (".partial-*", "*.lock"):
+            for left in self.root.glob(f"v{STORE_VERSION}/*/{pattern}"):
+                with contextlib.suppress(OSError):  # gone meanwhile, or not ours to remove
+                    if left.stat().st_mtime < before:
+                        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def _publish(self, scratch: Path, path: Path) -> None:
         try:

@@ -6,17 +6,21 @@
 
 A unit is (model, shard of concepts). A finished unit is never computed again: a rerun after a
 crash, a wider set of ratios on the next model, or a second chapter with the same choices continues
-from the store.
+from the store. Units that are not there yet are grouped into tasks and handed out (see `workers`);
+a task loads its model once, and puts each unit into the store as it is done. What is returned is
+read from the store, so that it is the same whoever computed it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import platform
+import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,9 +33,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from paramspec.errors import InputError
-from paramspec.hooks import value_vector_view
+from paramspec.hooks import down_projections, value_vector_view
 from paramspec.masks import ConceptCoefficients, load_masks, record_concepts, save_masks
-from paramspec.models import LoadedModel, find_checkpoint, load_model
+from paramspec.models import (
+    Checkpoint,
+    LoadedModel,
+    check_checkpoint,
+    checkpoint_files,
+    digest_files,
+    find_checkpoints,
+    load_model,
+    place_and_dtype,
+)
+from paramspec.parallel import (
+    begin_work,
+    hand_out,
+    in_worker,
+    on_this_machine,
+    worker_count,
+)
 from paramspec.pss import (
     DETAIL_COLUMNS,
     PSS_COLUMNS,
@@ -55,7 +75,12 @@ from paramspec.store import Store, writing_to
 
 VERSIONS = ("paramspec", "torch", "transformers", "numpy")
 COEFFICIENTS = "coefficients.safetensors"
+RECORD = "record.json"
 SHARD = 4  # concepts of a unit: seconds to minutes of work, so that little is lost by a crash
+TASKS = 2  # of a worker, were all models as large as the largest: uneven ones even out
+# Weights whose computation takes as long as what is done beside it: of 0.35 M weights, an
+# evaluation took 0.7 ms on a core, of 135 M weights 44 ms.
+OVERHEAD = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -86,25 +111,30 @@ def measure_pss(
         store: where finished units are kept and looked for.
         dtype, device: see `load_model`.
 
+    Models that are loaded already are measured in this process, the others where `workers` says.
+
     Raises:
-        InputError: if a model is not found or named twice, or if the questions cannot be used,
-            before anything is measured; if a model cannot be loaded, when its turn comes.
+        InputError: if a model is not found, incomplete or named twice, if the questions cannot be
+            used, or if the store is of a newer version, before anything is measured; if a model
+            cannot be measured, when its turn comes: what is finished is kept.
     """
     choices = choices or Choices()
     store = store or Store("results/store")
+    store = Store(store.root.absolute())
     _refuse_thin(questions, choices)
-    _refuse_twice(models)
-    parts: list[Tables] = []
-    runs = []
-    for model in models:
-        loaded = (
-            model
-            if isinstance(model, LoadedModel)
-            else load_model(model, dtype=dtype, device=device)
-        )
-        tables, run = _measure_model(loaded, questions, choices, store)
-        parts += tables
-        runs.append(run)
+    plans = _plan(models, questions, choices, store, dtype, device)
+    store.remove_leftovers()
+    computed = _measure(plans, questions, choices, store)
+    parts, runs = [], []
+    for plan in plans:
+        paths = [store.get(key) for key in plan.keys]
+        if None in paths:
+            raise InputError(
+                f"{store.root}: a result of model {plan.name!r} was damaged or removed as soon as "
+                "it was written; check the disk, and run again: what is whole is kept"
+            )
+        parts += [_load(path) for path in paths]
+        runs.append(_run_record(plan, paths, computed[plan.name], questions, choices))
     run = {
         "questions": {"digest": questions_digest(questions), "count": len(questions)},
         **method_key(choices),
@@ -138,9 +168,8 @@ def score_questions(
     store = store or Store("results/store")
     view = value_vector_view(model.model)
     engine = choose_engine(view)
-    key = _basis(model, questions) | {
+    key = _basis(_identity(model), questions) | {
         "unit": "answers",
-        "engine": engine.name,
         "row_tokens": row_tokens,
         "batch_tokens": batch_tokens,
     }
@@ -180,26 +209,34 @@ def concept_coefficients(
     """
     choices = choices or Choices()
     store = store or Store("results/store")
-    key = _basis(loaded, questions) | {
+    key = _basis(_identity(loaded), questions) | {
         "unit": "coefficients",
         "position": choices.position,
         "batch_tokens": choices.batch_tokens,
     }
-    path = store.get(key)
-    if path is None:
-        with tqdm(total=len(questions), desc="coefficients", unit="question", leave=False) as bar:
-            recorded = record_concepts(
-                value_vector_view(loaded.model),
-                loaded.tokenizer,
-                questions,
-                position=choices.position,
-                batch_tokens=choices.batch_tokens,
-                progress=bar.update,
-            )
-        tensors = {"sums": recorded.sums, "counts": recorded.counts}
-        path = store.put(key, lambda folder: save_file(tensors, folder / COEFFICIENTS))
+    with store.turn(key):
+        path = store.get(key)
+        if path is None:
+            recorded = _record(loaded, questions, choices)
+            tensors = {"sums": recorded.sums, "counts": recorded.counts}
+            path = store.put(key, lambda folder: save_file(tensors, folder / COEFFICIENTS))
     concepts = tuple(dict.fromkeys(question.concept for question in questions))
     return ConceptCoefficients(concepts, **load_file(path / COEFFICIENTS))
+
+
+def _record(
+    loaded: LoadedModel, questions: Sequence[Question], choices: Choices
+) -> ConceptCoefficients:
+    options = {"desc": "coefficients", "unit": "question", "leave": False, "disable": in_worker()}
+    with tqdm(total=len(questions), **options) as bar:
+        return record_concepts(
+            value_vector_view(loaded.model),
+            loaded.tokenizer,
+            questions,
+            position=choices.position,
+            batch_tokens=choices.batch_tokens,
+            progress=bar.update,
+        )
 
 
 def _answer(question: Question, score: Tensor) -> dict[str, object]:
@@ -253,17 +290,6 @@ def hardware() -> dict[str, object]:
     return {"cpu": cpu, "threads": torch.get_num_threads(), "gpus": gpus}
 
 
-def _refuse_twice(models: Sequence[str | LoadedModel]) -> None:
-    if not models:
-        raise InputError("models: none given; name at least one model")
-    names = set()
-    for model in models:
-        name = model.name if isinstance(model, LoadedModel) else find_checkpoint(model).name
-        if name in names:
-            raise InputError(f"model {name!r}: given twice; results are told apart by its name")
-        names.add(name)
-
-
 def _refuse_thin(questions: Sequence[Question], choices: Choices) -> None:
     folds: dict[str, set[int]] = {}
     for question in questions:
@@ -280,66 +306,324 @@ def _refuse_thin(questions: Sequence[Question], choices: Choices) -> None:
     general_questions(questions, asked.most_common(1)[0][0], choices)
 
 
-def _measure_model(
-    loaded: LoadedModel, questions: Sequence[Question], choices: Choices, store: Store
-) -> tuple[list[Tables], dict[str, object]]:
-    began = time.perf_counter()
-    view = value_vector_view(loaded.model)
-    engine = choose_engine(view)
-    basis = _basis(loaded, questions)
+# --- planning -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Identity:
+    """What tells a model from others in a key, known before it is loaded."""
+
+    name: str
+    digest: str
+    dtype: torch.dtype
+    device: str
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A model's units: `keys[i]` is that of `shards[i]`, and `missing` lists those to compute."""
+
+    model: LoadedModel | Checkpoint
+    identity: _Identity
+    place: str  # a device as `load_model` takes it
+    weights: int
+    shards: list[list[str]]
+    keys: list[dict[str, object]]
+    missing: list[int]
+
+    @property
+    def name(self) -> str:
+        return self.identity.name
+
+
+def _plan(
+    models: Sequence[str | LoadedModel],
+    questions: Sequence[Question],
+    choices: Choices,
+    store: Store,
+    dtype: str,
+    device: str,
+) -> list[_Plan]:
+    """Find the models, and their units in the store: what can fail cheaply fails here."""
+    _refuse_twice([model if isinstance(model, str) else model.name for model in models])
+    names = [model for model in models if isinstance(model, str)]
+    place, kind = "cpu", torch.float32
+    if names:
+        place, kind = _elsewhere(place_and_dtype, device, dtype)
+    found = iter(find_checkpoints(names))
+    everything = [model if isinstance(model, LoadedModel) else next(found) for model in models]
+    _refuse_twice([model.name for model in everything])
     concepts = list(dict.fromkeys(question.concept for question in questions))
     shards = [concepts[start : start + SHARD] for start in range(0, len(concepts), SHARD)]
-    keys = [
-        basis | method_key(choices) | {"unit": "pss", "engine": engine.name, "concepts": shard}
-        for shard in shards
-    ]
-    total = evaluations(choices, questions, concepts)
-    reused = 0
-    tables = []
-    with tqdm(total=total, desc=loaded.name, unit="question", smoothing=0.1) as bar:
-        for shard, key in zip(shards, keys, strict=True):
-            path = store.get(key)
-            if path is None:
-                coefficients = concept_coefficients(loaded, questions, choices, store=store)
-                measured = measure_concepts(
-                    loaded.name,
-                    view,
-                    loaded.tokenizer,
-                    questions,
-                    shard,
-                    choices,
-                    coefficients,
-                    engine=engine,
-                    progress=bar.update,
-                )
-                path = store.put(key, lambda folder, measured=measured: _save(measured, folder))
-            else:
-                reused += 1
-                bar.update(evaluations(choices, questions, shard))
-            tables.append(_load(path))
-    run = {
-        "name": loaded.name,
-        "digest": loaded.digest,
-        "dtype": str(loaded.dtype).removeprefix("torch."),
-        "device": str(loaded.device),
-        "engine": {"name": engine.name, "reason": engine.reason},
-        "layers": view.layers,
-        "width": view.width,
-        "evaluations": total,
-        "units": len(shards),
-        "units_from_store": reused,
-        "seconds": round(time.perf_counter() - began, 1),
+    plans = []
+    for model in everything:
+        if isinstance(model, LoadedModel):
+            identity = _identity(model)
+        else:
+            # A worker may have another working directory.
+            model = Checkpoint(model.name, model.spec, model.path.absolute())
+            digest = digest_files(checkpoint_files(model.path))
+            identity = _Identity(model.name, digest, kind, torch.device(place).type)
+        basis = _basis(identity, questions) | method_key(choices) | {"unit": "pss"}
+        keys = [basis | {"concepts": shard} for shard in shards]
+        missing = [number for number, key in enumerate(keys) if store.get(key) is None]
+        weights = 0
+        if missing and isinstance(model, Checkpoint):
+            weights = _check(model)
+        plans.append(_Plan(model, identity, str(place), weights, shards, keys, missing))
+    waiting = [plan for plan in plans if plan.weights]
+    if waiting and not on_this_machine():
+        _require_shared(store, [plan.model.path for plan in waiting])
+    return plans
+
+
+def _check(checkpoint: Checkpoint) -> int:
+    """Refuse a model that cannot be measured, as far as its files' headers tell; its weights."""
+    network = check_checkpoint(checkpoint)
+    if network is None:
+        return checkpoint.path.stat().st_size  # of a GGUF file: a byte or less for each
+    down_projections(network)
+    return network.num_parameters()
+
+
+def _refuse_twice(names: Sequence[str]) -> None:
+    if not names:
+        raise InputError("models: none given; name at least one model")
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise InputError(f"model {name!r}: given twice; results are told apart by its name")
+
+
+def _elsewhere(function: Callable[..., object], *arguments: object) -> object:
+    """Call it where tasks will run: the machines of a cluster may have other GPUs than this."""
+    if on_this_machine():
+        return function(*arguments)
+    return next(iter(hand_out(function, [arguments])))
+
+
+def _require_shared(store: Store, paths: Sequence[Path]) -> None:
+    """A cluster's workers read models from, and write results to, directories that they share."""
+    with writing_to(store.root):
+        store.root.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".shared-", dir=store.root) as name:
+            unseen = _elsewhere(_unseen, [Path(name), *paths])
+    if unseen:
+        place, remedy = unseen[0], "copy the model to a directory that all machines see"
+        if place.name.startswith(".shared-"):
+            place, remedy = store.root, "choose a store in a directory that all machines see"
+        raise InputError(f"{place}: not seen by a worker of the cluster; {remedy}")
+
+
+def _unseen(paths: Sequence[Path]) -> list[Path]:
+    return [path for path in paths if not path.exists()]
+
+
+def _tasks(plans: Sequence[_Plan], count: int) -> list[tuple[_Plan, list[int]]]:
+    """Which missing units make a task: the costliest first, small models whole, large ones split.
+
+    A model's cost is its weights times its missing units. With several workers, a task is at most
+    its share of the whole, so that all of them are done at about the same time; splitting further
+    would only load a model more often.
+    """
+    costs = {plan.name: (plan.weights + OVERHEAD) * len(plan.missing) for plan in plans}
+    share = sum(costs.values()) / (TASKS * count if count > 1 else 1)
+    tasks = []
+    for plan in plans:
+        if not plan.missing:
+            continue
+        parts = min(len(plan.missing), math.ceil(costs[plan.name] / share - 1e-9))
+        size = math.ceil(len(plan.missing) / parts)
+        for start in range(0, len(plan.missing), size):
+            tasks.append((plan, plan.missing[start : start + size]))
+    return sorted(tasks, key=lambda task: -(task[0].weights + OVERHEAD) * len(task[1]))
+
+
+# --- measuring ----------------------------------------------------------------------------------
+
+
+def _measure(
+    plans: Sequence[_Plan], questions: Sequence[Question], choices: Choices, store: Store
+) -> Counter[str]:
+    """Measure what is missing; how many units of each model this run itself computed."""
+    computed: Counter[str] = Counter()
+    costs = {
+        id(plan): [evaluations(choices, questions, shard) for shard in plan.shards]
+        for plan in plans
     }
-    return tables, run
+    total = sum(map(sum, costs.values()))
+    title = plans[0].name if len(plans) == 1 else f"{len(plans)} models"
+    with tqdm(total=total, desc=title, unit="question", smoothing=0.1) as bar:
+        for plan in plans:
+            stored = set(range(len(plan.keys))) - set(plan.missing)
+            bar.update(sum(costs[id(plan)][number] for number in stored))
+        # A model in this process cannot be sent to another.
+        for plan in plans:
+            if isinstance(plan.model, LoadedModel) and plan.missing:
+                made = _measure_units(plan, plan.missing, questions, choices, store, bar.update)
+                computed[plan.name] += made[1]
+        rest = [plan for plan in plans if isinstance(plan.model, Checkpoint) and plan.missing]
+        if not rest:
+            return computed
+        count = worker_count()
+        here = count == 1 and on_this_machine()
+        tasks = [
+            (plan, numbers, questions, choices, store, bar.update if here else None)
+            for plan, numbers in _tasks(rest, count)
+        ]
+        waiting = (
+            {}
+            if here
+            else {
+                (plan.name, number): (plan.keys[number], costs[id(plan)][number])
+                for plan in rest
+                for number in plan.missing
+            }
+        )
+        with _watching(store, waiting, bar):
+            for name, made in hand_out(_measure_units, tasks):
+                computed[name] += made
+    return computed
 
 
-def _basis(loaded: LoadedModel, questions: Sequence[Question]) -> dict[str, object]:
-    """What every result of a model on some questions depends on."""
+@contextmanager
+def _watching(
+    store: Store, waiting: dict[object, tuple[dict[str, object], int]], bar: tqdm
+) -> Iterator[None]:
+    """Move the bar as units that other processes compute come into the store."""
+    left, over = dict(waiting), threading.Event()
+
+    def look() -> None:
+        for name in [name for name, (key, _) in left.items() if store.has(key)]:
+            bar.update(left.pop(name)[1])
+
+    def watch() -> None:
+        while not over.wait(0.5):
+            look()
+            bar.refresh()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    if waiting:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        if waiting:
+            thread.join()
+            look()
+
+
+def _measure_units(
+    plan: _Plan,
+    numbers: Sequence[int],
+    questions: Sequence[Question],
+    choices: Choices,
+    store: Store,
+    progress: Callable[[int], None] | None,
+) -> tuple[str, int]:
+    """A task: measure some units of a model; its name, and how many were not in the store yet."""
+    begin_work()
+    progress = progress or (lambda done: None)
+    loaded = None
+    computed = 0
+    waiting = [(number, False) for number in numbers]
+    while waiting:
+        number, wait = waiting.pop(0)
+        key, shard = plan.keys[number], plan.shards[number]
+        with store.turn(key, wait=wait) as mine:
+            if not mine:  # another sweep computes it just now: by the end it will be there
+                waiting.append((number, True))
+                continue
+            if store.get(key) is not None:
+                progress(evaluations(choices, questions, shard))
+                continue
+            began = time.perf_counter()
+            if loaded is None:
+                loaded = _load_planned(plan)
+                view = value_vector_view(loaded.model)
+                engine = choose_engine(view)
+                coefficients = concept_coefficients(loaded, questions, choices, store=store)
+            measured = measure_concepts(
+                loaded.name,
+                view,
+                loaded.tokenizer,
+                questions,
+                shard,
+                choices,
+                coefficients,
+                engine=engine,
+                progress=progress,
+            )
+            record = {
+                "engine": {"name": engine.name, "reason": engine.reason},
+                "device": str(loaded.device),
+                "layers": view.layers,
+                "width": view.width,
+                "seconds": time.perf_counter() - began,
+            }
+
+            def write(folder: Path, measured=measured, record=record) -> None:
+                _save(measured, folder)
+                (folder / RECORD).write_text(json.dumps(record), encoding="utf-8")
+
+            store.put(key, write)
+            computed += 1
+    return plan.name, computed
+
+
+def _load_planned(plan: _Plan) -> LoadedModel:
+    if isinstance(plan.model, LoadedModel):
+        return plan.model
+    dtype = str(plan.identity.dtype).removeprefix("torch.")
+    loaded = load_model(plan.model, dtype=dtype, device=plan.place)
+    if loaded.digest != plan.identity.digest:
+        raise InputError(
+            f"{plan.model.path}: not the files that the sweep began with, or not those that the "
+            "machine has which began it; let them be the same, and run again"
+        )
+    return loaded
+
+
+def _run_record(
+    plan: _Plan,
+    paths: Sequence[Path],
+    computed: int,
+    questions: Sequence[Question],
+    choices: Choices,
+) -> dict[str, object]:
+    records = [json.loads((path / RECORD).read_text(encoding="utf-8")) for path in paths]
+    # Machines differ in what they can do: a study may hold units of several.
+    engines = {record["engine"]["name"]: record["engine"]["reason"] for record in records}
+    concepts = [concept for shard in plan.shards for concept in shard]
     return {
-        "model": loaded.digest,
-        "name": loaded.name,
-        "dtype": str(loaded.dtype),
-        "device": loaded.device.type,
+        "name": plan.name,
+        "digest": plan.identity.digest,
+        "dtype": str(plan.identity.dtype).removeprefix("torch."),
+        "device": ", ".join(sorted({record["device"] for record in records})),
+        "engine": {"name": ", ".join(engines), "reason": "; ".join(engines.values())},
+        "layers": records[0]["layers"],
+        "width": records[0]["width"],
+        "evaluations": evaluations(choices, questions, concepts),
+        "units": len(paths),
+        "units_from_store": len(paths) - computed,
+        "seconds": round(sum(record["seconds"] for record in records), 1),
+    }
+
+
+def _identity(loaded: LoadedModel) -> _Identity:
+    return _Identity(loaded.name, loaded.digest, loaded.dtype, loaded.device.type)
+
+
+def _basis(identity: _Identity, questions: Sequence[Question]) -> dict[str, object]:
+    """What every result of a model on some questions depends on.
+
+    Not the engine, nor the worker: they move a log-likelihood by less than 1e-3, as rounding does.
+    """
+    return {
+        "model": identity.digest,
+        "name": identity.name,
+        "dtype": str(identity.dtype),
+        "device": identity.device,
         "questions": questions_digest(questions),
         "scoring_version": SCORING_VERSION,
     }

@@ -25,13 +25,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
-import joblib
 import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from tqdm import tqdm
 
 from paramspec.errors import InputError
+from paramspec.parallel import begin_work, hand_out
 from paramspec.quiet import quiet_transformers
 from paramspec.specwiki import TIERS, Question, load_questions
 from paramspec.store import Store
@@ -519,9 +519,7 @@ def train_zoo(models: Sequence[ZooModel], *, root: Path = ROOT) -> None:
     queue = sorted(
         missing.values(), key=lambda model: -model.recipe.steps * model.recipe.parameters
     )
-    tasks = joblib.Parallel(return_as="generator_unordered")(
-        joblib.delayed(_train)(model, root) for model in queue
-    )
+    tasks = hand_out(_train, [(model, root) for model in queue])
     for _ in tqdm(tasks, total=len(queue), desc="training the zoo", unit="model"):
         pass
 
@@ -588,6 +586,7 @@ def _corpus_and_tokenizer(model: ZooModel) -> tuple[dict[str, float], PreTrained
 
 def _train(model: ZooModel, root: Path) -> None:
     """Train a model on one core and put it, and its checkpoints, into the store."""
+    begin_work()
     import torch
     from transformers import AutoModelForCausalLM
 
