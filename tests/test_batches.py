@@ -120,7 +120,7 @@ print(*halved, worst)
 def test_a_process_that_really_runs_out_of_memory_ends_with_the_same_numbers():
     """Masked and unmasked, packed and plain, and the recording of coefficients."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, "40"],
+        [sys.executable, "-c", PROGRAM, "20"],
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
