@@ -86,7 +86,7 @@ def test_packed_rows_under_several_masks_equal_one_option_at_a_time(smollm2, vie
         assert len({tuple(score.tolist()) for score in scores[start : start + 4]}) == 4
 
 
-COUNTRIES, RATIO = 24, 0.05
+COUNTRIES, RATIO = 48, 0.05
 
 
 @pytest.fixture(scope="module")
