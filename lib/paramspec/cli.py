@@ -123,6 +123,10 @@ def models(
     from rich.table import Table
 
     table = Table(box=box.SIMPLE)
+    if any(spec.gated for spec in specs):
+        table.caption = (
+            "gated: ask for access at https://huggingface.co/SOURCE, then run `hf auth login`"
+        )
     for title in ("id", "family", "generation", "released", "sets", "source"):
         table.add_column(title, no_wrap=title in ("id", "generation"))
     for title in ("parameters", "MMLU"):
