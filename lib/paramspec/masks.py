@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import bisect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -96,15 +96,9 @@ def record_concepts(
     rows = {name: row for row, name in enumerate(concepts)}
     sums = torch.zeros(len(concepts), 2, view.layers, view.width)
     counts = torch.zeros(len(concepts), 2)
-    prompts = sorted(
-        ((tokenizer.encode(question.cloze), question) for question in questions),
-        key=lambda pair: -len(pair[0]),
-    )
+    prompts = sorted_prompts(tokenizer, questions)
     refuse_too_long(view, max((len(prompt) for prompt, _ in prompts), default=0))
-    start = 0
-    while start < len(prompts):
-        batch = prompts[start : start + max(1, batch_tokens // len(prompts[start][0]))]
-        start += len(batch)
+    for batch in prompt_batches(prompts, batch_tokens):
         tokens = torch.zeros(len(batch), len(batch[0][0]), dtype=torch.long)
         attention_mask = torch.zeros_like(tokens)
         for row, (prompt, _) in enumerate(batch):
@@ -121,6 +115,27 @@ def record_concepts(
             counts[rows[question.concept], question.fold] += 1
         progress(len(batch))
     return ConceptCoefficients(concepts, sums, counts)
+
+
+def prompt_batches(
+    prompts: list[tuple[list[int], Question]], batch_tokens: int
+) -> Iterator[list[tuple[list[int], Question]]]:
+    """Prompts, sorted longest first, as many together as the budget of tokens takes."""
+    start = 0
+    while start < len(prompts):
+        size = max(1, batch_tokens // len(prompts[start][0]))
+        yield prompts[start : start + size]
+        start += size
+
+
+def sorted_prompts(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
+) -> list[tuple[list[int], Question]]:
+    """`sorted_prompts(tokenizer, questions)`: the clozes in tokens, the longest first."""
+    return sorted(
+        ((tokenizer.encode(question.cloze), question) for question in questions),
+        key=lambda pair: -len(pair[0]),
+    )
 
 
 def value_vector_scores(

@@ -547,6 +547,33 @@ def find_checkpoints(models: Sequence[str]) -> list[Checkpoint]:
     return [others.get(model) or find_checkpoint(model) for model in models]
 
 
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """`load_tokenizer(find_checkpoint("smollm2-135m"))`: the tokenizer alone, without weights."""
+    from transformers import AutoTokenizer
+
+    path = checkpoint.path
+    with quiet_transformers(), _told_in_one_line(path):
+        if path.is_file():
+            with _gguf_parsed_once():
+                return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """`load_config(find_checkpoint("my-checkpoint/"))`: of the language model, without weights."""
+    from transformers import AutoConfig
+
+    path = checkpoint.path
+    with quiet_transformers(), _told_in_one_line(path):
+        if path.is_file():
+            with _gguf_parsed_once():
+                config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        else:
+            _check_config(path)
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return config.get_text_config(decoder=True)
+
+
 def is_on_disk(spec: ModelSpec) -> bool:
     """`is_on_disk(load_registry()["qwen2-7b"])`: whether a load would need no download."""
     try:
