@@ -380,7 +380,8 @@ def _print_plan(planned: Plan) -> None:
             f"{planned.utilisation:.0%}"
         )
     print("\n".join(planned.notes))
-    for row in planned.chapters:
+    if len(planned.chapters) > 1:
+        row = max(planned.chapters, key=lambda row: row.models)
         print(f"{row.chapter}: {_line_of(row.models, row.concepts, row.gpu_hours, planned)}")
     most = max(row.concepts for row in planned.chapters)
     print(f"In all: {_line_of(len(planned.models), most, planned.gpu_hours, planned)}")

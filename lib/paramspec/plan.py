@@ -689,7 +689,8 @@ class _Known:
         """What the study asks of the model, by what the store keeps apart."""
         subject, choices = self.subject(name), study.choices
         digest = self._digest(study.questions)
-        engine = (subject.engine.name, subject.engine.longest)
+        engine = self._engine_for(subject, study.questions)
+        engine_key = (engine.name, engine.longest)
         budget = (choices.row_tokens, choices.batch_tokens)
         found: dict[tuple, Passes] = {}
         if study.kind in ("pss", "coefficients"):
@@ -702,24 +703,33 @@ class _Known:
             )
         if study.kind == "pss":
             found[name, "pss", digest, choices.model_dump_json()] = self._counted(
-                (subject.tokenizer, engine, "pss", digest, choices.model_dump_json()),
+                (subject.tokenizer, *engine_key, "pss", digest, choices.model_dump_json()),
                 lambda: pss_passes(
                     self._encoded(subject.tokenizer, study.questions),
-                    subject.engine,
+                    engine,
                     study.questions,
                     choices,
                 ),
             )
         if study.kind == "answers":
             found[name, "answers", digest, budget] = self._counted(
-                (subject.tokenizer, engine, "answers", digest, budget),
+                (subject.tokenizer, *engine_key, "answers", digest, budget),
                 lambda: scoring_passes(
                     list(self._encoded(subject.tokenizer, study.questions).values()),
-                    subject.engine,
+                    engine,
                     *budget,
                 ),
             )
         return found
+
+    def _engine_for(self, subject: _Subject, questions: Sequence[Question]) -> Engine:
+        """The model's engine; a limit that no question reaches is left out, and counts shared."""
+        engine = subject.engine
+        items = self._encoded(subject.tokenizer, questions).values()
+        longest = max(len(item.context) + max(map(len, item.options)) - 1 for item in items)
+        if engine.longest is not None and longest <= engine.longest:
+            return Engine(engine.name, engine.reason)
+        return engine
 
     def _counted(self, key: tuple, count: Callable[[], Passes]) -> Passes:
         if key not in self._passes:
