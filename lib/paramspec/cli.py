@@ -16,6 +16,7 @@ from paramspec.errors import InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from paramspec.plan import Plan
     from paramspec.specwiki import Question
     from paramspec.sweep import Study
 
@@ -123,6 +124,10 @@ def models(
     from rich.table import Table
 
     table = Table(box=box.SIMPLE)
+    if any(spec.gated for spec in specs):
+        table.caption = (
+            "gated: ask for access at https://huggingface.co/SOURCE, then run `hf auth login`"
+        )
     for title in ("id", "family", "generation", "released", "sets", "source"):
         table.add_column(title, no_wrap=title in ("id", "generation"))
     for title in ("parameters", "MMLU"):
@@ -302,6 +307,120 @@ def pss(
     write_study(study, out)
     _print_study(study)
     print(f"Written to {out}/: pss.parquet, details.parquet, masks.safetensors, run.json")
+
+
+@app.command(cls=PairsCommand)
+def plan(
+    chapter: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CHAPTER]...", help="Only these, as 4-twenty-models; or all."),
+    ] = None,
+    profile: Annotated[
+        str, typer.Option(help="A profile of book/profiles, or a YAML file.")
+    ] = "default",
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-p",
+            "--parameter",
+            metavar="NAME VALUE",
+            help="A parameter, its value as YAML, in each chapter that has it; may be repeated.",
+        ),
+    ] = None,
+    gpu: Annotated[
+        str, typer.Option(help="A100 80GB, H100, H200, L40S, L4, RTX 4090, RTX 3090, or cpu.")
+    ] = "A100 80GB",
+    utilisation: Annotated[
+        float, typer.Option(help="Share of the GPU's peak that is reached, up to 1.")
+    ] = 0.3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, every field.")] = False,
+) -> None:
+    """What a profile costs: weights, memory, tokens, FLOPs, hours. Runs and downloads nothing."""
+    import json
+
+    from paramspec import book
+    from paramspec.plan import plan as make_plan
+
+    given = book.parse_assignments(parameter or [])
+    planned = make_plan(profile, chapter or (), given, gpu=gpu, utilisation=utilisation)
+    if as_json:
+        print(json.dumps(planned.as_dict(), indent=2))
+    else:
+        _print_plan(planned)
+
+
+def _print_plan(planned: Plan) -> None:
+    """A table of models, one of chapters, the training of micro models, and the totals."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    console, on = _console(), f"on {_article(planned.gpu)} at {planned.utilisation:.0%}"
+    table = Table(title=f"Models, in {planned.dtype}, {on}", box=box.SIMPLE)
+    table.add_column("model", no_wrap=True)
+    titles = ("parameters", "weights", "peak memory", "GPUs", "tokens", "FLOPs", "GPU-hours")
+    for title in titles:
+        table.add_column(title, justify="right")
+    table.add_column("tokenizer")
+    table.add_column("on disk")
+    for model in planned.models:
+        table.add_row(
+            escape(model.model),
+            _count(model.parameters),
+            _bytes(model.disk),
+            _bytes(model.memory),
+            "" if planned.gpu == "cpu" else str(model.gpus),
+            f"{model.tokens:,}",
+            f"{model.flops:.2e}",
+            _hours(model.gpu_hours),
+            "its own" if model.exact else model.tokenizer,
+            "yes" if model.on_disk else "no",
+        )
+    console.print(table)
+    table = Table(title="Chapters, each by itself", box=box.SIMPLE)
+    table.add_column("chapter", no_wrap=True)
+    for title in ("models", "concepts", "tokens", "FLOPs", "GPU-hours", "shared with one above"):
+        table.add_column(title, justify="right")
+    for row in planned.chapters:
+        shared = f"{row.shared_flops / row.flops:.0%}"
+        cells = (row.models, row.concepts, f"{row.tokens:,}", f"{row.flops:.2e}")
+        table.add_row(row.chapter, *map(str, cells), _hours(row.gpu_hours), shared)
+    console.print(table)
+    if planned.training:
+        tokens = sum(model.tokens for model in planned.training)
+        spent = sum(model.flops for model in planned.training)
+        hours = sum(model.core_hours for model in planned.training)
+        print(
+            f"To train first: {len(planned.training)} micro models, {tokens:,} tokens, "
+            f"{spent:.2e} FLOPs: {_hours(hours)} core-hours on this CPU at "
+            f"{planned.utilisation:.0%}"
+        )
+    print("\n".join(planned.notes))
+    if len(planned.chapters) > 1:
+        row = max(planned.chapters, key=lambda row: row.models)
+        print(f"{row.chapter}: {_line_of(row.models, row.concepts, row.gpu_hours, planned)}")
+    most = max(row.concepts for row in planned.chapters)
+    print(f"In all: {_line_of(len(planned.models), most, planned.gpu_hours, planned)}")
+
+
+def _line_of(models: int, concepts: int, hours: float, planned: Plan) -> str:
+    unit = "hours" if planned.gpu == "cpu" else "GPU-hours"
+    on = f"on {_article(planned.gpu)} at {planned.utilisation:.0%}"
+    return f"{models} model{'s' * (models != 1)}, {concepts} concepts: {_hours(hours)} {unit} {on}"
+
+
+def _article(gpu: str) -> str:
+    if gpu == "cpu":
+        return "this CPU"
+    return f"an {gpu}" if gpu[0] in "AHLR" else f"a {gpu}"
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f}" if hours >= 0.1 else f"{hours:.1g}"
 
 
 def _print_study(study: Study) -> None:

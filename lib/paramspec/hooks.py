@@ -76,6 +76,13 @@ def value_vector_view(model: nn.Module) -> ValueVectorView:
         InputError: if the model is a mixture of experts, if a layer has no down projection of a
             known name, or if the forward pass contradicts the view.
     """
+    view = unverified_view(model)
+    _verify(view)
+    return view
+
+
+def unverified_view(model: nn.Module) -> ValueVectorView:
+    """`unverified_view(model)`: found by name and shape alone, also in a model without weights."""
     names = down_projections(model)
     modules = tuple(model.get_submodule(name) for name in names)
     shapes = {_shape(module) for module in modules}
@@ -85,9 +92,7 @@ def value_vector_view(model: nn.Module) -> ValueVectorView:
             "only models with one width are supported"
         )
     width, hidden = shapes.pop()
-    view = ValueVectorView(model, modules, names, width, hidden)
-    _verify(view)
-    return view
+    return ValueVectorView(model, modules, names, width, hidden)
 
 
 def down_projections(model: nn.Module) -> tuple[str, ...]:

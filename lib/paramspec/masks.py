@@ -98,10 +98,7 @@ def record_concepts(
     rows = {name: row for row, name in enumerate(concepts)}
     sums = torch.zeros(len(concepts), 2, view.layers, view.width)
     counts = torch.zeros(len(concepts), 2)
-    prompts = sorted(
-        ((tokenizer.encode(question.cloze), question) for question in questions),
-        key=lambda pair: -len(pair[0]),
-    )
+    prompts = sorted_prompts(tokenizer, questions)
     refuse_too_long(view, max((len(prompt) for prompt, _ in prompts), default=0))
 
     def forward(batch: Sequence[tuple[list[int], Question]]) -> Tensor:
@@ -119,7 +116,9 @@ def record_concepts(
         return recorded.coefficients.cpu()
 
     batches = in_batches(
-        _batches(prompts, batch_tokens), forward, tokens=lambda rows: len(rows) * len(rows[0][0])
+        prompt_batches(prompts, batch_tokens),
+        forward,
+        tokens=lambda rows: len(rows) * len(rows[0][0]),
     )
     for batch, coefficients in batches:
         for (_, question), row in zip(batch, coefficients, strict=True):
@@ -129,7 +128,7 @@ def record_concepts(
     return ConceptCoefficients(concepts, sums, counts)
 
 
-def _batches(
+def prompt_batches(
     prompts: list[tuple[list[int], Question]], batch_tokens: int
 ) -> Iterator[list[tuple[list[int], Question]]]:
     """Prompts, sorted longest first, as many together as the budget of tokens takes."""
@@ -138,6 +137,16 @@ def _batches(
         size = max(1, batch_tokens // len(prompts[start][0]))
         yield prompts[start : start + size]
         start += size
+
+
+def sorted_prompts(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
+) -> list[tuple[list[int], Question]]:
+    """`sorted_prompts(tokenizer, questions)`: the clozes in tokens, the longest first."""
+    return sorted(
+        ((tokenizer.encode(question.cloze), question) for question in questions),
+        key=lambda pair: -len(pair[0]),
+    )
 
 
 def value_vector_scores(

@@ -16,6 +16,7 @@ torch and transformers are imported where they are used, so that listing the reg
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import functools
 import hashlib
@@ -38,6 +39,7 @@ from paramspec.specwiki import Question, load_questions
 from paramspec.zoo import (
     RECIPE,
     ZooModel,
+    architecture,
     load_zoo,
     train_zoo,
     trained,
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
     from gguf import GGUFReader
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 REGISTRY = Path(__file__).with_name("models.yaml")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -136,6 +138,23 @@ class Mmlu(_Frozen):
     source: str
 
 
+class Architecture(_Frozen):
+    """What else decides the shapes of a model's weights, by its names in the maker's config.json.
+
+    `dtype` is that of the published weights. `head_dim` stands here even where the config leaves
+    it to be derived.
+    """
+
+    num_attention_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    vocab_size: int = Field(gt=0)
+    max_position_embeddings: int = Field(gt=0)
+    sliding_window: int | None = Field(default=None, gt=0)
+    tie_word_embeddings: bool
+    dtype: Literal["float32", "bfloat16", "float16"]
+
+
 class ModelSpec(_Frozen):
     """One entry of `models.yaml`; the head of that file says what each field means."""
 
@@ -149,6 +168,7 @@ class ModelSpec(_Frozen):
     layers: int = Field(gt=0)
     width: int = Field(gt=0)
     mlp_width: int = Field(gt=0)
+    config: Architecture | None = None
     source: Source
     licence: str
     gated: str | None = None
@@ -245,6 +265,90 @@ def expand_models(names: Sequence[str]) -> list[str]:
         if name in expanded[:place]:
             raise InputError(f"model {name!r}: given twice; results are told apart by its name")
     return expanded
+
+
+def published_config(spec: ModelSpec) -> PreTrainedConfig:
+    """`published_config(load_registry()["qwen2-7b"])`: of transformers' own class, no network.
+
+    It decides every shape of the model, and so its cost; what decides none (rotary frequencies,
+    the epsilon of a norm) comes with the checkpoint. Of a model that also sees images, the
+    configuration of its language model.
+
+    Raises:
+        InputError: if the entry has no `config`.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if spec.source.kind == "zoo":
+        return architecture(_zoo_model(spec.id).recipe)
+    if spec.config is None:
+        raise InputError(
+            f"model {spec.id!r}: no config in {REGISTRY.name}; add it from its hub page"
+        )
+    settings = {
+        name: value
+        for name, value in spec.config.model_dump().items()
+        # A class without a window has no such field; of Mistral's, None must be said.
+        if name != "sliding_window" or value is not None or spec.model_type == "mistral"
+    }
+    kind = CONFIG_MAPPING[spec.model_type]().get_text_config(decoder=True).model_type
+    return AutoConfig.for_model(
+        kind,
+        num_hidden_layers=spec.layers,
+        hidden_size=spec.width,
+        intermediate_size=spec.mlp_width,
+        **settings,
+    )
+
+
+def toy_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """`toy_config(published_config(spec))`: the same class in small, for what size cannot change.
+
+    A layer of each kind, at least two; heads that share keys, and heads that do not fill the
+    width, where those of the model do so.
+    """
+    small = copy.deepcopy(config)
+    groups = config.num_attention_heads // config.num_key_value_heads
+    keys = min(2, config.num_key_value_heads)
+    heads = keys * min(2, groups)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    uneven = config.hidden_size != config.num_attention_heads * head_dim
+    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
+    changes = {
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys,
+        "head_dim": 8,
+        "hidden_size": 8 * heads + (16 if uneven else 0),
+        "intermediate_size": 48,
+        "num_hidden_layers": max(2, len(kinds)),
+        "vocab_size": 97,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "dtype": "float32",
+    }
+    if kinds:
+        changes["layer_types"] = kinds if len(kinds) > 1 else kinds * 2
+    if getattr(config, "sliding_window", None):
+        changes["sliding_window"] = 32
+    for name, value in changes.items():
+        setattr(small, name, value)
+    return small
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """`empty_model(published_config(spec))`: the whole model on torch's `meta` device, no weights.
+
+    Its shapes are there, and take no memory; its embeddings are tied where the config says so.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
 
 
 def find_spec(model: str) -> ModelSpec | None:
@@ -463,6 +567,33 @@ def _require_access(model: str) -> None:
         if not isinstance(source, HubSource):
             raise
         _hub_snapshot(source, spec and spec.gated, True, files=("config.json",))
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """`load_tokenizer(find_checkpoint("smollm2-135m"))`: the tokenizer alone, without weights."""
+    from transformers import AutoTokenizer
+
+    path = checkpoint.path
+    with quiet_transformers(), _told_in_one_line(path):
+        if path.is_file():
+            with _gguf_parsed_once():
+                return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """`load_config(find_checkpoint("my-checkpoint/"))`: of the language model, without weights."""
+    from transformers import AutoConfig
+
+    path = checkpoint.path
+    with quiet_transformers(), _told_in_one_line(path):
+        if path.is_file():
+            with _gguf_parsed_once():
+                config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        else:
+            _check_config(path)
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return config.get_text_config(decoder=True)
 
 
 def is_on_disk(spec: ModelSpec) -> bool:

@@ -218,6 +218,20 @@ def general_questions(
     return [others[index] for index in sorted(chosen)]
 
 
+def asked_questions(
+    questions: Sequence[Question], concept: str, choices: Choices
+) -> list[tuple[Question, Literal["concept", "general"]]]:
+    """`asked_questions(questions, "France", choices)`: what each of its masks is scored on."""
+    own = [q for q in questions if q.concept == concept and q.fold in choices.score_on]
+    general = general_questions(questions, concept, choices)
+    return [(q, "concept") for q in own] + [(q, "general") for q in general]
+
+
+def count_masks(choices: Choices) -> int:
+    """`count_masks(choices)`: the masks of a concept, its controls and `none` among them."""
+    return 1 + len(choices.ratios) * (1 + len(choices.nulls) * choices.controls)
+
+
 def concept_masks(coefficients: ConceptCoefficients, concept: str, choices: Choices) -> list[_Mask]:
     """`concept_masks(coefficients, "France", choices)`: its masks and their controls."""
     layers, width = coefficients.sums.shape[2:]
@@ -279,9 +293,7 @@ def measure_concepts(
     items: dict[str, Item] = {}
     requests, rows, keeps, masks = [], [], [], {}
     for concept in concepts:
-        own = [q for q in questions if q.concept == concept and q.fold in choices.score_on]
-        asked = [(q, "concept") for q in own]
-        asked += [(q, "general") for q in general_questions(questions, concept, choices)]
+        asked = asked_questions(questions, concept, choices)
         none = _Mask("none", 0.0, choices.seed, torch.empty(0, 2, dtype=torch.int32))
         for mask in (none, *concept_masks(coefficients, concept, choices)):
             if mask.kind == "none":
@@ -316,8 +328,7 @@ def measure_concepts(
 def evaluations(choices: Choices, questions: Sequence[Question], concepts: Sequence[str]) -> int:
     """How many (question, mask) pairs `measure_concepts` scores: the length of its progress."""
     own = sum(q.concept in set(concepts) and q.fold in choices.score_on for q in questions)
-    masks = 1 + len(choices.ratios) * (1 + len(choices.nulls) * choices.controls)
-    return masks * (own + choices.general * len(concepts))
+    return count_masks(choices) * (own + choices.general * len(concepts))
 
 
 def mask_name(model: str, concept: str, ratio: float, kind: str, seed: int) -> str:

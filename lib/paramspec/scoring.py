@@ -234,7 +234,26 @@ def _plain_rows(numbered: list[tuple[int, Request]]) -> Iterator[Row]:
             yield row
 
 
-def _batches(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
+def fill_rows(
+    requests: Sequence[Request], engine: Engine, row_tokens: int
+) -> tuple[list[Row], list[Row]]:
+    """`packed, plain = fill_rows(requests, engine, 128)`: the rows that score the requests.
+
+    No row holds two masks, so the requests of one mask give the same rows whatever stands beside
+    them.
+    """
+    numbered = list(enumerate(requests))
+    packed, plain = numbered, []
+    if engine.name == "plain":
+        packed, plain = [], numbered
+    elif engine.longest is not None:
+        fits = [max(map(len, _paths(r.item))) <= engine.longest for _, r in numbered]
+        packed = [pair for pair, fit in zip(numbered, fits, strict=True) if fit]
+        plain = [pair for pair, fit in zip(numbered, fits, strict=True) if not fit]
+    return list(_packed_rows(packed, row_tokens)), list(_plain_rows(plain))
+
+
+def row_batches(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
     """Rows of like length together, longest first, so that memory runs out at once or never."""
     rows = sorted(rows, key=lambda row: -len(row.tokens))
     start = 0
@@ -285,20 +304,10 @@ def score_options(
     refuse_too_long(view, longest)
     engine = engine or choose_engine(view)
     scores = [torch.zeros(len(request.item.options)) for request in requests]
-    numbered = list(enumerate(requests))
-    packed, plain = numbered, []
-    if engine.name == "plain":
-        packed, plain = [], numbered
-    elif engine.longest is not None:
-        fits = [max(map(len, _paths(r.item))) <= engine.longest for _, r in numbered]
-        packed = [pair for pair, fit in zip(numbered, fits, strict=True) if fit]
-        plain = [pair for pair, fit in zip(numbered, fits, strict=True) if not fit]
-    for rows, tree in (
-        (list(_packed_rows(packed, row_tokens)), True),
-        (list(_plain_rows(plain)), False),
-    ):
+    packed, plain = fill_rows(requests, engine, row_tokens)
+    for rows, tree in ((packed, True), (plain, False)):
         batches = in_batches(
-            _batches(rows, batch_tokens),
+            row_batches(rows, batch_tokens),
             lambda batch, tree=tree: _forward(view, batch, keeps, tree),
             tokens=lambda batch: len(batch) * max(len(row.tokens) for row in batch),
         )

@@ -554,6 +554,19 @@ def training_record(model: ZooModel, *, root: Path = ROOT) -> dict[str, float]:
     return json.loads(text)
 
 
+def tokens_to_train(model: ZooModel) -> int:
+    """`tokens_to_train(load_zoo()["zoo-llama-3"])`: the `tokens` of its record, before training."""
+    texts, tokenizer = _corpus_and_tokenizer(model)
+    lengths = [len(tokens) for tokens in _encoded(tokenizer, texts)]
+    batches = _batches(lengths, list(texts.values()), model.recipe)
+    return sum(int(np.take(lengths, rows).sum()) for rows in itertools.islice(batches, model.at))
+
+
+def own_tokenizer(model: ZooModel) -> PreTrainedTokenizerFast:
+    """`own_tokenizer(load_zoo()["zoo-llama-3"])`: what the model will read with, or reads with."""
+    return _corpus_and_tokenizer(model)[1]
+
+
 def _key(recipe: ModelRecipe, step: int) -> dict[str, object]:
     # Which other steps are kept changes no weight: a kept step more or less trains nothing anew.
     return {
@@ -627,7 +640,7 @@ def _optimize(
     """Train in place; yield a record at each step at which the model is to be kept."""
     import torch
 
-    encoded = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in texts]
+    encoded = _encoded(tokenizer, texts)
     batches = _batches([len(tokens) for tokens in encoded], list(texts.values()), recipe)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0, fused=True
@@ -664,6 +677,10 @@ def _optimize(
                 "seconds": round(time.perf_counter() - began, 2),
                 "flops": 6 * recipe.parameters * tokens_seen,
             }
+
+
+def _encoded(tokenizer: PreTrainedTokenizerFast, texts: Mapping[str, float]) -> list[list[int]]:
+    return [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in texts]
 
 
 def _batches(
