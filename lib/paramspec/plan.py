@@ -14,6 +14,7 @@ peak, and memory is an estimate.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -659,7 +660,9 @@ class _Known:
         else:
             key = name if checkpoint is not None else EMBEDDED
             if key not in self._tokenizers:
-                self._tokenizers[key] = load_tokenizer(checkpoint or find_checkpoint(EMBEDDED))
+                self._tokenizers[key] = (
+                    _embedded_tokenizer() if key == EMBEDDED else load_tokenizer(checkpoint)
+                )
         if checkpoint is None:
             disk = parameters * BYTES[spec.config.dtype if spec.config else "float32"]
         return _Subject(
@@ -763,6 +766,11 @@ class _Known:
             name = model.name.partition("@")[0]
             found.append(Training(name, tokens, spent, spent / (CORE * utilisation) / 3600))
         return found
+
+
+@functools.cache
+def _embedded_tokenizer() -> PreTrainedTokenizerBase:
+    return load_tokenizer(find_checkpoint(EMBEDDED, download=False))
 
 
 def _micro(name: str) -> ZooModel:
