@@ -337,7 +337,7 @@ def test_a_plan_adds_up_and_shared_work_counts_once(offline, recipe):
 
 @pytest.mark.parametrize("family", ["qwen2", "mistral"])
 def test_a_model_s_flops_are_those_of_its_passes(offline, recipe, family):
-    """With the engine that the model itself would get; Mistral's window of 16 sends some plainly."""
+    """With the engine that the model would get; Mistral's window of 16 sends some plainly."""
     name = f"{recipe.as_posix()}:{family}-1"
     planned = small([name]).models[0]
     micro = load_zoo(recipe)[name]
