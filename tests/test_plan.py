@@ -378,7 +378,7 @@ def test_tokens_are_the_model_s_own_where_its_tokenizer_lies_here(offline):
     assert (toy.on_disk, far.on_disk, embedded.on_disk) == (True, False, True)
     assert far.tokenizer == "smollm2-135m"
     assert far.tokens == embedded.tokens != toy.tokens
-    assert any("not on this disk: 1, counted with" in note for note in planned.notes)
+    assert any("Not on this disk: 1 models, counted with" in note for note in planned.notes)
     assert far.disk == 2 * load_registry()["qwen1.5-0.5b"].parameters
     assert toy.disk > (own / "model.safetensors").stat().st_size
 

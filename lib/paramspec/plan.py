@@ -788,8 +788,8 @@ def _notes(models: Sequence[ModelPlan], left_out: Sequence[str]) -> list[str]:
     guessed = sum(not model.exact for model in models)
     if guessed:
         notes.append(
-            f"Tokens are exact where a model's own tokenizer counted them. Models not on this disk: "
-            f"{guessed}, counted with the tokenizer of {EMBEDDED}."
+            f"Tokens are exact where a model's own tokenizer counted them. Not on this disk: "
+            f"{guessed} models, counted with the tokenizer of {EMBEDDED}."
         )
     if any(model.gpus > 1 for model in models):
         notes.append("A model on several GPUs uses one of them at a time.")
