@@ -303,13 +303,17 @@ def test_every_chapter_that_measures_is_planned():
 def offline(monkeypatch, tmp_path):
     """A place without results, and no network at all."""
 
-    def refuse(*_):
-        raise AssertionError("a plan needs no network")
+    calls = []
+
+    def refuse(*where):
+        calls.append(where)
+        raise OSError("no network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    yield tmp_path
+    assert calls == []
 
 
 SMALL = {"concepts": 6, "ratios": [0.1], "general": 2}
@@ -374,7 +378,7 @@ def test_tokens_are_the_model_s_own_where_its_tokenizer_lies_here(offline):
     assert (toy.on_disk, far.on_disk, embedded.on_disk) == (True, False, True)
     assert far.tokenizer == "smollm2-135m"
     assert far.tokens == embedded.tokens != toy.tokens
-    assert any("Tokens of 1 models" in note for note in planned.notes)
+    assert any("Not on this disk: 1 models, counted with" in note for note in planned.notes)
     assert far.disk == 2 * load_registry()["qwen1.5-0.5b"].parameters
     assert toy.disk > (own / "model.safetensors").stat().st_size
 
@@ -449,7 +453,7 @@ def test_command_says_what_twenty_models_cost(offline, monkeypatch, capsys):
     lines = run().splitlines()
     content = json.loads(run("4-twenty-models", "--json"))
     hours = f"{content['totals']['gpu_hours']:,.1f}"
-    told = f"20 models, 525 concepts: {hours} GPU-hours on an A100 80GB at 30%"
+    told = f"20 models, 525 concepts: {hours} GPU-hours on an A100 80GB at 30 %"
     assert f"4-twenty-models: {told}" in lines
     assert lines[-1].startswith("In all: 33 models, 525 concepts: ")
     for spec in HUB:

@@ -355,10 +355,11 @@ def _print_plan(planned: Plan) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    console, on = _console(), f"on {_article(planned.gpu)} at {planned.utilisation:.0%}"
+    console, on = _console(), f"on {_article(planned.gpu)} at {100 * planned.utilisation:.3g} %"
+    unit = "hours" if planned.gpu == "cpu" else "GPU-hours"
     table = Table(title=f"Models, in {planned.dtype}, {on}", box=box.SIMPLE)
     table.add_column("model", no_wrap=True)
-    titles = ("parameters", "weights", "peak memory", "GPUs", "tokens", "FLOPs", "GPU-hours")
+    titles = ("parameters", "weights", "peak memory", "GPUs", "tokens", "FLOPs", unit)
     for title in titles:
         table.add_column(title, justify="right")
     table.add_column("tokenizer")
@@ -379,7 +380,7 @@ def _print_plan(planned: Plan) -> None:
     console.print(table)
     table = Table(title="Chapters, each by itself", box=box.SIMPLE)
     table.add_column("chapter", no_wrap=True)
-    for title in ("models", "concepts", "tokens", "FLOPs", "GPU-hours", "shared with one above"):
+    for title in ("models", "concepts", "tokens", "FLOPs", unit, "shared with one above"):
         table.add_column(title, justify="right")
     for row in planned.chapters:
         shared = f"{row.shared_flops / row.flops:.0%}"
@@ -393,7 +394,7 @@ def _print_plan(planned: Plan) -> None:
         print(
             f"To train first: {len(planned.training)} micro models, {tokens:,} tokens, "
             f"{spent:.2e} FLOPs: {_hours(hours)} core-hours on this CPU at "
-            f"{planned.utilisation:.0%}"
+            f"{100 * planned.utilisation:.3g} %"
         )
     print("\n".join(planned.notes))
     if len(planned.chapters) > 1:
@@ -405,7 +406,7 @@ def _print_plan(planned: Plan) -> None:
 
 def _line_of(models: int, concepts: int, hours: float, planned: Plan) -> str:
     unit = "hours" if planned.gpu == "cpu" else "GPU-hours"
-    on = f"on {_article(planned.gpu)} at {planned.utilisation:.0%}"
+    on = f"on {_article(planned.gpu)} at {100 * planned.utilisation:.3g} %"
     return f"{models} model{'s' * (models != 1)}, {concepts} concepts: {_hours(hours)} {unit} {on}"
 
 

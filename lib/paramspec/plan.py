@@ -788,13 +788,13 @@ def _notes(models: Sequence[ModelPlan], left_out: Sequence[str]) -> list[str]:
     guessed = sum(not model.exact for model in models)
     if guessed:
         notes.append(
-            f"Tokens of {guessed} models that are not on this disk are counted with the tokenizer "
-            f"of {EMBEDDED}; those of all others are exact."
+            f"Tokens are exact where a model's own tokenizer counted them. Not on this disk: "
+            f"{guessed} models, counted with the tokenizer of {EMBEDDED}."
         )
     if any(model.gpus > 1 for model in models):
         notes.append("A model on several GPUs uses one of them at a time.")
     if any(model.parameters < 1e7 for model in models):
         notes.append("Micro models are bound by overhead: their hours are a lower bound.")
     if left_out:
-        notes.append(f"Not planned, as they measure next to nothing: {', '.join(left_out)}.")
+        notes.append(f"Not planned: {', '.join(left_out)}.")
     return notes
