@@ -493,7 +493,7 @@ def along(table: pd.DataFrame, x: str, label: str, *, log: bool = False) -> Figu
         if log:
             axes.set_xscale("log")
             axes.xaxis.set_minor_formatter(NullFormatter())
-            if table[x].max() < 10 * table[x].min():  # too narrow for two powers of ten
+            if table[x].max() < 100 * table[x].min():  # too narrow for powers of ten alone
                 axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     handles, labels = panels[1].get_legend_handles_labels()
