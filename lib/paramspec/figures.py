@@ -413,6 +413,13 @@ def forest(table: pd.DataFrame, published: float | None = None) -> Figure:
     return figure
 
 
+def _null_band(axes: Axes, table: pd.DataFrame) -> None:
+    """The interval of the peak under random masks, over the table's index."""
+    low, high = table["peak_null_low"], table["peak_null_high"]
+    style = {"color": NULL, "alpha": 0.25, "lw": 0, "label": "random masks, 95 %"}
+    axes.fill_between(table.index, low, high, **style)
+
+
 def generations(table: pd.DataFrame) -> Figure:
     """Peak PSS over the generations of each family, with the band of random masks.
 
@@ -427,15 +434,7 @@ def generations(table: pd.DataFrame) -> Figure:
     for axes, family in zip(panels[0], families, strict=True):
         part = table[table["family"] == family].sort_values("order")
         if "peak_null" in part:
-            axes.fill_between(
-                part["order"],
-                part["peak_null_low"],
-                part["peak_null_high"],
-                color=NULL,
-                alpha=0.25,
-                lw=0,
-                label="random masks, 95 %",
-            )
+            _null_band(axes, part.set_index("order"))
         if "held_out" in part:
             axes.plot(part["order"], part["held_out"], ":", color="0.2", label="held out")
         colour = _family_colour(family)
@@ -475,16 +474,7 @@ def along(table: pd.DataFrame, x: str, label: str, *, log: bool = False) -> Figu
             axes.plot(part[x], part[value], color=colour, lw=1.3, label=title)
             _bars(axes, part[x], part, value, color=colour, marker="o", markersize=5)
     if "peak_null" in table:
-        mean = table.groupby(x)[["peak_null_low", "peak_null_high"]].mean()
-        panels[1].fill_between(
-            mean.index,
-            mean["peak_null_low"],
-            mean["peak_null_high"],
-            color=NULL,
-            alpha=0.25,
-            lw=0,
-            label="random masks, 95 %",
-        )
+        _null_band(panels[1], table.groupby(x)[["peak_null_low", "peak_null_high"]].mean())
     panels[0].axhline(CHANCE, color="0.5", linestyle="--", linewidth=1)
     panels[0].set_ylabel("accuracy (acc_norm)")
     panels[1].set_ylabel("peak PSS")

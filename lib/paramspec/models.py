@@ -24,6 +24,7 @@ import importlib.metadata
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -259,12 +260,17 @@ def expand_models(names: Sequence[str]) -> list[str]:
             expanded += [m.name for m in load_zoo(Path(name)).values() if "zoo" in m.sets]
         else:
             expanded.append(name)
-    if not expanded:
-        raise InputError("models: none given; name at least one model, or a set such as 'zoo'")
-    for place, name in enumerate(expanded):
-        if name in expanded[:place]:
-            raise InputError(f"model {name!r}: given twice; results are told apart by its name")
+    require_distinct(expanded)
     return expanded
+
+
+def require_distinct(names: Sequence[str]) -> None:
+    """`require_distinct(names)`: refuse none at all, and one twice; an InputError."""
+    if not names:
+        raise InputError("models: none given; name at least one model, or a set such as 'zoo'")
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise InputError(f"model {name!r}: given twice; results are told apart by its name")
 
 
 def published_config(spec: ModelSpec) -> PreTrainedConfig:
@@ -652,24 +658,13 @@ def check_checkpoint(checkpoint: Checkpoint) -> PreTrainedModel | None:
     Raises:
         InputError: as `load_model` does.
     """
-    from transformers import AutoModelForCausalLM
-
     path = checkpoint.path
     with quiet_transformers(), _told_in_one_line(path):
         if path.is_file():
             _read_gguf(path)
             return None
         _check_directory(path)
-        network, report = AutoModelForCausalLM.from_pretrained(
-            path,
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            device_map={"": "meta"},
-        )
-        _check_report(path, report)
-        return network
+        return _read_weights(path, device_map={"": "meta"})
 
 
 def place_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
@@ -769,21 +764,11 @@ def _hub_snapshot(
 def _load_directory(
     path: Path, dtype: torch.dtype, place: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     numbers = _check_directory(path)
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    network, report = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        # Collected in the report, and refused with the rest of it.
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **_device_map(numbers * dtype.itemsize, place),
-    )
-    _check_report(path, report)
+    network = _read_weights(path, dtype=dtype, **_device_map(numbers * dtype.itemsize, place))
     network = _text_half(network)
     rows = network.get_input_embeddings().weight.shape[0]
     if tokenizer.vocab_size > rows:
@@ -792,6 +777,23 @@ def _load_directory(
             "put the model's own tokenizer there"
         )
     return network, tokenizer
+
+
+def _read_weights(path: Path, **where: object) -> PreTrainedModel:
+    """The network of a directory, its weights and config fitting each other exactly."""
+    from transformers import AutoModelForCausalLM
+
+    network, report = AutoModelForCausalLM.from_pretrained(
+        path,
+        use_safetensors=True,
+        trust_remote_code=False,
+        # Collected in the report, and refused with the rest of it.
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **where,
+    )
+    _check_report(path, report)
+    return network
 
 
 def _check_directory(path: Path) -> int:

@@ -48,7 +48,7 @@ from paramspec.pss import Choices, asked_questions, count_masks, parse_choices
 from paramspec.scoring import Engine, Item, Request, Row, choose_engine, encode, fill_rows
 from paramspec.scoring import row_batches as batches_of
 from paramspec.specwiki import Question, load_questions, questions_digest
-from paramspec.sweep import SHARD
+from paramspec.sweep import concept_shards
 from paramspec.zoo import ZooModel, load_zoo, own_tokenizer, tokens_to_train
 
 EMBEDDED = "smollm2-135m"  # its tokenizer counts for models that are not on this disk
@@ -162,9 +162,7 @@ def pss_passes(
         concepts: measured together; if not given, all of the questions, in units as `measure_pss`
             makes them.
     """
-    everyone = list(dict.fromkeys(question.concept for question in questions))
-    shards = [everyone[start : start + SHARD] for start in range(0, len(everyone), SHARD)]
-    shards = shards if concepts is None else [list(concepts)]
+    shards = concept_shards(questions) if concepts is None else [list(concepts)]
     masks = count_masks(choices)
 
     def rows_of(concept: str) -> tuple[list[Row], list[Row]]:

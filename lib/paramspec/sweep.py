@@ -44,6 +44,7 @@ from paramspec.models import (
     find_checkpoints,
     load_model,
     place_and_dtype,
+    require_distinct,
 )
 from paramspec.parallel import (
     begin_work,
@@ -336,6 +337,12 @@ class _Plan:
         return self.identity.name
 
 
+def concept_shards(questions: Sequence[Question]) -> list[list[str]]:
+    """`concept_shards(questions)`: the concepts of each unit, in the order of the questions."""
+    concepts = list(dict.fromkeys(question.concept for question in questions))
+    return [concepts[start : start + SHARD] for start in range(0, len(concepts), SHARD)]
+
+
 def _plan(
     models: Sequence[str | LoadedModel],
     questions: Sequence[Question],
@@ -345,16 +352,15 @@ def _plan(
     device: str,
 ) -> list[_Plan]:
     """Find the models, and their units in the store: what can fail cheaply fails here."""
-    _refuse_twice([model if isinstance(model, str) else model.name for model in models])
+    require_distinct([model if isinstance(model, str) else model.name for model in models])
     names = [model for model in models if isinstance(model, str)]
     place, kind = "cpu", torch.float32
     if names:
         place, kind = _elsewhere(place_and_dtype, device, dtype)
     found = iter(find_checkpoints(names))
     everything = [model if isinstance(model, LoadedModel) else next(found) for model in models]
-    _refuse_twice([model.name for model in everything])
-    concepts = list(dict.fromkeys(question.concept for question in questions))
-    shards = [concepts[start : start + SHARD] for start in range(0, len(concepts), SHARD)]
+    require_distinct([model.name for model in everything])
+    shards = concept_shards(questions)
     plans = []
     for model in everything:
         if isinstance(model, LoadedModel):
@@ -384,14 +390,6 @@ def _check(checkpoint: Checkpoint) -> int:
         return checkpoint.path.stat().st_size  # of a GGUF file: a byte or less for each
     down_projections(network)
     return network.num_parameters()
-
-
-def _refuse_twice(names: Sequence[str]) -> None:
-    if not names:
-        raise InputError("models: none given; name at least one model")
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise InputError(f"model {name!r}: given twice; results are told apart by its name")
 
 
 def _elsewhere(function: Callable[..., object], *arguments: object) -> object:

@@ -255,9 +255,9 @@ class _Zoo(_Shared):
 
     def _on_ladder(self, family: str, number: int) -> bool:
         scale = self.scale
-        return bool(
-            scale and (family, number) == (scale.family, scale.generation)
-        ) and self.width in (scale.widths if scale else ())
+        if scale is None or (family, number) != (scale.family, scale.generation):
+            return False
+        return self.width in scale.widths
 
     def _ladder(self, prefix: str) -> Iterator[ZooModel]:
         if self.scale is None:
