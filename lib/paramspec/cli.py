@@ -309,6 +309,125 @@ def pss(
     print(f"Written to {out}/: pss.parquet, details.parquet, masks.safetensors, run.json")
 
 
+@app.command()
+def finetune(
+    model: Annotated[
+        str, typer.Argument(help="A registry id, a hub id, a local directory, or a GGUF file.")
+    ],
+    method: Annotated[
+        str,
+        typer.Option(
+            help="FT-FV: all value vectors; FT-PV: those with the highest coefficients; "
+            "FT-CV: all but those; FT-RV: as many as FT-PV, at random."
+        ),
+    ],
+    concepts: Annotated[
+        str, typer.Option(help="Concepts separated by commas, as 'France,gold', or @FILE of lines.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="The model's directory: new, empty, or that of the same run.")
+    ],
+    questions: Annotated[
+        Path | None, typer.Option(help="Your own questions, JSON lines; SpecWiki if not given.")
+    ] = None,
+    share: Annotated[
+        float, typer.Option(help="Share of a layer's value vectors that FT-PV trains.")
+    ] = 0.125,
+    rule: Annotated[
+        str,
+        typer.Option(
+            help="How FT-PV chooses: coefficient (the paper's), score, gradient, magnitude, other."
+        ),
+    ] = "coefficient",
+    layers: Annotated[
+        str | None, typer.Option(help="Only these layers, from 0, as 10-19 or 0,4-6; all if not.")
+    ] = None,
+    statements: Annotated[
+        int, typer.Option(help="Statements of each fact that are trained on, the first ones.")
+    ] = 4,
+    epochs: Annotated[int, typer.Option(help="Times that each statement is seen.")] = 3,
+    batch: Annotated[int, typer.Option(help="Statements of a step.")] = 16,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW, after a warm-up.")] = 1e-3,
+    seed: Annotated[int, typer.Option(help="Of random vectors, and the statements' order.")] = 0,
+    save_every: Annotated[
+        int, typer.Option(help="Steps between two states that a killed run continues from.")
+    ] = 50,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Fine-tune chosen value vectors on statements about concepts; all else stays as it is.
+
+    DIR becomes an ordinary transformers directory. A killed run continues when called again.
+    """
+    from tqdm import tqdm
+
+    from paramspec.finetune import finetune as tune
+    from paramspec.finetune import parse_training
+    from paramspec.specwiki import load_questions
+
+    training = parse_training(
+        method=method,
+        concepts=_names(concepts),
+        share=share,
+        rule=rule,
+        layers=None if layers is None else _numbers(layers),
+        statements=statements,
+        epochs=epochs,
+        batch=batch,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    if save_every < 1:
+        raise InputError(f"save_every {save_every}: expected at least 1 step")
+    asked = load_questions(questions)
+    with tqdm(desc=f"{method} of {model}", unit="step") as bar:
+
+        def show(done: int, of: int) -> None:
+            bar.total = of
+            bar.update(done - bar.n)
+
+        record = tune(
+            model,
+            asked,
+            training,
+            out,
+            dtype=dtype,
+            device=device,
+            save_every=save_every,
+            progress=show,
+        )
+    losses = record["losses"]
+    print(
+        f"{out}/: {method} of {model} on {len(training.concepts)} concepts; "
+        f"{record['vectors']:,} value vectors trained in {len(losses)} steps, "
+        f"loss {losses[0]:.2f} to {losses[-1]:.2f} nats a token; "
+        f"optimizer state {_bytes(record['optimizer_bytes'])}"
+    )
+    print(f"Measure it: paramspec pss {out}/")
+
+
+def _names(text: str) -> list[str]:
+    """Concepts of an option: separated by commas, or a line each in a file after an @."""
+    if not text.startswith("@"):
+        return [name.strip() for name in text.split(",") if name.strip()]
+    try:
+        lines = Path(text[1:]).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"concepts {text}: cannot be read ({error}); name a text file") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    """`_numbers("0,4-6")`: 0, 4, 5, 6."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()) or int(last or first) < int(first):
+            raise InputError(f"layers {text!r}: expected numbers from 0 and ranges, as 0,4-6")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
 @app.command(cls=PairsCommand)
 def plan(
     chapter: Annotated[

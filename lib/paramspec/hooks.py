@@ -1,4 +1,4 @@
-"""The value-vector view of a causal language model: find it, read it, record it, mask it.
+"""The value-vector view of a causal language model: find it, read it, record, mask, train it.
 
     view = value_vector_view(model)
     with record_coefficients(view, tokens.attention_mask) as recorded:
@@ -6,6 +6,10 @@
     recorded.coefficients  # [batch, layers, width]
     with mask_value_vectors(view, keep):  # keep: bool [layers, batch, width]
         logits = model(**tokens).logits
+    with train_value_vectors(view, vectors) as trained:  # vectors: int32 [n, 2]
+        optimizer = torch.optim.AdamW(trained.parameters())
+        ...
+        trained.merge()
 
 The output of an MLP is `sum_j m_j v_j` (plus a bias): `v_j`, a column of the down projection, is
 a *value vector*, and `m_j`, the j-th input of the down projection, is its *coefficient* (Geva et
@@ -204,6 +208,114 @@ def mask_value_vectors(view: ValueVectorView, keep: Tensor) -> Iterator[None]:
                 )
                 stack.callback(hook.remove)
         yield
+
+
+class TrainedVectors(nn.Module):
+    """What `train_value_vectors` trains: how far each chosen value vector has moved.
+
+    `offsets[str(layer)]` is a parameter, fp32 `[n, hidden]`, zero at first; row i belongs to value
+    vector `chosen[layer][i]`. Layers without a chosen vector are in neither.
+    """
+
+    def __init__(self, view: ValueVectorView, vectors: Tensor) -> None:
+        super().__init__()
+        self._view = [view]  # in a list, lest the model's own parameters become this module's
+        self.chosen: dict[int, Tensor] = {}
+        self.offsets = nn.ParameterDict()
+        for layer in vectors[:, 0].unique().tolist():
+            device = view.modules[layer].weight.device
+            chosen = vectors[vectors[:, 0] == layer, 1].long().sort().values.to(device)
+            self.chosen[layer] = chosen
+            self.offsets[str(layer)] = nn.Parameter(
+                torch.zeros(len(chosen), view.hidden, device=device)
+            )
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """`trained.merge()`: add the offsets to the model's own weights, and start again at zero.
+
+        The sum is taken in fp32 and rounded once, to the weights' dtype.
+        """
+        (view,) = self._view
+        for layer, chosen in self.chosen.items():
+            vectors, offset = view.vectors(layer), self.offsets[str(layer)]
+            vectors[chosen] = (vectors[chosen].float() + offset).to(vectors.dtype)
+            offset.zero_()
+
+
+@contextmanager
+def train_value_vectors(view: ValueVectorView, vectors: Tensor) -> Iterator[TrainedVectors]:
+    """`with train_value_vectors(view, vectors) as trained: ...`: chosen vectors as parameters.
+
+    Within the block every forward pass adds, for each chosen vector, its coefficient times how far
+    it has moved. So only the chosen columns are parameters: gradients and optimizer states are
+    `[n, hidden]` a layer, and every other weight stays out of the optimizer's reach. With no
+    `merge`, the model leaves the block as it entered it.
+
+    Args:
+        view: the model's value vectors; none of its own parameters should ask for a gradient.
+        vectors: int32 `[n, 2]` of (layer, value vector), n > 0, each once.
+
+    Raises:
+        InputError: if there is no such vector, or one is given twice.
+    """
+    _require_vectors(view, vectors)
+    trained = TrainedVectors(view, vectors)
+
+    def add(layer: int, inputs: Tensor, output: Tensor) -> Tensor:
+        chosen, offset = trained.chosen[layer], trained.offsets[str(layer)]
+        if len(chosen) < view.width:
+            inputs = inputs.index_select(-1, chosen)
+        return output + inputs @ offset.to(inputs.dtype)
+
+    with ExitStack() as stack:
+        for layer in trained.chosen:
+            hook = view.modules[layer].register_forward_hook(
+                lambda _, args, output, layer=layer: add(layer, args[0], output)
+            )
+            stack.callback(hook.remove)
+        yield trained
+
+
+@contextmanager
+@torch.no_grad()
+def replace_value_vectors(view: ValueVectorView, vectors: Tensor, values: Tensor) -> Iterator[None]:
+    """`with replace_value_vectors(view, vectors, values): model(...)`: other vectors, for a while.
+
+    Args:
+        vectors: int32 `[n, 2]` of (layer, value vector), each once.
+        values: `[n, hidden]`, what stands there within the block.
+
+    Raises:
+        InputError: if there is no such vector, or one is given twice.
+    """
+    _require_vectors(view, vectors)
+    places = [(layer, vectors[:, 0] == layer) for layer in vectors[:, 0].unique().tolist()]
+    before = {}
+    for layer, rows in places:
+        own, chosen = view.vectors(layer), vectors[rows, 1].long().to(view.vectors(layer).device)
+        before[layer] = (chosen, own[chosen].clone())
+        own[chosen] = values[rows].to(own.device, own.dtype)
+    try:
+        yield
+    finally:
+        for layer, (chosen, own) in before.items():
+            view.vectors(layer)[chosen] = own
+
+
+def _require_vectors(view: ValueVectorView, vectors: Tensor) -> None:
+    if len(vectors) == 0:
+        raise InputError("no value vector is chosen; take a larger share of them")
+    limits = torch.tensor([view.layers, view.width])
+    wrong = ((vectors < 0) | (vectors >= limits)).any(1)
+    if bool(wrong.any()):
+        layer, vector = vectors[wrong][0].tolist()
+        raise InputError(
+            f"{_name(view.model)}: no value vector {vector} in layer {layer}; it has "
+            f"{view.layers} layers (from 0) of {view.width} value vectors"
+        )
+    if len(vectors.unique(dim=0)) < len(vectors):
+        raise InputError("a value vector is chosen twice; give each once")
 
 
 @contextmanager

@@ -72,7 +72,6 @@ class ConceptCoefficients:
         return total / count
 
 
-@torch.no_grad()
 def record_concepts(
     view: ValueVectorView,
     tokenizer: PreTrainedTokenizerBase,
@@ -98,15 +97,55 @@ def record_concepts(
     rows = {name: row for row, name in enumerate(concepts)}
     sums = torch.zeros(len(concepts), 2, view.layers, view.width)
     counts = torch.zeros(len(concepts), 2)
-    prompts = sorted_prompts(tokenizer, questions)
+    clozes = [question.cloze for question in questions]
+    for indices, coefficients in _record_texts(view, tokenizer, clozes, position, batch_tokens):
+        for index, row in zip(indices, coefficients, strict=True):
+            question = questions[index]
+            sums[rows[question.concept], question.fold] += row
+            counts[rows[question.concept], question.fold] += 1
+        progress(len(indices))
+    return ConceptCoefficients(concepts, sums, counts)
+
+
+def mean_coefficients(
+    view: ValueVectorView,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    position: Position = "mean",
+    batch_tokens: int = 2048,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Tensor:
+    """`coefficients = mean_coefficients(view, tokenizer, statements)`: over any texts.
+
+    Args:
+        texts: at least one; the others are those of `record_concepts`.
+
+    Returns:
+        fp32 `[layers, width]`: absolute coefficients, averaged over each text's tokens, then over
+        the texts.
+    """
+    total = torch.zeros(view.layers, view.width)
+    for indices, coefficients in _record_texts(view, tokenizer, texts, position, batch_tokens):
+        total += coefficients.sum(0)
+        progress(len(indices))
+    return total / len(texts)
+
+
+@torch.no_grad()
+def _record_texts(
+    view: ValueVectorView,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    position: Position,
+    batch_tokens: int,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Indices of some texts, and their coefficients `[texts, layers, width]`, batch by batch."""
+    prompts = sorted_prompts(tokenizer, texts)
     refuse_too_long(view, max((len(prompt) for prompt, _ in prompts), default=0))
 
-    def forward(batch: Sequence[tuple[list[int], Question]]) -> Tensor:
-        tokens = torch.zeros(len(batch), len(batch[0][0]), dtype=torch.long)
-        attention_mask = torch.zeros_like(tokens)
-        for row, (prompt, _) in enumerate(batch):
-            tokens[row, : len(prompt)] = torch.tensor(prompt)
-            attention_mask[row, : len(prompt)] = 1
+    def forward(batch: Sequence[tuple[list[int], int]]) -> Tensor:
+        tokens, attention_mask = pad_right([prompt for prompt, _ in batch])
         tokens, attention_mask = tokens.to(view.model.device), attention_mask.to(view.model.device)
         with (
             record_coefficients(view, attention_mask, position) as recorded,
@@ -121,16 +160,22 @@ def record_concepts(
         tokens=lambda rows: len(rows) * len(rows[0][0]),
     )
     for batch, coefficients in batches:
-        for (_, question), row in zip(batch, coefficients, strict=True):
-            sums[rows[question.concept], question.fold] += row
-            counts[rows[question.concept], question.fold] += 1
-        progress(len(batch))
-    return ConceptCoefficients(concepts, sums, counts)
+        yield [index for _, index in batch], coefficients
+
+
+def pad_right(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """`tokens, attention_mask = pad_right([[5, 6], [7]])`: int64 `[rows, longest]` each."""
+    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    attention_mask = torch.zeros_like(tokens)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = torch.tensor(row)
+        attention_mask[index, : len(row)] = 1
+    return tokens, attention_mask
 
 
 def prompt_batches(
-    prompts: list[tuple[list[int], Question]], batch_tokens: int
-) -> Iterator[list[tuple[list[int], Question]]]:
+    prompts: list[tuple[list[int], int]], batch_tokens: int
+) -> Iterator[list[tuple[list[int], int]]]:
     """Prompts, sorted longest first, as many together as the budget of tokens takes."""
     start = 0
     while start < len(prompts):
@@ -140,11 +185,11 @@ def prompt_batches(
 
 
 def sorted_prompts(
-    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
-) -> list[tuple[list[int], Question]]:
-    """`sorted_prompts(tokenizer, questions)`: the clozes in tokens, the longest first."""
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+) -> list[tuple[list[int], int]]:
+    """`sorted_prompts(tokenizer, clozes)`: tokens and index of each text, the longest first."""
     return sorted(
-        ((tokenizer.encode(question.cloze), question) for question in questions),
+        ((tokenizer.encode(text), index) for index, text in enumerate(texts)),
         key=lambda pair: -len(pair[0]),
     )
 

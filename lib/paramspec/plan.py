@@ -182,9 +182,10 @@ def recording_passes(
     tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], batch_tokens: int = 2048
 ) -> Passes:
     """`recording_passes(tokenizer, questions)`: those of `record_concepts`."""
+    clozes = [question.cloze for question in questions]
     return _total(
         _pass([len(prompt) for prompt, _ in batch], 1, recorded=True)
-        for batch in prompt_batches(sorted_prompts(tokenizer, questions), batch_tokens)
+        for batch in prompt_batches(sorted_prompts(tokenizer, clozes), batch_tokens)
     )
 
 
