@@ -254,7 +254,7 @@ def test_workers_are_done_together_when_one_model_is_much_larger(count):
     weights = [300_000] * 20 + [135_000_000]
     plans = []
     for number, size in enumerate(weights):
-        identity = sweep._Identity(str(number), "", torch.float32, "cpu")
+        identity = sweep.Identity(str(number), "", torch.float32, "cpu")
         units = list(range(15))
         model = Checkpoint(str(number), None, None)
         plans.append(sweep._Plan(model, identity, "cpu", size, [["a"]] * 15, [{}] * 15, units))

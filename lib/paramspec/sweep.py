@@ -169,7 +169,7 @@ def score_questions(
     store = store or Store("results/store")
     view = value_vector_view(model.model)
     engine = choose_engine(view)
-    key = _basis(_identity(model), questions) | {
+    key = result_basis(identity_of(model), questions) | {
         "unit": "answers",
         "row_tokens": row_tokens,
         "batch_tokens": batch_tokens,
@@ -187,7 +187,7 @@ def score_questions(
                 progress=bar.update,
             )
         table = pd.DataFrame(
-            [_answer(question, score) for question, score in zip(questions, scores, strict=True)]
+            [answer_row(question, score) for question, score in zip(questions, scores, strict=True)]
         )
         path = store.put(key, lambda folder: table.to_parquet(folder / "answers.parquet"))
     return pd.read_parquet(path / "answers.parquet")
@@ -210,7 +210,7 @@ def concept_coefficients(
     """
     choices = choices or Choices()
     store = store or Store("results/store")
-    key = _basis(_identity(loaded), questions) | {
+    key = result_basis(identity_of(loaded), questions) | {
         "unit": "coefficients",
         "position": choices.position,
         "batch_tokens": choices.batch_tokens,
@@ -240,7 +240,7 @@ def _record(
         )
 
 
-def _answer(question: Question, score: Tensor) -> dict[str, object]:
+def answer_row(question: Question, score: Tensor) -> dict[str, object]:
     choice = choose(score.tolist(), question.options)
     return {
         "question_id": question.id,
@@ -311,7 +311,7 @@ def _refuse_thin(questions: Sequence[Question], choices: Choices) -> None:
 
 
 @dataclass(frozen=True)
-class _Identity:
+class Identity:
     """What tells a model from others in a key, known before it is loaded."""
 
     name: str
@@ -325,7 +325,7 @@ class _Plan:
     """A model's units: `keys[i]` is that of `shards[i]`, and `missing` lists those to compute."""
 
     model: LoadedModel | Checkpoint
-    identity: _Identity
+    identity: Identity
     place: str  # a device as `load_model` takes it
     weights: int
     shards: list[list[str]]
@@ -356,7 +356,7 @@ def _plan(
     names = [model for model in models if isinstance(model, str)]
     place, kind = "cpu", torch.float32
     if names:
-        place, kind = _elsewhere(place_and_dtype, device, dtype)
+        place, kind = elsewhere(place_and_dtype, device, dtype)
     found = iter(find_checkpoints(names))
     everything = [model if isinstance(model, LoadedModel) else next(found) for model in models]
     require_distinct([model.name for model in everything])
@@ -364,13 +364,13 @@ def _plan(
     plans = []
     for model in everything:
         if isinstance(model, LoadedModel):
-            identity = _identity(model)
+            identity = identity_of(model)
         else:
             # A worker may have another working directory.
             model = Checkpoint(model.name, model.spec, model.path.absolute())
             digest = digest_files(checkpoint_files(model.path))
-            identity = _Identity(model.name, digest, kind, torch.device(place).type)
-        basis = _basis(identity, questions) | method_key(choices) | {"unit": "pss"}
+            identity = Identity(model.name, digest, kind, torch.device(place).type)
+        basis = result_basis(identity, questions) | method_key(choices) | {"unit": "pss"}
         keys = [basis | {"concepts": shard} for shard in shards]
         missing = [number for number, key in enumerate(keys) if store.get(key) is None]
         weights = 0
@@ -379,7 +379,7 @@ def _plan(
         plans.append(_Plan(model, identity, str(place), weights, shards, keys, missing))
     waiting = [plan for plan in plans if plan.weights]
     if waiting and not on_this_machine():
-        _require_shared(store, [plan.model.path for plan in waiting])
+        require_shared(store, [plan.model.path for plan in waiting])
     return plans
 
 
@@ -392,19 +392,19 @@ def _check(checkpoint: Checkpoint) -> int:
     return network.num_parameters()
 
 
-def _elsewhere(function: Callable[..., object], *arguments: object) -> object:
+def elsewhere(function: Callable[..., object], *arguments: object) -> object:
     """Call it where tasks will run: the machines of a cluster may have other GPUs than this."""
     if on_this_machine():
         return function(*arguments)
     return next(iter(hand_out(function, [arguments])))
 
 
-def _require_shared(store: Store, paths: Sequence[Path]) -> None:
+def require_shared(store: Store, paths: Sequence[Path]) -> None:
     """A cluster's workers read models from, and write results to, directories that they share."""
     with writing_to(store.root):
         store.root.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".shared-", dir=store.root) as name:
-            unseen = _elsewhere(_unseen, [Path(name), *paths])
+            unseen = elsewhere(_unseen, [Path(name), *paths])
     if unseen:
         place, remedy = unseen[0], "copy the model to a directory that all machines see"
         if place.name.startswith(".shared-"):
@@ -477,14 +477,14 @@ def _measure(
                 for number in plan.missing
             }
         )
-        with _watching(store, waiting, bar):
+        with watching(store, waiting, bar):
             for name, made in hand_out(_measure_units, tasks):
                 computed[name] += made
     return computed
 
 
 @contextmanager
-def _watching(
+def watching(
     store: Store, waiting: dict[object, tuple[dict[str, object], int]], bar: tqdm
 ) -> Iterator[None]:
     """Move the bar as units that other processes compute come into the store."""
@@ -608,11 +608,11 @@ def _run_record(
     }
 
 
-def _identity(loaded: LoadedModel) -> _Identity:
-    return _Identity(loaded.name, loaded.digest, loaded.dtype, loaded.device.type)
+def identity_of(loaded: LoadedModel) -> Identity:
+    return Identity(loaded.name, loaded.digest, loaded.dtype, loaded.device.type)
 
 
-def _basis(identity: _Identity, questions: Sequence[Question]) -> dict[str, object]:
+def result_basis(identity: Identity, questions: Sequence[Question]) -> dict[str, object]:
     """What every result of a model on some questions depends on.
 
     Not the engine, nor the worker: they move a log-likelihood by less than 1e-3, as rounding does.

@@ -1,0 +1,713 @@
+"""Fine-tune a model in many ways and evaluate each result: what chapters 8 and 9 measure.
+
+    runs = [Run("original", None, evaluation), Run("FT-PV/0", training, evaluation), ...]
+    study = measure_runs("smollm2-135m", questions, runs)
+    study.answers, study.generated, study.texts, study.pss, study.curves, study.samples
+    draws = resample_runs(study.answers, "correct_norm")     # [1 + resamples, runs], as in trends
+
+A run is one training (or none) and what is asked of its result. Trained value vectors and answers
+are stored apart as they are done, so that a rerun after a crash, one more question to ask, or a
+second chapter trains nothing twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from paramspec.batches import in_batches
+from paramspec.errors import InputError
+from paramspec.finetune import (
+    FINETUNE_VERSION,
+    Diverged,
+    Training,
+    choose_vectors,
+    count_steps,
+    encode_texts,
+    optimizer_bytes,
+    train,
+    training_texts,
+)
+from paramspec.hooks import (
+    ValueVectorView,
+    replace_value_vectors,
+    train_value_vectors,
+    value_vector_view,
+)
+from paramspec.masks import pad_right, record_concepts
+from paramspec.models import (
+    Checkpoint,
+    LoadedModel,
+    checkpoint_files,
+    digest_files,
+    find_checkpoints,
+    load_model,
+    place_and_dtype,
+)
+from paramspec.parallel import begin_work, hand_out, on_this_machine, worker_count
+from paramspec.pss import Choices, measure_concepts
+from paramspec.scoring import (
+    OPEN_PROMPT,
+    SCORING_VERSION,
+    Engine,
+    Request,
+    answer_matches,
+    choose_engine,
+    encode,
+    generate_answers,
+    score_options,
+)
+from paramspec.specwiki import Question, questions_digest
+from paramspec.store import Store
+from paramspec.sweep import Identity, answer_row, elsewhere, require_shared, watching
+from paramspec.trends import Draws
+
+TRAINED = "vectors.safetensors"
+RECORD = "record.json"
+TABLES = ("answers", "generated", "texts", "pss", "curve")
+WINDOW = 128  # tokens of a passage of prose
+
+
+class Evaluation(BaseModel):
+    """What is asked of a model once it is trained.
+
+    Attributes:
+        folds: of the questions on the concepts trained on, those asked.
+        others: questions on other concepts, of the same folds; drawn once for all runs.
+        open_ended: the questions on the trained concepts are also asked without options: as the
+            `question` after examples, as the `cloze` alone (which is all that a micro model can
+            continue), or not at all.
+        stated: statements of other concepts whose likelihood is taken.
+        prose: passages of 128 tokens of English prose whose likelihood is taken: Python's language
+            reference, which comes with Python (`pydoc_data.topics`).
+        choices: PSS is measured with these, on the trained concepts against `others`; if given.
+        points: how often accuracy is measured while training, the end included; 0 for never.
+        seed: of the questions and statements on other concepts.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folds: tuple[int, ...] = (0, 1)
+    others: int = 0
+    open_ended: Literal["question", "cloze", "no"] = "no"
+    stated: int = 0
+    prose: int = 0
+    choices: Choices | None = None
+    points: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training, or the model as it is, under a name that no other run of a study has.
+
+    `concepts` are those asked about; those trained on if there is a training.
+    """
+
+    name: str
+    training: Training | None
+    evaluation: Evaluation
+    concepts: tuple[str, ...] = ()
+
+    @property
+    def about(self) -> tuple[str, ...]:
+        return self.training.concepts if self.training else self.concepts
+
+
+class CausalStudy(NamedTuple):
+    """What `measure_runs` gives; each table has a column `run`, the name of it.
+
+    Attributes:
+        runs: a row a run: `method` (`original` without training), `rule`, `share`, `seed`,
+            `vectors`, `parameters`, `optimizer_bytes`, `steps`, `loss_first`, `loss_last`,
+            `seconds` of training.
+        answers: multiple choice, columns as `score_questions` gives, and `trained`, whether the
+            question is on a concept trained on.
+        generated: open-ended: `question_id`, `concept`, `answer`, `correct`.
+        texts: `kind` (`statements` or `prose`), `text` (its number), `nats` (its negative
+            log-likelihood), `tokens` (those predicted).
+        pss: `PSS_COLUMNS`, with the run's name as `model`.
+        curves: `step`, `loss` (of its batch), `accuracy` on the trained concepts, where measured.
+    """
+
+    runs: pd.DataFrame
+    answers: pd.DataFrame
+    generated: pd.DataFrame
+    texts: pd.DataFrame
+    pss: pd.DataFrame
+    curves: pd.DataFrame
+
+
+def measure_runs(
+    model: str,
+    questions: Sequence[Question],
+    runs: Sequence[Run],
+    *,
+    store: Store | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> CausalStudy:
+    """`study = measure_runs("smollm2-135m", questions, runs)`: train and evaluate each.
+
+    Args:
+        model: as `load_model` takes it.
+        questions: hold the concepts trained on, and the other concepts.
+        runs: handed out to the processes or machines that `workers` says.
+        store: where trained vectors and answers are kept and looked for.
+
+    Raises:
+        InputError: if two runs have one name, if a concept is unknown or has no statements, before
+            any training; if a training diverges, with its name: what is finished is kept.
+    """
+    _refuse(runs, questions)
+    plan = _plan(model, questions, runs, store or Store("results/store"), dtype, device)
+    plan.store.remove_leftovers()
+    missing = [run for run in runs if plan.store.get(plan.key(run)) is None]
+    with tqdm(total=len(runs), desc=plan.identity.name, unit="run") as bar:
+        bar.update(len(runs) - len(missing))
+        if missing and not on_this_machine():
+            require_shared(plan.store, [plan.checkpoint.path])
+        tasks = [(plan, part) for part in _shares(missing, questions, worker_count())]
+        with watching(plan.store, {run.name: (plan.key(run), 1) for run in missing}, bar):
+            for _ in hand_out(_measure_runs, tasks):
+                pass
+    return _collect(plan, runs)
+
+
+@contextmanager
+def tuned(
+    loaded: LoadedModel,
+    questions: Sequence[Question],
+    training: Training | None,
+    *,
+    store: Store | None = None,
+) -> Iterator[LoadedModel]:
+    """`with tuned(loaded, questions, training) as model: ...`: the model, trained, for a while.
+
+    What it yields has a digest of its own, so that whatever is stored of it is not taken for the
+    base model's; the base model's weights are back, bit by bit, when the block ends. Trained
+    vectors are stored. Without a training it yields the model as it is.
+    """
+    if training is None:
+        yield loaded
+        return
+    store = store or Store("results/store")
+    path = _trained(loaded, questions, training, 0, (), store)
+    with _replaced(loaded, path) as model:
+        yield model
+
+
+# --- one run ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The model of a study and what it is asked; goes to the workers."""
+
+    checkpoint: Checkpoint
+    identity: Identity
+    place: str
+    questions: tuple[Question, ...]
+    store: Store
+
+    def key(self, run: Run) -> dict[str, object]:
+        return {
+            "unit": "causal",
+            "model": self.identity.digest,
+            "dtype": str(self.identity.dtype),
+            "device": self.identity.device,
+            "questions": questions_digest(self.questions),
+            "training": run.training and run.training.model_dump(mode="json"),
+            "concepts": list(run.about),
+            "evaluation": run.evaluation.model_dump(mode="json"),
+            "finetune_version": FINETUNE_VERSION,
+            "scoring_version": SCORING_VERSION,
+            "torch": version("torch"),
+        }
+
+
+def _plan(
+    model: str,
+    questions: Sequence[Question],
+    runs: Sequence[Run],
+    store: Store,
+    dtype: str,
+    device: str,
+) -> _Plan:
+    place, kind = elsewhere(place_and_dtype, device, dtype)
+    (found,) = find_checkpoints([model])
+    checkpoint = Checkpoint(found.name, found.spec, found.path.absolute())
+    digest = digest_files(checkpoint_files(checkpoint.path))
+    identity = Identity(checkpoint.name, digest, kind, torch.device(place).type)
+    store = Store(store.root.absolute())
+    return _Plan(checkpoint, identity, str(place), tuple(questions), store)
+
+
+def _refuse(runs: Sequence[Run], questions: Sequence[Question]) -> None:
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            raise InputError(f"run {run.name!r} stands twice; give each its own name")
+        if run.training is not None:
+            training_texts(questions, run.about, run.training.statements)
+        for concept in run.about:
+            if not any(question.concept == concept for question in questions):
+                raise InputError(f"concept {concept!r}: no question on it; correct the name")
+
+
+def _shares(runs: Sequence[Run], questions: Sequence[Question], count: int) -> list[list[Run]]:
+    """Runs in as many shares as there are workers, of like cost: each loads the model once."""
+    costs = {run.name: _cost(run, questions) for run in runs}
+    shares: list[list[Run]] = [[] for _ in range(min(count, len(runs)))]
+    for run in sorted(runs, key=lambda run: -costs[run.name]):
+        min(shares, key=lambda share: sum(costs[one.name] for one in share)).append(run)
+    return shares
+
+
+def _cost(run: Run, questions: Sequence[Question]) -> int:
+    """Tokens through the model, roughly; a step of training counts threefold."""
+    training, asked = run.training, run.evaluation
+    own = sum(q.concept in run.about and q.fold in asked.folds for q in questions)
+    cost = 20 * (own * (1 + asked.points) + asked.others) + 128 * asked.prose + 12 * asked.stated
+    cost += 60 * own if asked.open_ended != "no" else 0
+    if asked.choices:
+        cost += 20 * (own + asked.choices.general * len(run.about)) * len(asked.choices.ratios)
+    if training:
+        texts = training_texts(questions, training.concepts, training.statements)
+        cost += (
+            36 * training.epochs * len(texts) * (2 if training.method in ("FT-FV", "FT-CV") else 1)
+        )
+    return cost
+
+
+def _measure_runs(plan: _Plan, runs: Sequence[Run]) -> None:
+    """A task: load the model once, then train and evaluate one run after the other."""
+    begin_work()
+    dtype = str(plan.identity.dtype).removeprefix("torch.")
+    loaded = load_model(plan.checkpoint, dtype=dtype, device=plan.place)
+    if loaded.digest != plan.identity.digest:
+        raise InputError(
+            f"{plan.checkpoint.path}: not the files that the study began with; let them be the "
+            "same, and run again"
+        )
+    engine = choose_engine(value_vector_view(loaded.model))
+    for run in runs:
+        with plan.store.turn(plan.key(run)):
+            if plan.store.get(plan.key(run)) is None:
+                try:
+                    _measure_run(plan, loaded, engine, run)
+                except InputError as error:
+                    raise InputError(f"{run.name}: {error}") from None
+
+
+def _measure_run(plan: _Plan, loaded: LoadedModel, engine: Engine, run: Run) -> None:
+    own = _own(run, plan.questions)
+    tables: dict[str, pd.DataFrame] = {}
+    record: dict[str, object] = {}
+    if run.training is None:
+        tables |= _evaluate(plan, loaded, engine, run, own)
+    else:
+        path = _trained(
+            loaded, plan.questions, run.training, run.evaluation.points, own, plan.store, engine
+        )
+        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        curve = pd.DataFrame({"step": range(1, len(record["losses"]) + 1)})
+        curve["loss"] = record["losses"]
+        accuracy = pd.DataFrame(record["accuracy"], columns=["step", "accuracy"])
+        tables["curve"] = curve.merge(accuracy, on="step", how="outer").sort_values("step")
+        with _replaced(loaded, path) as model:
+            tables |= _evaluate(plan, model, engine, run, own)
+
+    def write(folder: Path) -> None:
+        for name, table in tables.items():
+            table.to_parquet(folder / f"{name}.parquet", index=False)
+        (folder / RECORD).write_text(json.dumps(record), encoding="utf-8")
+
+    plan.store.put(plan.key(run), write)
+
+
+def _own(run: Run, questions: Sequence[Question]) -> list[Question]:
+    return [q for q in questions if q.concept in run.about and q.fold in run.evaluation.folds]
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+def _trained(
+    loaded: LoadedModel,
+    questions: Sequence[Question],
+    training: Training,
+    points: int,
+    asked: Sequence[Question],
+    store: Store,
+    engine: Engine | None = None,
+) -> Path:
+    """The directory of trained vectors; with `points`, accuracy on `asked` on the way as well."""
+    texts = training_texts(questions, training.concepts, training.statements)
+    key = {
+        "unit": "finetune",
+        "model": loaded.digest,
+        "dtype": str(loaded.dtype),
+        "device": loaded.device.type,
+        "training": training.model_dump(mode="json"),
+        "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
+        "finetune_version": FINETUNE_VERSION,
+        "torch": version("torch"),
+        "points": points,
+    }
+    if training.rule in ("score", "other"):  # which look at other concepts' statements
+        key["questions"] = questions_digest(questions)
+    if points:
+        key["asked"] = questions_digest(asked)
+    path = store.get(key)
+    if path is not None:
+        return path
+    view = value_vector_view(loaded.model)
+    began = time.perf_counter()
+    vectors = choose_vectors(view, loaded.tokenizer, questions, training)
+    rows = encode_texts(view, loaded.tokenizer, texts)
+    chosen_in = time.perf_counter() - began
+    steps = count_steps(len(rows), training)
+    places = {round(steps * part / points) for part in range(points + 1)} if points else set()
+    accuracy: list[tuple[int, float]] = []
+    watched = 0.0
+
+    def observe(step: int) -> None:
+        nonlocal watched
+        if step in places:
+            started = time.perf_counter()
+            right = _answers(view, loaded.tokenizer, asked, engine)["correct_norm"]
+            accuracy.append((step, float(right.mean())))
+            watched += time.perf_counter() - started
+
+    began = time.perf_counter()
+    with train_value_vectors(view, vectors) as trained:
+        try:
+            losses = train(view, trained, rows, training, observe=observe)
+        except Diverged as error:
+            raise InputError(
+                f"{error}; give a lower learning rate than {training.learning_rate:g}"
+            ) from None
+        values = _moved(view, trained, vectors)
+    record = {
+        "losses": losses,
+        "accuracy": accuracy,
+        "steps": steps,
+        "vectors": len(vectors),
+        "parameters": len(vectors) * view.hidden,
+        "optimizer_bytes": optimizer_bytes(len(vectors), view.hidden),
+        "seconds": round(time.perf_counter() - began - watched, 2),
+        "seconds_choosing": round(chosen_in, 2),
+    }
+
+    def write(folder: Path) -> None:
+        save_file({"vectors": vectors.contiguous(), "values": values}, folder / TRAINED)
+        (folder / RECORD).write_text(json.dumps(record), encoding="utf-8")
+
+    return store.put(key, write)
+
+
+@torch.no_grad()
+def _moved(view: ValueVectorView, trained: object, vectors: Tensor) -> Tensor:
+    """Where the chosen vectors are after training, `[n, hidden]`, in the weights' dtype."""
+    values = torch.empty(len(vectors), view.hidden, dtype=view.modules[0].weight.dtype)
+    for layer, chosen in trained.chosen.items():
+        rows = vectors[:, 0] == layer
+        offset = trained.offsets[str(layer)]
+        values[rows] = (view.vectors(layer)[chosen].float() + offset).to(values.dtype).cpu()
+    return values
+
+
+@contextmanager
+def _replaced(loaded: LoadedModel, path: Path) -> Iterator[LoadedModel]:
+    tensors = load_file(path / TRAINED)
+    digest = hashlib.sha256(f"{loaded.digest} {path.name}".encode()).hexdigest()
+    view = value_vector_view(loaded.model)
+    with replace_value_vectors(view, tensors["vectors"], tensors["values"]):
+        yield dataclasses.replace(loaded, digest=digest)
+
+
+# --- evaluating ---------------------------------------------------------------------------------
+
+
+def _evaluate(
+    plan: _Plan, model: LoadedModel, engine: Engine, run: Run, own: Sequence[Question]
+) -> dict[str, pd.DataFrame]:
+    view, tokenizer, asked = value_vector_view(model.model), model.tokenizer, run.evaluation
+    others = _other_questions(plan.questions, run, asked)
+    answers = _answers(view, tokenizer, [*own, *others], engine)
+    answers["trained"] = [True] * len(own) + [False] * len(others)
+    tables = {"answers": answers}
+    if asked.open_ended != "no":
+        tables["generated"] = _generate(view, tokenizer, own, asked.open_ended)
+    tables["texts"] = _likelihoods(view, tokenizer, _held_out(plan.questions, run, tokenizer))
+    if asked.choices:
+        tables["pss"] = _specialization(view, tokenizer, engine, run, own, others)
+    return tables
+
+
+def _answers(
+    view: ValueVectorView,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    engine: Engine,
+) -> pd.DataFrame:
+    requests = [Request(encode(tokenizer, question), 0) for question in questions]
+    scores = score_options(view, requests, [None], engine=engine)
+    return pd.DataFrame(
+        [answer_row(question, score) for question, score in zip(questions, scores, strict=True)]
+    )
+
+
+def _specialization(
+    view: ValueVectorView,
+    tokenizer: PreTrainedTokenizerBase,
+    engine: Engine,
+    run: Run,
+    own: Sequence[Question],
+    others: Sequence[Question],
+) -> pd.DataFrame:
+    """Rows of PSS for each trained concept; unrelated are questions on concepts not trained on."""
+    coefficients = record_concepts(view, tokenizer, [*own, *others])
+    parts = []
+    for concept in run.about:
+        asked = [question for question in own if question.concept == concept] + list(others)
+        choices = run.evaluation.choices
+        parts.append(
+            measure_concepts(
+                run.name, view, tokenizer, asked, [concept], choices, coefficients, engine=engine
+            ).pss
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+def _generate(
+    view: ValueVectorView,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    form: Literal["question", "cloze"],
+) -> pd.DataFrame:
+    asked = [question.question if form == "question" else question.cloze for question in questions]
+    prompt = OPEN_PROMPT if form == "question" else "{question}"
+    answers = generate_answers(view, tokenizer, asked, prompt=prompt)
+    return pd.DataFrame(
+        {
+            "question_id": [question.id for question in questions],
+            "concept": [question.concept for question in questions],
+            "answer": answers,
+            "correct": [
+                answer_matches(answer, question.aliases)
+                for answer, question in zip(answers, questions, strict=True)
+            ],
+        }
+    )
+
+
+def _other_questions(questions: Sequence[Question], run: Run, asked: Evaluation) -> list[Question]:
+    """Questions on other concepts, whole folds of a concept at a time, the same for all runs."""
+    pool: dict[str, list[Question]] = {}
+    for question in questions:
+        if question.concept not in run.about and question.fold in asked.folds:
+            pool.setdefault(question.concept, []).append(question)
+    names = sorted(pool, key=lambda name: _hash(asked.seed, name))
+    chosen: list[Question] = []
+    for name in names:
+        if len(chosen) >= asked.others:
+            break
+        chosen += pool[name]
+    if len(chosen) < asked.others:
+        raise InputError(
+            f"others {asked.others}: only {len(chosen)} questions on other concepts; ask for fewer"
+        )
+    return chosen
+
+
+def _held_out(
+    questions: Sequence[Question], run: Run, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[str, list[int]]]:
+    """Texts that nothing was trained on, of both kinds, in tokens."""
+    asked = run.evaluation
+    stated = [
+        text
+        for question in questions
+        if question.concept not in run.about
+        for text in question.statements[:1]
+    ]
+    stated = sorted(dict.fromkeys(stated), key=lambda text: _hash(asked.seed, text))
+    texts = [("statements", tokenizer.encode(text)) for text in stated[: asked.stated]]
+    if asked.prose:
+        prose = "\n\n".join(topics[name].strip() for name in sorted(topics))
+        # Far more characters than the passages have tokens, and far fewer than there are.
+        tokens = tokenizer.encode(prose[: asked.prose * WINDOW * 8])
+        texts += [
+            ("prose", tokens[start : start + WINDOW])
+            for start in range(0, asked.prose * WINDOW, WINDOW)
+        ]
+    return texts
+
+
+@torch.no_grad()
+def _likelihoods(
+    view: ValueVectorView,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[tuple[str, list[int]]],
+) -> pd.DataFrame:
+    device = view.model.get_input_embeddings().weight.device
+
+    def forward(batch: Sequence[tuple[int, list[int]]]) -> list[float]:
+        tokens, attention_mask = pad_right([row for _, row in batch])
+        tokens, attention_mask = tokens.to(device), attention_mask.to(device)
+        logits = view.model(input_ids=tokens, attention_mask=attention_mask, use_cache=False).logits
+        labels = tokens.masked_fill(attention_mask == 0, -100)[:, 1:].to(logits.device)
+        losses = torch.nn.functional.cross_entropy(
+            logits[:, :-1].transpose(1, 2).float(), labels, reduction="none"
+        )
+        return losses.sum(1).tolist()
+
+    numbered = sorted(
+        ((index, row) for index, (_, row) in enumerate(texts)), key=lambda pair: -len(pair[1])
+    )
+    parts = [numbered[start : start + 8] for start in range(0, len(numbered), 8)]
+    nats = [0.0] * len(texts)
+    for batch, values in in_batches(
+        parts, forward, tokens=lambda rows: len(rows) * len(rows[0][1])
+    ):
+        for (index, _), value in zip(batch, values, strict=True):
+            nats[index] = value
+    return pd.DataFrame(
+        {
+            "kind": [kind for kind, _ in texts],
+            "text": range(len(texts)),
+            "nats": nats,
+            "tokens": [len(row) - 1 for _, row in texts],
+        }
+    )
+
+
+def _hash(seed: int, text: str) -> bytes:
+    return hashlib.sha256(f"{seed}\x1f{text}".encode()).digest()
+
+
+def _collect(plan: _Plan, runs: Sequence[Run]) -> CausalStudy:
+    rows, tables = [], {name: [] for name in TABLES}
+    for run in runs:
+        path = plan.store.get(plan.key(run))
+        if path is None:
+            raise InputError(
+                f"{plan.store.root}: a result of run {run.name!r} was damaged or removed as soon "
+                "as it was written; check the disk, and run again: what is whole is kept"
+            )
+        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        training = run.training
+        losses = record.get("losses") or [np.nan]
+        rows.append(
+            {
+                "run": run.name,
+                "method": training.method if training else "original",
+                "rule": training.rule if training else "",
+                "share": training.share if training else 0.0,
+                "seed": training.seed if training else 0,
+                "loss_first": losses[0],
+                "loss_last": float(np.mean(losses[-max(1, len(losses) // 10) :])),
+                **{
+                    name: record.get(name, 0)
+                    for name in ("vectors", "parameters", "optimizer_bytes", "steps", "seconds")
+                },
+            }
+        )
+        for name, parts in tables.items():
+            file = path / f"{name}.parquet"
+            if file.exists():
+                parts.append(pd.read_parquet(file).assign(run=run.name))
+    for table in tables["pss"]:
+        table["model"] = table["run"]  # stored under another run's name, perhaps
+    joined = {
+        name: pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+        for name, parts in tables.items()
+    }
+    return CausalStudy(
+        pd.DataFrame(rows),
+        joined["answers"],
+        joined["generated"],
+        joined["texts"],
+        joined["pss"],
+        joined["curve"],
+    )
+
+
+# --- intervals ----------------------------------------------------------------------------------
+
+
+def resample_runs(
+    table: pd.DataFrame,
+    value: str,
+    *,
+    weight: str | None = None,
+    unit: str = "concept",
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Draws:
+    """`draws = resample_runs(study.answers, "correct_norm")`: each run's mean, in resamples.
+
+    All runs are asked the same, so a resample draws units once for all of them, and differences
+    between runs are paired.
+
+    Args:
+        table: rows of one run each (`run`), all runs having the same units.
+        value: the column that is averaged, over rows; with `weight`, its sum over that of `weight`.
+        unit: what stays together in a resample.
+
+    Returns:
+        Draws whose `models` are the runs, with the one measure `value`.
+
+    Raises:
+        InputError: if a run lacks a unit that another has.
+    """
+    weights = table[weight] if weight else pd.Series(1.0, index=table.index)
+    frame = pd.DataFrame(
+        {"run": table["run"], "unit": table[unit], "value": table[value], "weight": weights}
+    )
+    sums = frame.groupby(["run", "unit"], sort=False).sum()
+    wide = sums.unstack("run")
+    if wide.isna().any(axis=None):
+        run = wide.columns[wide.isna().any()][0][1]
+        raise InputError(f"run {run!r}: lacks a {unit} that another run has; ask all the same")
+    names = tuple(dict.fromkeys(table["run"]))
+    top = wide["value"][list(names)].to_numpy(dtype=float)
+    bottom = wide["weight"][list(names)].to_numpy(dtype=float)
+    draw = np.random.default_rng(seed)
+    samples = draw.integers(len(top), size=(resamples, len(top)))
+    samples = np.concatenate([np.arange(len(top))[None], samples])
+    return Draws(names, {value: top[samples].sum(1) / bottom[samples].sum(1)})
+
+
+def over_seeds(draws: Draws, runs: Sequence[str], measure: str, *, seed: int = 0) -> np.ndarray:
+    """`over_seeds(draws, ["FT-PV/0", "FT-PV/1"], "correct_norm")`: `[1 + resamples]`.
+
+    The mean over the seeds of a method; in each resample of units, seeds are drawn anew as well,
+    the same ones for any list of as many runs, so that differences stay paired. With one seed
+    only, what seeds do is not in the interval.
+    """
+    values = draws.of(measure)[:, [draws.index(run) for run in runs]]
+    draw = np.random.default_rng(seed)
+    chosen = draw.integers(len(runs), size=values.shape)
+    chosen[0] = np.arange(len(runs))
+    return np.take_along_axis(values, chosen, axis=1).mean(axis=1)
