@@ -14,7 +14,19 @@ __version__ = "0.1.0"
 __getattr__, __dir__, __all__ = _lazy.attach(
     __name__,
     submod_attrs={
+        "causal": [
+            "Evaluation",
+            "Run",
+            "causal_runs",
+            "measure_methods",
+            "measure_runs",
+            "over_seeds",
+            "resample_runs",
+            "trained_concepts",
+            "tuned",
+        ],
         "errors": ["InputError"],
+        "finetune": ["METHODS", "Training", "choose_vectors", "parse_training"],
         "hooks": [
             "ValueVectorView",
             "mask_value_vectors",

@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -37,6 +37,7 @@ from paramspec.batches import in_batches
 from paramspec.errors import InputError
 from paramspec.finetune import (
     FINETUNE_VERSION,
+    METHODS,
     Diverged,
     Training,
     choose_vectors,
@@ -78,7 +79,7 @@ from paramspec.scoring import (
 from paramspec.specwiki import Question, questions_digest
 from paramspec.store import Store
 from paramspec.sweep import Identity, answer_row, elsewhere, require_shared, watching
-from paramspec.trends import Draws
+from paramspec.trends import Draws, resample_models
 
 TRAINED = "vectors.safetensors"
 RECORD = "record.json"
@@ -132,13 +133,89 @@ class Run:
         return self.training.concepts if self.training else self.concepts
 
 
+def trained_concepts(questions: Sequence[Question], count: int, seed: int = 0) -> tuple[str, ...]:
+    """`trained_concepts(questions, 10)`: concepts of the high tier, by the hash of their names.
+
+    Raises:
+        InputError: if there are fewer.
+    """
+    names = sorted(
+        {question.concept for question in questions if question.tier == "high"},
+        key=lambda name: _hash(seed, name),
+    )
+    if not 1 <= count <= len(names):
+        raise InputError(
+            f"concepts {count}: the questions hold {len(names)} concepts of the high tier; ask for "
+            "1 or more, and no more than that"
+        )
+    return tuple(names[:count])
+
+
+def causal_runs(
+    training: Training,
+    evaluation: Evaluation,
+    *,
+    seeds: int = 3,
+    doses: Sequence[float] = (),
+    rules: Sequence[str] = (),
+    rates: Sequence[float] = (),
+    alone: bool = False,
+) -> dict[str, list[Run]]:
+    """`parts = causal_runs(training, evaluation, doses=[1/32, 1/4])`: the runs of a causal study.
+
+    Args:
+        training: an FT-PV; what is not varied stays as it is.
+        evaluation: in full, of the part `methods`; of the others, multiple choice and likelihoods.
+        seeds: of each method.
+        doses: other shares, for FT-PV and FT-RV.
+        rules: other rules to choose the vectors of FT-PV by.
+        rates: other learning rates, as multiples of the training's.
+        alone: whether each concept is also trained on by itself.
+
+    Returns:
+        `methods` (with the original), `doses`, `rules`, `rates` and `alone`.
+    """
+    brief = evaluation.model_copy(
+        update={"open_ended": "no", "choices": None, "points": 0, "others": 0}
+    )
+
+    def run(name: str, asked: Evaluation, **changed: object) -> Run:
+        return Run(name, training.model_copy(update=changed), asked)
+
+    first = training.seed
+    unwatched = evaluation.model_copy(update={"points": 0})
+    parts = {"methods": [Run("original", None, unwatched, training.concepts)]}
+    parts["methods"] += [
+        run(f"{m}/{s}", evaluation if s == first else unwatched, method=m, seed=s)
+        for s in range(first, first + seeds)
+        for m in METHODS
+    ]
+    parts["doses"] = [
+        run(f"{m}/share {share:.4g}", brief, method=m, share=share)
+        for share in doses
+        for m in ("FT-PV", "FT-RV")
+    ]
+    parts["rules"] = [run(f"FT-PV/{rule}", brief, rule=rule) for rule in rules]
+    parts["rates"] = [
+        run(f"{m}/rate x{rate:g}", brief, method=m, learning_rate=rate * training.learning_rate)
+        for rate in rates
+        for m in METHODS
+    ]
+    parts["alone"] = [
+        run(f"{m}/{concept}", brief, method=m, concepts=(concept,))
+        for concept in training.concepts * alone
+        for m in METHODS
+    ]
+    return parts
+
+
 class CausalStudy(NamedTuple):
     """What `measure_runs` gives; each table has a column `run`, the name of it.
 
     Attributes:
         runs: a row a run: `method` (`original` without training), `rule`, `share`, `seed`,
-            `vectors`, `parameters`, `optimizer_bytes`, `steps`, `loss_first`, `loss_last`,
-            `seconds` of training.
+            `learning_rate`, `vectors`, `parameters`, `optimizer_bytes`, `steps`, `loss_first`,
+            `loss_last`, `seconds` of training.
         answers: multiple choice, columns as `score_questions` gives, and `trained`, whether the
             question is on a concept trained on.
         generated: open-ended: `question_id`, `concept`, `answer`, `correct`.
@@ -146,6 +223,7 @@ class CausalStudy(NamedTuple):
             log-likelihood), `tokens` (those predicted).
         pss: `PSS_COLUMNS`, with the run's name as `model`.
         curves: `step`, `loss` (of its batch), `accuracy` on the trained concepts, where measured.
+        vectors: by run, int32 `[n, 2]`, the (layer, value vector) that it trained.
     """
 
     runs: pd.DataFrame
@@ -154,6 +232,7 @@ class CausalStudy(NamedTuple):
     texts: pd.DataFrame
     pss: pd.DataFrame
     curves: pd.DataFrame
+    vectors: dict[str, Tensor]
 
 
 def measure_runs(
@@ -210,7 +289,7 @@ def tuned(
         yield loaded
         return
     store = store or Store("results/store")
-    path = _trained(loaded, questions, training, 0, (), store)
+    path = _trained(loaded, questions, training, store)
     with _replaced(loaded, path) as model:
         yield model
 
@@ -322,23 +401,33 @@ def _measure_run(plan: _Plan, loaded: LoadedModel, engine: Engine, run: Run) -> 
     own = _own(run, plan.questions)
     tables: dict[str, pd.DataFrame] = {}
     record: dict[str, object] = {}
+    vectors = torch.empty(0, 2, dtype=torch.int32)
     if run.training is None:
         tables |= _evaluate(plan, loaded, engine, run, own)
     else:
+        accuracy: list[tuple[int, float]] = []
+        view = value_vector_view(loaded.model)
+
+        def measure(step: int) -> None:
+            right = _answers(view, loaded.tokenizer, own, engine)["correct_norm"]
+            accuracy.append((step, float(right.mean())))
+
         path = _trained(
-            loaded, plan.questions, run.training, run.evaluation.points, own, plan.store, engine
+            loaded, plan.questions, run.training, plan.store, run.evaluation.points, measure
         )
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))
         curve = pd.DataFrame({"step": range(1, len(record["losses"]) + 1)})
         curve["loss"] = record["losses"]
-        accuracy = pd.DataFrame(record["accuracy"], columns=["step", "accuracy"])
-        tables["curve"] = curve.merge(accuracy, on="step", how="outer").sort_values("step")
+        measured = pd.DataFrame(accuracy, columns=["step", "accuracy"])
+        tables["curve"] = curve.merge(measured, on="step", how="outer").sort_values("step")
+        vectors = load_file(path / TRAINED)["vectors"]
         with _replaced(loaded, path) as model:
             tables |= _evaluate(plan, model, engine, run, own)
 
     def write(folder: Path) -> None:
         for name, table in tables.items():
             table.to_parquet(folder / f"{name}.parquet", index=False)
+        save_file({"vectors": vectors}, folder / TRAINED)
         (folder / RECORD).write_text(json.dumps(record), encoding="utf-8")
 
     plan.store.put(plan.key(run), write)
@@ -355,12 +444,14 @@ def _trained(
     loaded: LoadedModel,
     questions: Sequence[Question],
     training: Training,
-    points: int,
-    asked: Sequence[Question],
     store: Store,
-    engine: Engine | None = None,
+    points: int = 0,
+    measure: Callable[[int], None] = lambda step: None,
 ) -> Path:
-    """The directory of trained vectors; with `points`, accuracy on `asked` on the way as well."""
+    """The directory of trained vectors; with `points`, `measure` is called as often on the way.
+
+    Then they are trained in any case; without, they are looked for first.
+    """
     texts = training_texts(questions, training.concepts, training.statements)
     key = {
         "unit": "finetune",
@@ -371,32 +462,27 @@ def _trained(
         "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
         "finetune_version": FINETUNE_VERSION,
         "torch": version("torch"),
-        "points": points,
     }
     if training.rule in ("score", "other"):  # which look at other concepts' statements
         key["questions"] = questions_digest(questions)
-    if points:
-        key["asked"] = questions_digest(asked)
     path = store.get(key)
-    if path is not None:
+    if path is not None and not points:
         return path
     view = value_vector_view(loaded.model)
     began = time.perf_counter()
     vectors = choose_vectors(view, loaded.tokenizer, questions, training)
     rows = encode_texts(view, loaded.tokenizer, texts)
-    chosen_in = time.perf_counter() - began
+    seconds_choosing = time.perf_counter() - began
     steps = count_steps(len(rows), training)
     places = {round(steps * part / points) for part in range(points + 1)} if points else set()
-    accuracy: list[tuple[int, float]] = []
     watched = 0.0
 
     def observe(step: int) -> None:
         nonlocal watched
+        started = time.perf_counter()
         if step in places:
-            started = time.perf_counter()
-            right = _answers(view, loaded.tokenizer, asked, engine)["correct_norm"]
-            accuracy.append((step, float(right.mean())))
-            watched += time.perf_counter() - started
+            measure(step)
+        watched += time.perf_counter() - started
 
     began = time.perf_counter()
     with train_value_vectors(view, vectors) as trained:
@@ -409,13 +495,12 @@ def _trained(
         values = _moved(view, trained, vectors)
     record = {
         "losses": losses,
-        "accuracy": accuracy,
         "steps": steps,
         "vectors": len(vectors),
         "parameters": len(vectors) * view.hidden,
         "optimizer_bytes": optimizer_bytes(len(vectors), view.hidden),
         "seconds": round(time.perf_counter() - began - watched, 2),
-        "seconds_choosing": round(chosen_in, 2),
+        "seconds_choosing": round(seconds_choosing, 2),
     }
 
     def write(folder: Path) -> None:
@@ -607,7 +692,7 @@ def _hash(seed: int, text: str) -> bytes:
 
 
 def _collect(plan: _Plan, runs: Sequence[Run]) -> CausalStudy:
-    rows, tables = [], {name: [] for name in TABLES}
+    rows, vectors, tables = [], {}, {name: [] for name in TABLES}
     for run in runs:
         path = plan.store.get(plan.key(run))
         if path is None:
@@ -625,6 +710,7 @@ def _collect(plan: _Plan, runs: Sequence[Run]) -> CausalStudy:
                 "rule": training.rule if training else "",
                 "share": training.share if training else 0.0,
                 "seed": training.seed if training else 0,
+                "learning_rate": training.learning_rate if training else 0.0,
                 "loss_first": losses[0],
                 "loss_last": float(np.mean(losses[-max(1, len(losses) // 10) :])),
                 **{
@@ -633,6 +719,7 @@ def _collect(plan: _Plan, runs: Sequence[Run]) -> CausalStudy:
                 },
             }
         )
+        vectors[run.name] = load_file(path / TRAINED)["vectors"]
         for name, parts in tables.items():
             file = path / f"{name}.parquet"
             if file.exists():
@@ -650,6 +737,7 @@ def _collect(plan: _Plan, runs: Sequence[Run]) -> CausalStudy:
         joined["texts"],
         joined["pss"],
         joined["curve"],
+        vectors,
     )
 
 
@@ -711,3 +799,66 @@ def over_seeds(draws: Draws, runs: Sequence[str], measure: str, *, seed: int = 0
     chosen = draw.integers(len(runs), size=values.shape)
     chosen[0] = np.arange(len(runs))
     return np.take_along_axis(values, chosen, axis=1).mean(axis=1)
+
+
+# What is told of a way of training, and how the book calls it.
+MEASURES = {
+    "multiple choice": "accuracy (acc_norm) on the concepts trained on",
+    "open-ended": "exact match with an alias, on the concepts trained on",
+    "PSS pooled": "peak over the ratios of |G(k) - C(k)| / G(0), pooled over concepts",
+    "PSS per concept": "peak of the mean over concepts of |G(k) - C(k)| / G(0)",
+    "diff. in diff.": "peak of ((G(k) - C(k)) - (G(0) - C(0))) / G(0), pooled",
+    "other concepts": "accuracy (acc_norm) on concepts not trained on",
+    "statements": "nats a token of statements on concepts not trained on",
+    "prose": "nats a token of English prose",
+}
+
+
+def measure_methods(
+    study: CausalStudy, runs: Sequence[Run], *, resamples: int = 1000, seed: int = 0
+) -> dict[str, dict[str, np.ndarray]]:
+    """`measures = measure_methods(study, parts["methods"])`: by measure and method, in resamples.
+
+    `interval(measures["open-ended"]["FT-PV"] - measures["open-ended"]["FT-RV"])` is a paired
+    difference: both have the same resampled concepts (or texts), and the same resampled seeds.
+
+    Args:
+        runs: the original, and each method at the same seeds.
+
+    Returns:
+        For each of `MEASURES` that was taken, and each method, `[1 + resamples]`.
+    """
+    methods: dict[str, list[str]] = {}
+    for run in runs:
+        methods.setdefault(run.training.method if run.training else "original", []).append(run.name)
+    names = [name for part in methods.values() for name in part]
+
+    def of(table: pd.DataFrame, value: str, **options: object) -> dict[str, np.ndarray]:
+        table = table[table["run"].isin(names)]
+        if table.empty:
+            return {}
+        draws = resample_runs(table, value, resamples=resamples, seed=seed, **options)
+        return {m: over_seeds(draws, part, value, seed=seed) for m, part in methods.items()}
+
+    trained = study.answers["trained"]
+    found = {
+        "multiple choice": of(study.answers[trained], "correct_norm"),
+        "other concepts": of(study.answers[~trained], "correct_norm"),
+    }
+    if len(study.generated):
+        found["open-ended"] = of(study.generated, "correct")
+    for kind in ("statements", "prose"):
+        texts = study.texts[study.texts["kind"] == kind]
+        found[kind] = of(texts, "nats", weight="tokens", unit="text")
+    if len(study.pss):
+        masked = study.pss[study.pss["model"].isin(names)]
+        draws = resample_models(masked, resamples=resamples, seed=seed)
+        for title, measure in {
+            "PSS pooled": "peak_pss",
+            "PSS per concept": "peak_per_concept",
+            "diff. in diff.": "peak_did",
+        }.items():
+            found[title] = {
+                m: over_seeds(draws, part, measure, seed=seed) for m, part in methods.items()
+            }
+    return {name: found[name] for name in MEASURES if found.get(name)}

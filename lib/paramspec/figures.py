@@ -7,6 +7,8 @@ figures.curves(summary, base)       # chapter 3
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -520,4 +522,127 @@ def tiers(table: pd.DataFrame) -> Figure:
     panels[2].axhline(0, color="0.5", linestyle="--", linewidth=1)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    return figure
+
+
+# A method keeps its colour through the book.
+METHOD_COLOURS = {
+    "original": "0.35",
+    "FT-FV": _COLOURS[0],
+    "FT-PV": _COLOURS[3],
+    "FT-CV": _COLOURS[2],
+    "FT-RV": _COLOURS[7],
+}
+METHOD_TITLES = {
+    "original": "original",
+    "FT-FV": "FT-FV, all vectors",
+    "FT-PV": "FT-PV, the concept's own",
+    "FT-CV": "FT-CV, all but those",
+    "FT-RV": "FT-RV, random",
+}
+
+
+def by_method(table: pd.DataFrame, labels: Mapping[str, str]) -> Figure:
+    """Each measure of each model, a row a way of training, with 95 % intervals.
+
+    Args:
+        table: columns `model`, `method` (in order), `measure`, `value`, `low`, `high`; a method
+            that has no colour of its own has FT-PV's. The first method is drawn as a line as well.
+        labels: title of each measure, in order.
+    """
+    models, methods = list(dict.fromkeys(table["model"])), list(dict.fromkeys(table["method"]))
+    figure, panels = plt.subplots(
+        len(models),
+        len(labels),
+        figsize=(
+            max(4.8, 2.05 * len(labels) + 1.2),
+            0.7 + (0.55 + 0.27 * len(methods)) * len(models),
+        ),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
+    )
+    places = dict(zip(methods, range(len(methods))[::-1], strict=True))
+    for row, model in zip(panels, models, strict=True):
+        for axes, (measure, title) in zip(row, labels.items(), strict=True):
+            part = table[(table["model"] == model) & (table["measure"] == measure)]
+            if part["value"].isna().all():
+                axes.text(
+                    0.5, 0.5, "not measured", ha="center", transform=axes.transAxes, color=NULL
+                )
+                axes.set_xticks([])
+            else:
+                axes.axvline(part["value"].iloc[0], color="0.7", linewidth=1, zorder=0)
+            for one in part.itertuples():
+                colour = METHOD_COLOURS.get(one.method, METHOD_COLOURS["FT-PV"])
+                axes.hlines(places[one.method], one.low, one.high, color=colour, lw=1.6, alpha=0.6)
+                axes.plot(one.value, places[one.method], "o", color=colour, markersize=6)
+            if model == models[0]:
+                axes.set_title(title)
+            axes.margins(y=0.15)
+        row[0].set_yticks(list(places.values()), list(places))
+        row[-1].annotate(
+            model,
+            (1.03, 0.5),
+            xycoords="axes fraction",
+            rotation=270,
+            va="center",
+            fontsize="small",
+        )
+    return figure
+
+
+def over_training(
+    table: pd.DataFrame,
+    x: str,
+    label: str,
+    values: Mapping[str, str],
+    *,
+    ticks: Mapping[float, str] | None = None,
+    original: pd.DataFrame | None = None,
+) -> Figure:
+    """Lines by method over a choice or the course of training, a column a model.
+
+    Args:
+        table: columns `model`, `method`, `x`, and each value, with `_low` and `_high` where known.
+        x: the column of the abscissa; `label` names it.
+        values: title of each value, a row of panels each.
+        ticks: places and names on a logarithmic abscissa; a linear one without.
+        original: `model` and each value of the untrained model, a dashed line.
+    """
+    models = list(dict.fromkeys(table["model"]))
+    figure, panels = plt.subplots(
+        len(values),
+        len(models),
+        figsize=(max(4.8, 2.5 * len(models) + 0.6), 0.8 + 2.2 * len(values)),
+        squeeze=False,
+        sharex="col",
+        sharey="row",
+        layout="constrained",
+    )
+    for column, model in enumerate(models):
+        for row, (value, title) in enumerate(values.items()):
+            axes = panels[row, column]
+            for method, part in table[table["model"] == model].groupby("method", sort=False):
+                part = part.dropna(subset=[value]).sort_values(x)
+                style = {"color": METHOD_COLOURS[method], "label": METHOD_TITLES[method]}
+                if f"{value}_low" in part:
+                    _with_interval(axes, part[x], part, value, markersize=4, lw=1.4, **style)
+                else:
+                    marker = "o" if len(part) < 20 else ""
+                    axes.plot(part[x], part[value], marker=marker, markersize=4, lw=1.4, **style)
+            if original is not None and value in original:
+                before = original.loc[original["model"] == model, value]
+                axes.axhline(before.iloc[0], color="0.35", linestyle="--", lw=1, label="original")
+            if ticks is not None:
+                axes.set_xscale("log")
+                axes.set_xticks(list(ticks), list(ticks.values()))
+                axes.xaxis.set_minor_locator(plt.NullLocator())
+            if row == 0:
+                axes.set_title(model)
+            if column == 0:
+                axes.set_ylabel(title)
+        panels[-1, column].set_xlabel(label)
+    handles, names = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3)
     return figure
