@@ -76,7 +76,7 @@ def test_an_answer_is_the_first_line_without_space_around_it(monkeypatch):
         view, tokenizer, PROMPTS[:4], prompt="{question}", progress=done.append
     )
     assert answers == ["Paris", "the Thames", "", "Big Ben"]
-    assert done == [4]
+    assert sum(done) == 4
 
 
 def test_questions_may_hold_braces():

@@ -27,15 +27,17 @@ prediction is read off. A model that cannot take such a row (learnt from a test 
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from paramspec.batches import in_batches
 from paramspec.errors import InputError
@@ -409,7 +411,6 @@ Question: {question}
 Answer:"""
 
 
-@torch.no_grad()
 def generate_answers(
     view: ValueVectorView,
     tokenizer: PreTrainedTokenizerBase,
@@ -432,45 +433,155 @@ def generate_answers(
     Returns:
         The answers, stripped, in the order of the questions.
     """
-    keeps = [None] * len(questions) if keeps is None else keeps
-    answers = []
-    for start in range(0, len(questions), batch_size):
-        part = questions[start : start + batch_size]
-        prompts = [prompt.replace("{question}", question) for question in part]
-        texts = _left_padded(tokenizer, prompts, view.model.device)
-        rows = [Row(mask=start + index) for index in range(len(part))]
-        with _row_masks(view, rows, keeps):
-            tokens = view.model.generate(
-                **texts,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=_padding(tokenizer),
-            )
-        new = tokens[:, texts["input_ids"].shape[1] :]
-        decoded = tokenizer.batch_decode(new, skip_special_tokens=True)
-        answers += [answer.strip().split("\n")[0].strip() for answer in decoded]
+    decoded = decode(
+        view,
+        tokenizer,
+        [prompt.replace("{question}", question) for question in questions],
+        lambda _, logits: logits.argmax(-1),
+        keeps=keeps,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return first_lines(tokenizer, [row.tokens for (row,) in decoded])
+
+
+def first_lines(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> list[str]:
+    """`first_lines(tokenizer, tokens)`: each answer in words, up to the end of its line."""
+    texts = tokenizer.batch_decode(list(rows), skip_special_tokens=True)
+    return [text.strip().split("\n")[0].strip() for text in texts]
+
+
+@dataclass
+class Decoded:
+    """What was generated after a prompt.
+
+    Attributes:
+        tokens: up to and with the one that ended it, by ending the text or the line.
+        log_likelihood: of these tokens, in nats, whatever they were picked by.
+        state: `[hidden]`, fp32: what the last of them was predicted from, the unembedding's input
+            at the token before it. Of an answer that has ended, its last token's.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    log_likelihood: float = 0.0
+    state: Tensor | None = None
+
+
+@torch.no_grad()
+def decode(
+    view: ValueVectorView,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    pick: Callable[[int, Tensor], Tensor],
+    *,
+    copies: int = 1,
+    keeps: Sequence[Tensor | None] | None = None,
+    max_new_tokens: int = 12,
+    batch_size: int = 32,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[list[Decoded]]:
+    """`decode(view, tokenizer, prompts, lambda index, logits: logits.argmax(-1))`: a line each.
+
+    Each needed token is computed once: the beginning that all prompts share for all of them (where
+    none is masked), the rest of a prompt for all its copies. Prompts of one length go together and
+    none is padded, so that a sliding window reaches as far back as it should.
+
+    Args:
+        pick: given a prompt's number and fp32 logits `[copies, vocabulary]`, the tokens to go on
+            with, `[copies]`.
+        copies: answers to each prompt.
+        keeps: as in `generate_answers`.
+        batch_size: rows of a forward pass, `copies` to a prompt; at least one prompt's.
+
+    Returns:
+        The copies of each prompt.
+
+    Raises:
+        InputError: if a prompt and its answer are longer than the model's context.
+    """
+    keeps = [None] * len(prompts) if keeps is None else keeps
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    refuse_too_long(view, max(map(len, encoded), default=0) + max_new_tokens)
+    masked = any(keep is not None for keep in keeps)
+    shared = 0 if masked else _shared_beginning(encoded)
+    beginning = DynamicCache(config=view.model.config.get_text_config(decoder=True))
+    if shared:
+        _extend(view, torch.tensor([encoded[0][:shared]]), beginning)
+    answers = [[Decoded() for _ in range(copies)] for _ in prompts]
+    for part in _equally_long(encoded, max(1, batch_size // copies)):
+        cache = copy.deepcopy(beginning)
+        if shared:
+            cache.batch_repeat_interleave(len(part))
+        rest = torch.tensor([encoded[index][shared:] for index in part])
+        with _row_masks(view, [Row(mask=index) for index in part], keeps):
+            logits, states = _extend(view, rest, cache)
+        cache.batch_repeat_interleave(copies)
+        logits, states = (each.repeat_interleave(copies, dim=0) for each in (logits, states))
+        going = dict(enumerate(answer for index in part for answer in answers[index]))
+        tokens = torch.empty(0)
+        with _row_masks(view, [Row(mask=index) for index in part for _ in range(copies)], keeps):
+            for step in range(max_new_tokens):
+                if step:
+                    logits, states = _extend(view, tokens[:, None], cache)
+                own = logits.reshape(len(part), copies, -1)
+                tokens = torch.cat([pick(index, row) for index, row in zip(part, own, strict=True)])
+                chosen = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
+                for row, answer in list(going.items()):
+                    answer.tokens.append(int(tokens[row]))
+                    answer.log_likelihood += chosen[row]
+                    answer.state = states[row]
+                    if _has_ended(view, tokenizer, answer.tokens):
+                        del going[row]
+                if not going:
+                    break
         progress(len(part))
     return answers
 
 
-def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+def _extend(view: ValueVectorView, rows: Tensor, cache: DynamicCache) -> tuple[Tensor, Tensor]:
+    """Each row's logits, fp32, and hidden state at its last token; the cache grows by the rows."""
+    device = view.model.get_input_embeddings().weight.device
+    last = torch.tensor([(row, rows.shape[1] - 1) for row in range(len(rows))])
+    seen = torch.ones(len(rows), cache.get_seq_length() + rows.shape[1], dtype=torch.long)
+    states: list[Tensor] = []
+    with unembed_only(view.model, last), ExitStack() as stack:
+        hook = view.model.get_output_embeddings().register_forward_pre_hook(
+            lambda _, args: states.append(args[0][0].float().cpu())
+        )
+        stack.callback(hook.remove)
+        logits = view.model(
+            input_ids=rows.to(device),
+            attention_mask=seen.to(device),
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[0]
+    return logits.float(), states[0]
 
 
-def _left_padded(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], device: torch.device
-) -> dict[str, Tensor]:
-    encoded = [tokenizer.encode(text) for text in texts]
-    length = max(map(len, encoded))
-    tokens = torch.full((len(texts), length), _padding(tokenizer), dtype=torch.long)
-    attention_mask = torch.zeros_like(tokens)
-    for index, row in enumerate(encoded):
-        tokens[index, length - len(row) :] = torch.tensor(row)
-        attention_mask[index, length - len(row) :] = 1
-    return {"input_ids": tokens.to(device), "attention_mask": attention_mask.to(device)}
+def _shared_beginning(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows begin with; each has one more, at least."""
+    most = min(map(len, rows), default=1) - 1
+    return next((n for n in range(most) if len({row[n] for row in rows}) > 1), most)
+
+
+def _equally_long(rows: Sequence[Sequence[int]], most: int) -> Iterator[list[int]]:
+    """Indices of rows of one length, up to `most` together, the longest first."""
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+    for _, group in itertools.groupby(order, key=lambda index: len(rows[index])):
+        members = list(group)
+        yield from (members[start : start + most] for start in range(0, len(members), most))
+
+
+def _has_ended(
+    view: ValueVectorView, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]
+) -> bool:
+    """Whether a text or its first line has ended; space before the first word does not count."""
+    ends = view.model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    if tokens[-1] in (*ends, tokenizer.eos_token_id):
+        return True
+    return "\n" in tokenizer.decode(tokens, skip_special_tokens=True).lstrip()
 
 
 def answer_matches(answer: str, aliases: Sequence[str]) -> bool:
