@@ -34,6 +34,7 @@ from paramspec.scoring import choose, encode, score_one_at_a_time
 from paramspec.store import Store
 from paramspec.trends import interval
 from toy_study import save_toy, toy_loaded, toy_questions
+from toys import toy_model
 
 TAUGHT = ("alpha", "delta", "sigma")
 TRAINING = Training(
@@ -46,6 +47,8 @@ FULL = Evaluation(
     prose=2,
     choices=Choices(ratios=(0.1, 0.3), folds=(1,), general=4, nulls=("random",)),
     points=2,
+    sampled=6,
+    samples=3,
 )
 
 
@@ -173,7 +176,7 @@ def test_all_runs_are_asked_the_same_and_others_are_others(study, runs):
     assert set(study.pss["model"]) == set(full)
 
 
-def test_unrelated_questions_are_on_concepts_not_trained(model, questions, monkeypatch):
+def test_unrelated_questions_are_on_concepts_not_trained(model, questions, monkeypatch, tmp_path):
     """PSS after training compares with what was not trained: seen in what is scored."""
     seen = []
     real = causal.measure_concepts
@@ -183,14 +186,46 @@ def test_unrelated_questions_are_on_concepts_not_trained(model, questions, monke
         return real(name, view, tokenizer, asked, concepts, *rest, **options)
 
     monkeypatch.setattr(causal, "measure_concepts", note)
-    loaded = load_model(str(model))
-    view = value_vector_view(loaded.model)
     run = Run("original", None, FULL, TAUGHT)
-    others = causal._other_questions(questions, run, FULL)
-    causal._specialization(view, loaded.tokenizer, None, run, own(questions), others)
+    measure_runs(str(model), questions, [run], store=Store(tmp_path))
     assert [concept for concept, _ in seen] == list(TAUGHT)
     for concept, asked in seen:
         assert asked & set(TAUGHT) == {concept}
+
+
+def test_samples_and_states_are_those_of_the_trained_model(model, questions, study, store):
+    """A sample's likelihood, and the state of a greedy answer, by one plain forward pass each."""
+    loaded = load_model(str(model))
+    clozes = {question.id: question.cloze for question in questions}
+    rows = study.samples[study.samples["run"] == "FT-FV/1"]
+    assert len(rows) == 6
+    assert rows["concept"].value_counts().to_dict() == dict.fromkeys(TAUGHT, 2)
+    greedy = study.generated[study.generated["run"] == "FT-FV/1"].set_index("question_id")
+    training = TRAINING.model_copy(update={"method": "FT-FV", "seed": 1})
+    with tuned(loaded, questions, training, store=store) as tuned_model, torch.no_grad():
+        for row in rows.itertuples():
+            prompt = loaded.tokenizer.encode(clozes[row.question_id])
+            for answer, likelihood, tokens in zip(
+                row.answers, row.log_likelihoods, row.tokens, strict=True
+            ):
+                words = loaded.tokenizer.encode(answer)
+                if len(words) != tokens:  # its end, or a special token, is not in the words
+                    continue
+                whole = torch.tensor([prompt + words])
+                logits = tuned_model.model(input_ids=whole).logits[0].log_softmax(-1)
+                places = range(len(prompt) - 1, whole.shape[1] - 1)
+                expected = sum(float(logits[p, whole[0, p + 1]]) for p in places)
+                assert likelihood == pytest.approx(expected, abs=1e-3)
+            told = greedy.loc[row.question_id]
+            words = loaded.tokenizer.encode(told["answer"])
+            if len(words) == 12:  # cut off: the state is that before the last token
+                states = []
+                hook = tuned_model.model.lm_head.register_forward_pre_hook(
+                    lambda _, args, states=states: states.append(args[0])
+                )
+                tuned_model.model(input_ids=torch.tensor([prompt + words[:-1]]))
+                hook.remove()
+                np.testing.assert_allclose(told["state"], states[0][0, -1], atol=1e-4)
 
 
 def test_curves_begin_at_the_original_and_end_at_the_result(study):
@@ -215,7 +250,7 @@ def test_a_rerun_trains_and_asks_nothing(model, questions, runs, store, study, m
     flat = [run for part in runs.values() for run in part]
     renamed = [dataclasses.replace(run, name=f"again {run.name}") for run in flat]
     again = measure_runs(str(model), questions, renamed, store=store)
-    for table in ("answers", "generated", "texts", "pss", "curves"):
+    for table in ("answers", "generated", "texts", "pss", "curves", "samples"):
         one, other = getattr(study, table), getattr(again, table)
         columns = [column for column in one if column not in ("run", "model")]
         pd.testing.assert_frame_equal(one[columns], other[columns])
@@ -291,11 +326,14 @@ def test_bad_input_is_told_before_any_training(model, questions, tmp_path, monke
         trained_concepts(questions, 9)
 
 
-def test_a_diverging_run_is_named_and_the_others_are_kept(model, questions, tmp_path, monkeypatch):
-    store = Store(tmp_path)
+def test_a_diverging_run_is_named_and_the_others_are_kept(questions, tmp_path, monkeypatch):
+    store, model = Store(tmp_path / "store"), save_toy(tmp_path / "loud")
+    loud = toy_model("llama")
+    loud.lm_head.weight *= 20  # so that it can be wrong by more than a uniform guess is
+    loud.save_pretrained(model)
     brief = Evaluation()
-    wild = Run("wild", TRAINING.model_copy(update={"learning_rate": 1e38}), brief)
-    calm = Run("calm", TRAINING, brief)
+    wild = Run("wild", TRAINING.model_copy(update={"learning_rate": 100.0}), brief)
+    calm = Run("calm", TRAINING.model_copy(update={"learning_rate": 1e-4}), brief)
     monkeypatch.setattr(causal, "_cost", lambda run, _: {"calm": 2, "wild": 1}[run.name])
     with pytest.raises(InputError, match=r"^wild: the loss is .* at step \d+; give a lower"):
         measure_runs(str(model), questions, [wild, calm], store=store)

