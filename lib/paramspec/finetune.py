@@ -132,8 +132,9 @@ class Training(BaseModel):
     @field_validator("learning_rate")
     @classmethod
     def _rate(cls, rate: float) -> float:
-        if not 0 < rate < math.inf:
-            raise ValueError(f"learning_rate {rate}: expected a positive number")
+        # AdamW multiplies its first step by ten, and hands a number to torch that float32 holds.
+        if not 0 < rate <= 1e37:
+            raise ValueError(f"learning_rate {rate}: expected a positive number up to 1e37")
         return rate
 
     @field_validator("seed")
