@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q \
   $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test lock clean
+.PHONY: help setup book test bench lock clean
 
 help:  ## list the commands
 	@echo "usage: make COMMAND [PROFILE=smoke|default|paper] [PYTHON=python3.11] [TORCH_INDEX=URL]"
@@ -23,6 +23,9 @@ test: .venv/installed  ## lint, and run every test (the site's need Chromium: CH
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+bench: .venv/installed  ## what a step of fine-tuning costs, in time and in memory
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/finetune.py
 
 setup: .venv/installed  ## create .venv, or bring it up to the locks
 

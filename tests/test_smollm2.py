@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from paramspec.finetune import finetune, parse_training
 from paramspec.hooks import value_vector_view
 from paramspec.masks import (
     keep_tensor,
@@ -181,3 +185,26 @@ def test_an_answer_is_lost_under_a_mask_of_everything_and_its_neighbour_is_not(s
     masked, kept = generate_answers(view, smollm2.tokenizer, questions, keeps)
     assert not answer_matches(masked, ["Paris"])
     assert answer_matches(kept, ["Paris"])
+
+
+def test_a_fine_tuned_copy_is_an_ordinary_model(smollm2, tmp_path):
+    """From GGUF, through two steps, to a directory that plain transformers reads bit by bit."""
+    copied = dataclasses.replace(smollm2, model=copy.deepcopy(smollm2.model))
+    training = parse_training(
+        method="FT-PV", concepts=["France"], statements=1, epochs=1, batch=5, learning_rate=1e-2
+    )
+    record = finetune(copied, load_questions(), training, tmp_path)
+    assert (record["status"], record["steps"]) == ("finished", 2)
+    assert record["vectors"] == 30 * 1536 // 8
+    tokens = torch.tensor([smollm2.tokenizer.encode("The capital of France is")])
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        expected, before = (kept.model(tokens).logits for kept in (copied, smollm2))
+        assert torch.equal(plain(tokens).logits, expected)
+    assert not torch.allclose(expected, before, atol=1e-2)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.encode("The capital of France is") == tokens[0].tolist()
+    ours = load_model(str(tmp_path), dtype="float32", device="cpu")
+    assert ours.digest != smollm2.digest
+    with torch.no_grad():
+        assert torch.equal(ours.model(tokens).logits, expected)

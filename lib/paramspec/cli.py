@@ -380,7 +380,8 @@ def finetune(
     if save_every < 1:
         raise InputError(f"save_every {save_every}: expected at least 1 step")
     asked = load_questions(questions)
-    with tqdm(desc=f"{method} of {model}", unit="step") as bar:
+    # No bar before there is a step: a refusal is one line.
+    with tqdm(desc=f"{method} of {model}", unit="step", delay=0.01) as bar:
 
         def show(done: int, of: int) -> None:
             bar.total = of
@@ -422,7 +423,8 @@ def _numbers(text: str) -> list[int]:
     found: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or int(last or first) < int(first):
+        numbers = first.isdecimal() and (last.isdecimal() or not dash)
+        if not numbers or int(last or first) < int(first):
             raise InputError(f"layers {text!r}: expected numbers from 0 and ranges, as 0,4-6")
         found += range(int(first), int(last or first) + 1)
     return found

@@ -132,8 +132,9 @@ class Training(BaseModel):
     @field_validator("learning_rate")
     @classmethod
     def _rate(cls, rate: float) -> float:
-        if not 0 < rate <= 1e30:  # beyond, AdamW's steps are no fp32 numbers
-            raise ValueError(f"learning_rate {rate}: expected a positive number up to 1e30")
+        # AdamW multiplies its first step by ten, and hands a number to torch that float32 holds.
+        if not 0 < rate <= 1e37:
+            raise ValueError(f"learning_rate {rate}: expected a positive number up to 1e37")
         return rate
 
     @field_validator("seed")
@@ -173,7 +174,7 @@ def training_texts(
 
     Raises:
         InputError: if a concept is unknown or has no statement, or if a statement holds the
-            wording that one of the concept's questions is evaluated with.
+            wording that a question on any of the concepts is evaluated with.
     """
     texts: dict[str, None] = {}
     for concept in concepts:
@@ -186,15 +187,23 @@ def training_texts(
                 f"concept {concept!r}: its questions have no statements to train on; write some "
                 "into the question file"
             )
-        asked = [wording.casefold() for q in own for wording in (q.cloze, q.question)]
-        for text in stated:
-            if any(wording in text.casefold() for wording in asked):
-                raise InputError(
-                    f"concept {concept!r}: statement {text!r} holds the wording of a question on "
-                    "it; word it differently"
-                )
         texts |= dict.fromkeys(stated)
+    asked = [question for question in questions if question.concept in concepts]
+    wordings = {_plain(text): q for q in asked for text in (q.cloze, q.question)}
+    for text in texts:
+        plain = _plain(text)
+        for wording, question in wordings.items():
+            if wording in plain:
+                raise InputError(
+                    f"concept {question.concept!r}: statement {text!r} holds the wording of "
+                    f"question {question.id!r}; word it differently"
+                )
     return list(texts)
+
+
+def _plain(text: str) -> str:
+    """Without what may differ in the same wording: case, and how much white space."""
+    return " ".join(text.casefold().split())
 
 
 def other_concepts(questions: Sequence[Question], training: Training) -> list[str]:
@@ -294,9 +303,15 @@ def _by_rule(
     if training.rule == "score":
         own = own - others()
     chosen = top_vectors(own, training.share)
-    if training.rule == "magnitude":
-        return magnitude_matched_vectors(chosen, own, draw)
-    return chosen
+    if training.rule != "magnitude":
+        return chosen
+    matched = magnitude_matched_vectors(chosen, own, draw)
+    if len(matched) < len(chosen):
+        raise InputError(
+            f"share {training.share}: rule 'magnitude' trains others than the highest, and too few "
+            "are left; use a share of up to a half"
+        )
+    return matched
 
 
 def gradient_norms(
@@ -327,8 +342,12 @@ def encode_texts(
     view: ValueVectorView, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
 ) -> list[list[int]]:
     """`rows = encode_texts(view, tokenizer, statements)`: tokens of each text, and its end."""
-    rows = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in texts]
-    refuse_too_long(view, max(map(len, rows)))
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    rows = [[*tokenizer.encode(text, verbose=False), *end] for text in texts]
+    for text, row in zip(texts, rows, strict=True):
+        if len(row) < 2:
+            raise InputError(f"statement {text!r}: no token to predict; write a sentence")
+    refuse_too_long(view, max(map(len, rows)), "a statement", "shorten it")
     return rows
 
 
@@ -375,11 +394,13 @@ def learning_rate(step: int, steps: int, training: Training) -> float:
 class Diverged(InputError):
     """Training left the range of numbers that mean something, at `step`; `kept` was the last good.
 
-    `losses` are those of the steps up to and including `step`.
+    `losses` are those before the steps up to and including `step`; if it was the last step that
+    went wrong, also the one after it.
     """
 
     def __init__(self, step: int, kept: int, losses: list[float]) -> None:
-        super().__init__(f"the loss is {losses[-1]:.3g} at step {step}")
+        when = "at" if len(losses) == step else "after the last step,"
+        super().__init__(f"the loss is {losses[-1]:.3g} {when} step {step}")
         self.step, self.kept, self.losses = step, kept, losses
 
 
@@ -408,12 +429,16 @@ def train(
         The loss before each step, on its batch, in nats a token.
 
     Raises:
-        Diverged: if a loss is not finite, or above twice that of a uniform guess; the state before
-            it, if one was kept, is that of the last good step.
+        Diverged: if a loss is not finite, or above twice both the first one and that of a uniform
+            guess; the state before it, if one was kept, is that of the last good step.
     """
     optimizer = torch.optim.AdamW(trained.parameters(), weight_decay=0)
     steps = count_steps(len(rows), training)
-    limit = 2 * math.log(view.model.get_input_embeddings().weight.shape[0])
+    uniform = math.log(view.model.get_input_embeddings().weight.shape[0])
+
+    def has_diverged(loss: float) -> bool:
+        return not math.isfinite(loss) or loss > 2 * max(uniform, (losses or [loss])[0])
+
     losses = [] if state is None else _read_state(state, trained, optimizer)
     resumed, saved = len(losses), len(losses)
     progress(resumed)
@@ -425,7 +450,7 @@ def train(
             continue
         loss = language_modelling_loss(view.model, [rows[index] for index in indices])
         value = float(loss.detach())
-        if not value <= limit:
+        if has_diverged(value):
             raise Diverged(step, saved, [*losses, value])
         # A loss that is fine shows that the step before left the weights fine.
         if state is not None and step > saved + save_every:
@@ -442,7 +467,7 @@ def train(
         progress(1)
     with torch.no_grad():
         last = float(language_modelling_loss(view.model, [rows[index] for index in indices]))
-    if not last <= limit:
+    if has_diverged(last):
         raise Diverged(steps, saved, [*losses, last])
     return losses
 
@@ -462,9 +487,11 @@ def _write_state(
         tensors[f"{name}/exp_avg"] = moments["exp_avg"]
         tensors[f"{name}/exp_avg_sq"] = moments["exp_avg_sq"]
     scratch = state.with_name(state.name + ".partial")
+    about = {"losses": json.dumps(losses)}
+    about["sha256"] = _digest(tensors, about["losses"])
     with writing_to(state.parent):
         try:
-            save_file(tensors, scratch, {"losses": json.dumps(losses)})
+            save_file(tensors, scratch, about)
             scratch.replace(state)
         finally:
             scratch.unlink(missing_ok=True)
@@ -479,21 +506,34 @@ def _read_state(
         return []
     try:
         with safetensors.safe_open(state, framework="pt") as file:
-            losses = json.loads(file.metadata()["losses"])
-            for name, offset in trained.offsets.items():
-                offset.copy_(file.get_tensor(f"{name}/offset"))
-                optimizer.state[offset] = {
-                    "step": torch.tensor(float(len(losses))),
-                    **{
-                        part: file.get_tensor(f"{name}/{part}").to(offset.device)
-                        for part in ("exp_avg", "exp_avg_sq")
-                    },
-                }
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if about.get("sha256") != _digest(tensors, about.get("losses", "")):
+            raise ValueError("it is damaged")
+        losses = json.loads(about["losses"])
+        for name, offset in trained.offsets.items():
+            offset.copy_(tensors[f"{name}/offset"])
+            optimizer.state[offset] = {
+                "step": torch.tensor(float(len(losses))),
+                **{
+                    part: tensors[f"{name}/{part}"].to(offset.device)
+                    for part in ("exp_avg", "exp_avg_sq")
+                },
+            }
     except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
         raise InputError(
             f"{state}: not a readable state of this training ({error}); remove it to start again"
         ) from None
     return losses
+
+
+def _digest(tensors: dict[str, Tensor], losses: str) -> str:
+    """Safetensors notices a file that was cut short, not a byte that flipped."""
+    digest = hashlib.sha256(losses.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().cpu().numpy())
+    return digest.hexdigest()
 
 
 # --- a directory --------------------------------------------------------------------------------
@@ -524,7 +564,8 @@ def finetune(
     Returns:
         What `finetune.json` says: the run (model digest, training, digest of the texts), `status`,
         `steps`, `losses`, `vectors` trained, `parameters` trained, `optimizer_bytes`, `seconds`
-        (of this call), versions.
+        (of the call that ended it), `versions`; of a run that diverged, also the `problem` and
+        the step `kept`.
 
     Raises:
         InputError: for a bad choice, or if `out` holds another run or other files, before any
@@ -549,14 +590,12 @@ def finetune(
             f"{out}: holds another run ({_difference(record['run'], run)}); choose another "
             "directory, or remove this one"
         )
-    if record is not None and record["status"] == "diverged":
-        raise InputError(_told(record, out))
-    if record is not None and record["status"] == "finished":
-        return record
+    if record is not None and record["status"] != "unfinished":
+        return _done(record, out)
     began = time.perf_counter()
     view = value_vector_view(loaded.model)
-    vectors = choose_vectors(view, loaded.tokenizer, questions, training)
     rows = encode_texts(view, loaded.tokenizer, texts)
+    vectors = choose_vectors(view, loaded.tokenizer, questions, training)
     steps = count_steps(len(rows), training)
     record = {
         "run": run,
@@ -588,7 +627,12 @@ def finetune(
             )
             record |= {"status": "finished", "losses": losses}
         except Diverged as error:
-            record |= {"status": "diverged", "losses": error.losses, "kept": error.kept}
+            record |= {
+                "status": "diverged",
+                "losses": error.losses[:-1],
+                "kept": error.kept,
+                "problem": str(error),
+            }
             if error.kept:
                 _read_state(out / STATE, trained, torch.optim.AdamW(trained.parameters()))
         record["seconds"] = round(time.perf_counter() - began, 2)
@@ -596,19 +640,21 @@ def finetune(
             trained.merge()
             _save_model(out, loaded)
     _write_record(out, record)
-    (out / STATE).unlink(missing_ok=True)
-    if record["status"] == "diverged":
-        raise InputError(_told(record, out))
-    return record
+    return _done(record, out)
 
 
-def _told(record: dict[str, object], out: Path) -> str:
-    losses, kept = record["losses"], record["kept"]
+def _done(record: dict[str, object], out: Path) -> dict[str, object]:
+    """What to hand back of a run that has ended; nothing of it is needed to continue."""
+    with writing_to(out):
+        for left in out.glob(f"{STATE}*"):
+            left.unlink()
+    if record["status"] == "finished":
+        return record
+    kept = record["kept"]
     held = f"{out} holds the model after step {kept}" if kept else "no earlier state was kept"
-    return (
-        f"training diverged: the loss is {losses[-1]:.3g} at step {len(losses)} of "
-        f"{record['steps']}; {held}; use another directory and a lower learning rate than "
-        f"{record['run']['training']['learning_rate']:g}"
+    raise InputError(
+        f"training diverged: {record['problem']} of {record['steps']}; {held}; use another "
+        f"directory and a lower learning rate than {record['run']['training']['learning_rate']:g}"
     )
 
 
@@ -628,7 +674,9 @@ def _read_record(out: Path) -> dict[str, object] | None:
         return None
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        record["run"], record["status"]
+        if record["status"] not in ("unfinished", "finished", "diverged"):
+            raise ValueError
+        {**record["run"], **record["run"]["training"]}
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{file}: not the record of a run; choose another directory") from None
     return record
@@ -637,7 +685,7 @@ def _read_record(out: Path) -> dict[str, object] | None:
 def _write_record(out: Path, record: dict[str, object]) -> None:
     scratch = out / (RECORD + ".partial")
     with writing_to(out):
-        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         scratch.write_text(text, encoding="utf-8")
         scratch.replace(out / RECORD)
 

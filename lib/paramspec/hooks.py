@@ -287,9 +287,14 @@ def replace_value_vectors(view: ValueVectorView, vectors: Tensor, values: Tensor
         values: `[n, hidden]`, what stands there within the block.
 
     Raises:
-        InputError: if there is no such vector, or one is given twice.
+        InputError: if there is no such vector, or one is given twice, or the values do not fit.
     """
     _require_vectors(view, vectors)
+    if values.shape != (len(vectors), view.hidden):
+        raise InputError(
+            f"values of shape {tuple(values.shape)} do not fit {len(vectors)} value vectors of "
+            f"length {view.hidden}"
+        )
     places = [(layer, vectors[:, 0] == layer) for layer in vectors[:, 0].unique().tolist()]
     before = {}
     for layer, rows in places:
@@ -338,14 +343,19 @@ def unembed_only(model: nn.Module, places: Tensor) -> Iterator[None]:
         hook.remove()
 
 
-def refuse_too_long(view: ValueVectorView, tokens: int) -> None:
+def refuse_too_long(
+    view: ValueVectorView,
+    tokens: int,
+    what: str = "a question",
+    remedy: str = "shorten its cloze or its options",
+) -> None:
     """`refuse_too_long(view, 9000)`: InputError if the model has no position for so many tokens."""
     config = view.model.config.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and tokens > limit:
         raise InputError(
-            f"a question of {tokens} tokens does not fit the model's context of {limit} tokens; "
-            "shorten its cloze or its options"
+            f"{what} of {tokens} tokens does not fit the model's context of {limit} tokens; "
+            f"{remedy}"
         )
 
 
