@@ -58,6 +58,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
             "ModelSpec",
             "describe_models",
             "expand_models",
+            "find_checkpoints",
             "find_spec",
             "load_model",
             "load_registry",

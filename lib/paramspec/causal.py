@@ -76,6 +76,7 @@ from paramspec.scoring import (
     decode,
     encode,
     first_lines,
+    likeliest,
     score_options,
 )
 from paramspec.specwiki import Question, questions_digest
@@ -102,7 +103,7 @@ class Evaluation(BaseModel):
         prose: passages of 128 tokens of English prose whose likelihood is taken: Python's language
             reference, which comes with Python (`pydoc_data.topics`).
         choices: PSS is measured with these, on the trained concepts against `others`; if given.
-        points: how often accuracy is measured while training, the end included; 0 for never.
+        points: parts of the training between which accuracy is measured.
         sampled: of the questions asked open-ended, how many are also answered by sampling.
         samples: answers sampled to each of those.
         temperature: of the samples.
@@ -117,7 +118,7 @@ class Evaluation(BaseModel):
     stated: int = 0
     prose: int = 0
     choices: Choices | None = None
-    points: int = 0
+    points: int = 1
     sampled: int = 0
     samples: int = 10
     temperature: float = 1.0
@@ -186,6 +187,7 @@ def causal_runs(
     evaluation: Evaluation,
     *,
     seeds: int = 3,
+    pss_seeds: int | None = None,
     doses: Sequence[float] = (),
     rules: Sequence[str] = (),
     rates: Sequence[float] = (),
@@ -197,6 +199,8 @@ def causal_runs(
         training: an FT-PV; what is not varied stays as it is.
         evaluation: in full, of the part `methods`; of the others, multiple choice and likelihoods.
         seeds: of each method.
+        pss_seeds: of these, how many are measured for PSS as well, which takes longest; all if not
+            given.
         doses: other shares, for FT-PV and FT-RV.
         rules: other rules to choose the vectors of FT-PV by.
         rates: other learning rates, as multiples of the training's.
@@ -206,20 +210,21 @@ def causal_runs(
         `methods` (with the original), `doses`, `rules`, `rates` and `alone`.
     """
     brief = evaluation.model_copy(
-        update={"open_ended": "no", "choices": None, "points": 0, "others": 0, "sampled": 0}
+        update={"open_ended": "no", "choices": None, "points": 1, "others": 0, "sampled": 0}
     )
 
     def run(name: str, asked: Evaluation, **changed: object) -> Run:
         return Run(name, training.model_copy(update=changed), asked)
 
     first = training.seed
-    unwatched = evaluation.model_copy(update={"points": 0})
+    unwatched = evaluation.model_copy(update={"points": 1})
+    without = unwatched.model_copy(update={"choices": None})
     parts = {"methods": [Run("original", None, unwatched, training.concepts)]}
-    parts["methods"] += [
-        run(f"{m}/{s}", evaluation if s == first else unwatched, method=m, seed=s)
-        for s in range(first, first + seeds)
-        for m in METHODS
-    ]
+    for number in range(seeds):
+        asked = unwatched if number < (seeds if pss_seeds is None else pss_seeds) else without
+        asked = evaluation if number == 0 else asked
+        s = first + number
+        parts["methods"] += [run(f"{m}/{s}", asked, method=m, seed=s) for m in METHODS]
     parts["doses"] = [
         run(f"{m}/share {share:.4g}", brief, method=m, share=share)
         for share in doses
@@ -255,7 +260,8 @@ class CausalStudy(NamedTuple):
         texts: `kind` (`statements` or `prose`), `text` (its number), `nats` (its negative
             log-likelihood), `tokens` (those predicted).
         pss: `PSS_COLUMNS`, with the run's name as `model`.
-        curves: `step`, `loss` (of its batch), `accuracy` on the trained concepts, where measured.
+        curves: `step`, `loss` (of its batch), `accuracy` on the trained concepts where measured,
+            the original's at step 0 and the run's at the last.
         vectors: by run, int32 `[n, 2]`, the (layer, value vector) that it trained.
     """
 
@@ -463,7 +469,7 @@ def _measure_run(plan: _Plan, loaded: LoadedModel, engine: Engine, run: Run) -> 
     with ExitStack() as stack:
         model = loaded
         if run.training is not None:
-            points = run.evaluation.points if "curve" in missing else 0
+            points = run.evaluation.points if "curve" in missing else 1
             path = _trained(loaded, plan.questions, run.training, plan.store, points, measure)
             record = json.loads((path / RECORD).read_text(encoding="utf-8"))
             vectors = load_file(path / TRAINED)["vectors"]
@@ -499,12 +505,12 @@ def _trained(
     questions: Sequence[Question],
     training: Training,
     store: Store,
-    points: int = 0,
+    points: int = 1,
     measure: Callable[[int], None] = lambda step: None,
 ) -> Path:
-    """The directory of trained vectors; with `points`, `measure` is called as often on the way.
+    """The directory of trained vectors; `measure` is called between `points` parts of the way.
 
-    Then they are trained in any case; without, they are looked for first.
+    Then they are trained in any case; otherwise, they are looked for first.
     """
     texts = training_texts(questions, training.concepts, training.statements)
     key = {
@@ -520,7 +526,7 @@ def _trained(
     if training.rule in ("score", "other"):  # which look at other concepts' statements
         key["questions"] = questions_digest(questions)
     path = store.get(key)
-    if path is not None and not points:
+    if path is not None and points < 2:
         return path
     view = value_vector_view(loaded.model)
     began = time.perf_counter()
@@ -528,7 +534,7 @@ def _trained(
     rows = encode_texts(view, loaded.tokenizer, texts)
     seconds_choosing = time.perf_counter() - began
     steps = count_steps(len(rows), training)
-    places = {round(steps * part / points) for part in range(points + 1)} if points else set()
+    places = {round(steps * part / points) for part in range(1, points)}
     watched = 0.0
 
     def observe(step: int) -> None:
@@ -620,6 +626,7 @@ def _specialization(
         run.evaluation.choices,
     )
     others = _other_questions(plan.questions, run, run.evaluation)
+    own = [question for question in own if question.fold in (*choices.choose_on, *choices.score_on)]
     coefficients = record_concepts(view, tokenizer, [*own, *others])
     parts = []
     for concept in run.about:
@@ -647,7 +654,7 @@ def _generated(
         value_vector_view(model.model),
         model.tokenizer,
         [prompt.replace("{question}", asked) for asked, prompt in forms],
-        lambda _, logits: logits.argmax(-1),
+        likeliest,
     )
     answers = first_lines(model.tokenizer, [row.tokens for (row,) in decoded])
     return pd.DataFrame(
@@ -762,7 +769,7 @@ def _likelihoods(
     numbered = sorted(
         ((index, row) for index, (_, row) in enumerate(texts)), key=lambda pair: -len(pair[1])
     )
-    parts = [numbered[start : start + 8] for start in range(0, len(numbered), 8)]
+    parts = [numbered[start : start + 2] for start in range(0, len(numbered), 2)]
     nats = [0.0] * len(texts)
     for batch, values in in_batches(
         parts, forward, tokens=lambda rows: len(rows) * len(rows[0][1])
@@ -831,6 +838,7 @@ def _collect(plan: _Plan, runs: Sequence[Run]) -> CausalStudy:
                 parts.append(pd.read_parquet(found / f"{name}.parquet").assign(run=run.name))
     for table in tables["pss"]:
         table["model"] = table["run"]  # stored under another run's name, perhaps
+    _close_curves(tables["curve"], tables["answers"], runs)
     joined = {
         name: pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
         for name, parts in tables.items()
@@ -845,6 +853,28 @@ def _collect(plan: _Plan, runs: Sequence[Run]) -> CausalStudy:
         joined["samples"],
         vectors,
     )
+
+
+def _close_curves(
+    curves: list[pd.DataFrame], answers: Sequence[pd.DataFrame], runs: Sequence[Run]
+) -> None:
+    """Put the accuracy before and after training into each curve; both are measured anyway."""
+    accuracy = {}
+    for run, table in zip(runs, answers, strict=True):
+        accuracy[run.name] = float(table.loc[table["trained"], "correct_norm"].mean())
+    for place, (run, curve) in enumerate(zip(runs, curves, strict=True)):
+        if run.training is None or run.evaluation.points < 2:
+            continue
+        original = next((one for one in runs if _is_original_of(one, run)), None)
+        before = accuracy[original.name] if original else np.nan
+        first = pd.DataFrame({"step": [0], "accuracy": [before], "run": [run.name]})
+        curve.loc[curve["step"] == curve["step"].max(), "accuracy"] = accuracy[run.name]
+        curves[place] = pd.concat([first, curve], ignore_index=True)
+
+
+def _is_original_of(one: Run, run: Run) -> bool:
+    same = one.evaluation.folds == run.evaluation.folds
+    return one.training is None and one.about == run.about and same
 
 
 # --- intervals ----------------------------------------------------------------------------------
@@ -912,6 +942,7 @@ MEASURES = {
     "multiple choice": "accuracy (acc_norm) on the concepts trained on",
     "open-ended": "exact match with an alias, on the concepts trained on",
     "PSS pooled": "peak over the ratios of |G(k) - C(k)| / G(0), pooled over concepts",
+    "PSS, random masks": "the same under random masks of the same size",
     "PSS per concept": "peak of the mean over concepts of |G(k) - C(k)| / G(0)",
     "diff. in diff.": "peak of ((G(k) - C(k)) - (G(0) - C(0))) / G(0), pooled",
     "other concepts": "accuracy (acc_norm) on concepts not trained on",
@@ -934,17 +965,20 @@ def measure_methods(
     Returns:
         For each of `MEASURES` that was taken, and each method, `[1 + resamples]`.
     """
-    methods: dict[str, list[str]] = {}
-    for run in runs:
-        methods.setdefault(run.training.method if run.training else "original", []).append(run.name)
-    names = [name for part in methods.values() for name in part]
+    method_of = {run.name: run.training.method if run.training else "original" for run in runs}
+
+    def over_methods(draws: Draws, measure: str) -> dict[str, np.ndarray]:
+        methods: dict[str, list[str]] = {}
+        for name in draws.models:
+            methods.setdefault(method_of[name], []).append(name)
+        return {m: over_seeds(draws, part, measure, seed=seed) for m, part in methods.items()}
 
     def of(table: pd.DataFrame, value: str, **options: object) -> dict[str, np.ndarray]:
-        table = table[table["run"].isin(names)]
+        table = table[table["run"].isin(method_of)]
         if table.empty:
             return {}
         draws = resample_runs(table, value, resamples=resamples, seed=seed, **options)
-        return {m: over_seeds(draws, part, value, seed=seed) for m, part in methods.items()}
+        return over_methods(draws, value)
 
     trained = study.answers["trained"]
     found = {
@@ -957,14 +991,13 @@ def measure_methods(
         texts = study.texts[study.texts["kind"] == kind]
         found[kind] = of(texts, "nats", weight="tokens", unit="text")
     if len(study.pss):
-        masked = study.pss[study.pss["model"].isin(names)]
+        masked = study.pss[study.pss["model"].isin(method_of)]
         draws = resample_models(masked, resamples=resamples, seed=seed)
         for title, measure in {
             "PSS pooled": "peak_pss",
+            "PSS, random masks": "peak_null",
             "PSS per concept": "peak_per_concept",
             "diff. in diff.": "peak_did",
         }.items():
-            found[title] = {
-                m: over_seeds(draws, part, measure, seed=seed) for m, part in methods.items()
-            }
+            found[title] = over_methods(draws, measure)
     return {name: found[name] for name in MEASURES if found.get(name)}

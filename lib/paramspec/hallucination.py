@@ -105,10 +105,15 @@ def sample_answers(
         raise InputError(f"temperature {temperature}: expected a positive number")
     draws = [_generator(seed, question) for question in questions]
 
-    def pick(index: int, logits: Tensor) -> Tensor:
-        shares = (logits[1:] / temperature).softmax(-1).cpu()
-        drawn = torch.multinomial(shares, 1, generator=draws[index])[:, 0]
-        return torch.cat([logits[:1].argmax(-1), drawn.to(logits.device)])
+    def pick(index: int, copies: list[int], logits: Tensor) -> Tensor:
+        tokens = logits.argmax(-1)  # copy 0 is greedy, the others are drawn
+        drawn = [place for place, copy in enumerate(copies) if copy > 0]
+        if drawn:
+            shares = (logits[drawn] / temperature).softmax(-1).cpu()
+            tokens[drawn] = torch.multinomial(shares, 1, generator=draws[index])[:, 0].to(
+                tokens.device
+            )
+        return tokens
 
     decoded = decode(
         view,

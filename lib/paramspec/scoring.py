@@ -27,10 +27,10 @@ prediction is read off. A model that cannot take such a row (learnt from a test 
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -437,7 +437,7 @@ def generate_answers(
         view,
         tokenizer,
         [prompt.replace("{question}", question) for question in questions],
-        lambda _, logits: logits.argmax(-1),
+        likeliest,
         keeps=keeps,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
@@ -473,7 +473,7 @@ def decode(
     view: ValueVectorView,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
-    pick: Callable[[int, Tensor], Tensor],
+    pick: Callable[[int, list[int], Tensor], Tensor],
     *,
     copies: int = 1,
     keeps: Sequence[Tensor | None] | None = None,
@@ -481,15 +481,16 @@ def decode(
     batch_size: int = 32,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[Decoded]]:
-    """`decode(view, tokenizer, prompts, lambda index, logits: logits.argmax(-1))`: a line each.
+    """`decode(view, tokenizer, prompts, likeliest)`: the first line of an answer to each.
 
     Each needed token is computed once: the beginning that all prompts share for all of them (where
-    none is masked), the rest of a prompt for all its copies. Prompts of one length go together and
-    none is padded, so that a sliding window reaches as far back as it should.
+    none is masked), the rest of a prompt for all its copies, and nothing after an answer's end.
+    Prompts of one length go together and none is padded, so that a sliding window reaches as far
+    back as it should.
 
     Args:
-        pick: given a prompt's number and fp32 logits `[copies, vocabulary]`, the tokens to go on
-            with, `[copies]`.
+        pick: given a prompt's number, those of its copies that go on, and fp32 logits `[copies
+            that go on, vocabulary]`, the tokens to go on with.
         copies: answers to each prompt.
         keeps: as in `generate_answers`.
         batch_size: rows of a forward pass, `copies` to a prompt; at least one prompt's.
@@ -510,7 +511,7 @@ def decode(
         _extend(view, torch.tensor([encoded[0][:shared]]), beginning)
     answers = [[Decoded() for _ in range(copies)] for _ in prompts]
     for part in _equally_long(encoded, max(1, batch_size // copies)):
-        cache = copy.deepcopy(beginning)
+        cache = deepcopy(beginning)
         if shared:
             cache.batch_repeat_interleave(len(part))
         rest = torch.tensor([encoded[index][shared:] for index in part])
@@ -518,25 +519,39 @@ def decode(
             logits, states = _extend(view, rest, cache)
         cache.batch_repeat_interleave(copies)
         logits, states = (each.repeat_interleave(copies, dim=0) for each in (logits, states))
-        going = dict(enumerate(answer for index in part for answer in answers[index]))
-        tokens = torch.empty(0)
-        with _row_masks(view, [Row(mask=index) for index in part for _ in range(copies)], keeps):
-            for step in range(max_new_tokens):
-                if step:
-                    logits, states = _extend(view, tokens[:, None], cache)
-                own = logits.reshape(len(part), copies, -1)
-                tokens = torch.cat([pick(index, row) for index, row in zip(part, own, strict=True)])
-                chosen = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
-                for row, answer in list(going.items()):
-                    answer.tokens.append(int(tokens[row]))
-                    answer.log_likelihood += chosen[row]
-                    answer.state = states[row]
-                    if _has_ended(view, tokenizer, answer.tokens):
-                        del going[row]
-                if not going:
-                    break
+        rows = [(index, copy) for index in part for copy in range(copies)]  # those that go on
+        for _ in range(max_new_tokens):
+            tokens = []
+            for index, group in itertools.groupby(rows, key=lambda row: row[0]):
+                going = [copy for _, copy in group]
+                own = logits[len(tokens) : len(tokens) + len(going)]
+                tokens += pick(index, going, own).tolist()
+            chosen = logits.log_softmax(-1)[range(len(rows)), tokens].tolist()
+            for place, (index, copy) in enumerate(rows):
+                answer = answers[index][copy]
+                answer.tokens.append(tokens[place])
+                answer.log_likelihood += chosen[place]
+                answer.state = states[place]
+            on = [
+                place
+                for place, (index, copy) in enumerate(rows)
+                if not _has_ended(view, tokenizer, answers[index][copy].tokens)
+            ]
+            if not on:
+                break
+            if len(on) < len(rows):
+                cache.batch_select_indices(torch.tensor(on, device=logits.device))
+                rows = [rows[place] for place in on]
+            with _row_masks(view, [Row(mask=index) for index, _ in rows], keeps):
+                last = torch.tensor([tokens[place] for place in on])
+                logits, states = _extend(view, last[:, None], cache)
         progress(len(part))
     return answers
+
+
+def likeliest(index: int, copies: list[int], logits: Tensor) -> Tensor:
+    """`decode(..., pick=likeliest)`: greedy."""
+    return logits.argmax(-1)
 
 
 def _extend(view: ValueVectorView, rows: Tensor, cache: DynamicCache) -> tuple[Tensor, Tensor]:
