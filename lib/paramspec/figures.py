@@ -646,3 +646,43 @@ def over_training(
     handles, names = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=3)
     return figure
+
+
+def made_up(table: pd.DataFrame) -> Figure:
+    """Semantic entropy and local dimension over accuracy: a colour a method, a marker a model.
+
+    Args:
+        table: columns `model`, `method`, and `accuracy`, `entropy`, `dimension`, each with `_low`
+            and `_high`.
+    """
+    titles = {"entropy": "semantic entropy, nats", "dimension": "local intrinsic dimension"}
+    models = list(dict.fromkeys(table["model"]))
+    figure, panels = plt.subplots(
+        2,
+        len(models),
+        figsize=(max(4.8, 2.5 * len(models) + 0.6), 5.2),
+        squeeze=False,
+        sharex="col",
+        sharey="row",
+        layout="constrained",
+    )
+    for column, model in enumerate(models):
+        for axes, (value, title) in zip(panels[:, column], titles.items(), strict=True):
+            for method, part in table[table["model"] == model].groupby("method", sort=False):
+                style = {"color": METHOD_COLOURS[method], "label": METHOD_TITLES[method]}
+                _bars(axes, part["accuracy"], part, value, marker="o", markersize=7, **style)
+                axes.hlines(
+                    part[value],
+                    part["accuracy_low"],
+                    part["accuracy_high"],
+                    color=style["color"],
+                    lw=0.8,
+                    alpha=0.35,
+                )
+            if column == 0:
+                axes.set_ylabel(title)
+        panels[0, column].set_title(model)
+        panels[1, column].set_xlabel("accuracy (acc_norm)")
+    handles, names = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3)
+    return figure
