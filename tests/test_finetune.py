@@ -593,7 +593,7 @@ def place(tmp_path_factory):
     return place
 
 
-LONG = ["--statements", "2", "--batch", "8", "--epochs", "40", "--save-every", "7"]  # 150 steps
+LONG = ["--statements", "2", "--batch", "8", "--epochs", "30", "--save-every", "7"]  # 150 steps
 
 
 def words(place, *options, out=None, method="FT-PV", concepts="alpha,beta", questions=None):
