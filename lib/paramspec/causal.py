@@ -65,7 +65,7 @@ from paramspec.models import (
     place_and_dtype,
 )
 from paramspec.parallel import begin_work, hand_out, on_this_machine, worker_count
-from paramspec.pss import Choices, measure_concepts
+from paramspec.pss import Choices, count_masks, measure_concepts
 from paramspec.scoring import (
     OPEN_PROMPT,
     SCORING_VERSION,
@@ -187,7 +187,7 @@ def causal_runs(
     evaluation: Evaluation,
     *,
     seeds: int = 3,
-    pss_seeds: int | None = None,
+    full_seeds: int | None = None,
     doses: Sequence[float] = (),
     rules: Sequence[str] = (),
     rates: Sequence[float] = (),
@@ -199,8 +199,8 @@ def causal_runs(
         training: an FT-PV; what is not varied stays as it is.
         evaluation: in full, of the part `methods`; of the others, multiple choice and likelihoods.
         seeds: of each method.
-        pss_seeds: of these, how many are measured for PSS as well, which takes longest; all if not
-            given.
+        full_seeds: of these, how many are also asked open-ended and measured for PSS, which takes
+            longest; all if not given.
         doses: other shares, for FT-PV and FT-RV.
         rules: other rules to choose the vectors of FT-PV by.
         rates: other learning rates, as multiples of the training's.
@@ -218,10 +218,10 @@ def causal_runs(
 
     first = training.seed
     unwatched = evaluation.model_copy(update={"points": 1})
-    without = unwatched.model_copy(update={"choices": None})
+    without = unwatched.model_copy(update={"choices": None, "open_ended": "no"})
     parts = {"methods": [Run("original", None, unwatched, training.concepts)]}
     for number in range(seeds):
-        asked = unwatched if number < (seeds if pss_seeds is None else pss_seeds) else without
+        asked = unwatched if number < (seeds if full_seeds is None else full_seeds) else without
         asked = evaluation if number == 0 else asked
         s = first + number
         parts["methods"] += [run(f"{m}/{s}", asked, method=m, seed=s) for m in METHODS]
@@ -329,9 +329,11 @@ def tuned(
         yield loaded
         return
     store = store or Store("results/store")
-    path = _trained(loaded, questions, training, store)
-    with _replaced(loaded, path) as model:
-        yield model
+    view = value_vector_view(loaded.model)
+    path = _trained(loaded, view, questions, training, store)
+    digest = hashlib.sha256(f"{loaded.digest} {path.name}".encode()).hexdigest()
+    with _replaced(view, path):
+        yield dataclasses.replace(loaded, digest=digest)
 
 
 # --- one run ------------------------------------------------------------------------------------
@@ -418,7 +420,9 @@ def _cost(run: Run, questions: Sequence[Question]) -> int:
     if asked.open_ended != "no":
         cost += 30 * own + 24 * asked.sampled * (1 + asked.samples)
     if asked.choices:
-        cost += 20 * (own + asked.choices.general * len(run.about)) * len(asked.choices.ratios)
+        each = own * len(asked.choices.score_on) / len(asked.folds)
+        each += asked.choices.general * len(run.about)
+        cost += 12 * (own + asked.others) + round(20 * each * count_masks(asked.choices))
     if training:
         texts = training_texts(questions, training.concepts, training.statements)
         cost += (
@@ -437,18 +441,28 @@ def _measure_runs(plan: _Plan, runs: Sequence[Run]) -> None:
             f"{plan.checkpoint.path}: not the files that the study began with; let them be the "
             "same, and run again"
         )
-    engine = choose_engine(value_vector_view(loaded.model))
+    view = value_vector_view(loaded.model)
+    model = _Model(loaded, view, loaded.tokenizer, choose_engine(view))
     for run in runs:
         with plan.store.turn(plan.key(run)):
             if not plan.is_whole(run):
                 try:
-                    _measure_run(plan, loaded, engine, run)
+                    _measure_run(plan, model, run)
                 except InputError as error:
                     raise InputError(f"{run.name}: {error}") from None
 
 
-def _measure_run(plan: _Plan, loaded: LoadedModel, engine: Engine, run: Run) -> None:
-    own, view = _own(run, plan.questions), value_vector_view(loaded.model)
+class _Model(NamedTuple):
+    """A model that a worker has loaded; its view is found and verified once for all runs."""
+
+    loaded: LoadedModel
+    view: ValueVectorView
+    tokenizer: PreTrainedTokenizerBase
+    engine: Engine
+
+
+def _measure_run(plan: _Plan, model: _Model, run: Run) -> None:
+    own = _own(run, plan.questions)
     record: dict[str, object] = {}
     vectors = torch.empty(0, 2, dtype=torch.int32)
     missing = [
@@ -457,7 +471,7 @@ def _measure_run(plan: _Plan, loaded: LoadedModel, engine: Engine, run: Run) -> 
     accuracy: list[tuple[int, float]] = []
 
     def measure(step: int) -> None:
-        right = _answers(view, loaded.tokenizer, own, engine)["correct_norm"]
+        right = _answers(model, own)["correct_norm"]
         accuracy.append((step, float(right.mean())))
 
     def keep(part: str, table: pd.DataFrame) -> None:
@@ -467,18 +481,18 @@ def _measure_run(plan: _Plan, loaded: LoadedModel, engine: Engine, run: Run) -> 
         )
 
     with ExitStack() as stack:
-        model = loaded
         if run.training is not None:
             points = run.evaluation.points if "curve" in missing else 1
-            path = _trained(loaded, plan.questions, run.training, plan.store, points, measure)
+            path = _trained(
+                model.loaded, model.view, plan.questions, run.training, plan.store, points, measure
+            )
             record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-            vectors = load_file(path / TRAINED)["vectors"]
-            model = stack.enter_context(_replaced(loaded, path))
+            vectors = stack.enter_context(_replaced(model.view, path))
         for part in missing:
             if part == "curve":
                 keep(part, _curve(record.get("losses", []), accuracy))
             else:
-                keep(part, _EVALUATIONS[part](plan, model, engine, run, own))
+                keep(part, _EVALUATIONS[part](plan, model, run, own))
 
     def write(folder: Path) -> None:
         save_file({"vectors": vectors}, folder / TRAINED)
@@ -502,6 +516,7 @@ def _own(run: Run, questions: Sequence[Question]) -> list[Question]:
 
 def _trained(
     loaded: LoadedModel,
+    view: ValueVectorView,
     questions: Sequence[Question],
     training: Training,
     store: Store,
@@ -528,7 +543,6 @@ def _trained(
     path = store.get(key)
     if path is not None and points < 2:
         return path
-    view = value_vector_view(loaded.model)
     began = time.perf_counter()
     vectors = choose_vectors(view, loaded.tokenizer, questions, training)
     rows = encode_texts(view, loaded.tokenizer, texts)
@@ -582,49 +596,35 @@ def _moved(view: ValueVectorView, trained: object, vectors: Tensor) -> Tensor:
 
 
 @contextmanager
-def _replaced(loaded: LoadedModel, path: Path) -> Iterator[LoadedModel]:
+def _replaced(view: ValueVectorView, path: Path) -> Iterator[Tensor]:
+    """The trained vectors in their places, for a while; which they are."""
     tensors = load_file(path / TRAINED)
-    digest = hashlib.sha256(f"{loaded.digest} {path.name}".encode()).hexdigest()
-    view = value_vector_view(loaded.model)
-    with replace_value_vectors(view, tensors["vectors"], tensors["values"]):
-        yield dataclasses.replace(loaded, digest=digest)
+    vectors = tensors["vectors"]
+    with replace_value_vectors(view, vectors, tensors.pop("values")):
+        yield vectors
 
 
 # --- evaluating ---------------------------------------------------------------------------------
 
 
-def _asked(
-    plan: _Plan, model: LoadedModel, engine: Engine, run: Run, own: Sequence[Question]
-) -> pd.DataFrame:
+def _asked(plan: _Plan, model: _Model, run: Run, own: Sequence[Question]) -> pd.DataFrame:
     others = _other_questions(plan.questions, run, run.evaluation)
-    view = value_vector_view(model.model)
-    answers = _answers(view, model.tokenizer, [*own, *others], engine)
+    answers = _answers(model, [*own, *others])
     answers["trained"] = [True] * len(own) + [False] * len(others)
     return answers
 
 
-def _answers(
-    view: ValueVectorView,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[Question],
-    engine: Engine,
-) -> pd.DataFrame:
-    requests = [Request(encode(tokenizer, question), 0) for question in questions]
-    scores = score_options(view, requests, [None], engine=engine)
+def _answers(model: _Model, questions: Sequence[Question]) -> pd.DataFrame:
+    requests = [Request(encode(model.tokenizer, question), 0) for question in questions]
+    scores = score_options(model.view, requests, [None], engine=model.engine)
     return pd.DataFrame(
         [answer_row(question, score) for question, score in zip(questions, scores, strict=True)]
     )
 
 
-def _specialization(
-    plan: _Plan, model: LoadedModel, engine: Engine, run: Run, own: Sequence[Question]
-) -> pd.DataFrame:
+def _specialization(plan: _Plan, model: _Model, run: Run, own: Sequence[Question]) -> pd.DataFrame:
     """Rows of PSS for each trained concept; unrelated are questions on concepts not trained on."""
-    view, tokenizer, choices = (
-        value_vector_view(model.model),
-        model.tokenizer,
-        run.evaluation.choices,
-    )
+    view, tokenizer, choices = model.view, model.tokenizer, run.evaluation.choices
     others = _other_questions(plan.questions, run, run.evaluation)
     own = [question for question in own if question.fold in (*choices.choose_on, *choices.score_on)]
     coefficients = record_concepts(view, tokenizer, [*own, *others])
@@ -633,7 +633,14 @@ def _specialization(
         asked = [question for question in own if question.concept == concept] + others
         parts.append(
             measure_concepts(
-                run.name, view, tokenizer, asked, [concept], choices, coefficients, engine=engine
+                run.name,
+                view,
+                tokenizer,
+                asked,
+                [concept],
+                choices,
+                coefficients,
+                engine=model.engine,
             ).pss
         )
     return pd.concat(parts, ignore_index=True)
@@ -646,12 +653,10 @@ def _open_form(question: Question, form: Literal["question", "cloze"]) -> tuple[
     return question.cloze, "{question}"
 
 
-def _generated(
-    plan: _Plan, model: LoadedModel, engine: Engine, run: Run, own: Sequence[Question]
-) -> pd.DataFrame:
+def _generated(plan: _Plan, model: _Model, run: Run, own: Sequence[Question]) -> pd.DataFrame:
     forms = [_open_form(question, run.evaluation.open_ended) for question in own]
     decoded = decode(
-        value_vector_view(model.model),
+        model.view,
         model.tokenizer,
         [prompt.replace("{question}", asked) for asked, prompt in forms],
         likeliest,
@@ -671,9 +676,7 @@ def _generated(
     )
 
 
-def _samples(
-    plan: _Plan, model: LoadedModel, engine: Engine, run: Run, own: Sequence[Question]
-) -> pd.DataFrame:
+def _samples(plan: _Plan, model: _Model, run: Run, own: Sequence[Question]) -> pd.DataFrame:
     """Of each concept the same number of questions, by the hash of their ids."""
     asked = run.evaluation
     each = -(-asked.sampled // len(run.about))
@@ -686,7 +689,7 @@ def _samples(
     ][: asked.sampled]
     forms = [_open_form(question, asked.open_ended) for question in chosen]
     found = sample_answers(
-        value_vector_view(model.model),
+        model.view,
         model.tokenizer,
         [words for words, _ in forms],
         prompt=forms[0][1],
@@ -749,17 +752,15 @@ def _held_out(
 
 
 @torch.no_grad()
-def _likelihoods(
-    plan: _Plan, model: LoadedModel, engine: Engine, run: Run, own: Sequence[Question]
-) -> pd.DataFrame:
-    view = value_vector_view(model.model)
+def _likelihoods(plan: _Plan, model: _Model, run: Run, own: Sequence[Question]) -> pd.DataFrame:
+    network = model.view.model
     texts = _held_out(plan.questions, run, model.tokenizer)
-    device = view.model.get_input_embeddings().weight.device
+    device = network.get_input_embeddings().weight.device
 
     def forward(batch: Sequence[tuple[int, list[int]]]) -> list[float]:
         tokens, attention_mask = pad_right([row for _, row in batch])
         tokens, attention_mask = tokens.to(device), attention_mask.to(device)
-        logits = view.model(input_ids=tokens, attention_mask=attention_mask, use_cache=False).logits
+        logits = network(input_ids=tokens, attention_mask=attention_mask, use_cache=False).logits
         labels = tokens.masked_fill(attention_mask == 0, -100)[:, 1:].to(logits.device)
         losses = torch.nn.functional.cross_entropy(
             logits[:, :-1].transpose(1, 2).float(), labels, reduction="none"

@@ -432,7 +432,7 @@ def train(
         Diverged: if a loss is not finite, or above twice both the first one and that of a uniform
             guess; the state before it, if one was kept, is that of the last good step.
     """
-    optimizer = torch.optim.AdamW(trained.parameters(), weight_decay=0)
+    optimizer = torch.optim.AdamW(trained.parameters(), weight_decay=0, fused=True)
     steps = count_steps(len(rows), training)
     uniform = math.log(view.model.get_input_embeddings().weight.shape[0])
 
@@ -514,7 +514,7 @@ def _read_state(
         for name, offset in trained.offsets.items():
             offset.copy_(tensors[f"{name}/offset"])
             optimizer.state[offset] = {
-                "step": torch.tensor(float(len(losses))),
+                "step": torch.tensor(float(len(losses)), device=offset.device),
                 **{
                     part: tensors[f"{name}/{part}"].to(offset.device)
                     for part in ("exp_avg", "exp_avg_sq")
