@@ -6,6 +6,8 @@ for rows, logits in in_batches(batches, forward, tokens=lambda rows: len(rows) *
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -69,6 +71,12 @@ def _attempt(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return False, None
+
+
+def release_memory() -> None:
+    """`release_memory()`: what was freed goes back to the system, where glibc would keep it."""
+    with contextlib.suppress(OSError, AttributeError):  # another system's library has no such call
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

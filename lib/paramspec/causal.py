@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from paramspec.batches import in_batches
+from paramspec.batches import in_batches, release_memory
 from paramspec.errors import InputError
 from paramspec.finetune import (
     FINETUNE_VERSION,
@@ -88,6 +88,7 @@ TRAINED = "vectors.safetensors"
 RECORD = "record.json"
 TABLES = ("answers", "generated", "texts", "pss", "curve", "samples")
 WINDOW = 128  # tokens of a passage of prose
+BATCH_TOKENS = 1024  # of a forward pass: beside trained vectors, less memory is left
 
 
 class Evaluation(BaseModel):
@@ -189,6 +190,7 @@ def causal_runs(
     seeds: int = 3,
     full_seeds: int | None = None,
     doses: Sequence[float] = (),
+    dosed: Sequence[str] = ("FT-PV", "FT-RV"),
     rules: Sequence[str] = (),
     rates: Sequence[float] = (),
     alone: bool = False,
@@ -201,7 +203,7 @@ def causal_runs(
         seeds: of each method.
         full_seeds: of these, how many are also asked open-ended and measured for PSS, which takes
             longest; all if not given.
-        doses: other shares, for FT-PV and FT-RV.
+        doses: other shares, for the methods `dosed`.
         rules: other rules to choose the vectors of FT-PV by.
         rates: other learning rates, as multiples of the training's.
         alone: whether each concept is also trained on by itself.
@@ -228,7 +230,7 @@ def causal_runs(
     parts["doses"] = [
         run(f"{m}/share {share:.4g}", brief, method=m, share=share)
         for share in doses
-        for m in ("FT-PV", "FT-RV")
+        for m in dosed
     ]
     parts["rules"] = [run(f"FT-PV/{rule}", brief, rule=rule) for rule in rules]
     parts["rates"] = [
@@ -404,12 +406,16 @@ def _refuse(runs: Sequence[Run], questions: Sequence[Question]) -> None:
 
 
 def _shares(runs: Sequence[Run], questions: Sequence[Question], count: int) -> list[list[Run]]:
-    """Runs in as many shares as there are workers, of like cost: each loads the model once."""
+    """Runs in as many shares as there are workers, of like cost: each loads the model once.
+
+    Every other worker begins with its cheapest, so that two optimizers of all vectors seldom meet
+    in one machine's memory.
+    """
     costs = {run.name: _cost(run, questions) for run in runs}
     shares: list[list[Run]] = [[] for _ in range(min(count, len(runs)))]
     for run in sorted(runs, key=lambda run: -costs[run.name]):
         min(shares, key=lambda share: sum(costs[one.name] for one in share)).append(run)
-    return shares
+    return [share[::-1] if number % 2 else share for number, share in enumerate(shares)]
 
 
 def _cost(run: Run, questions: Sequence[Question]) -> int:
@@ -486,6 +492,7 @@ def _measure_run(plan: _Plan, model: _Model, run: Run) -> None:
             path = _trained(
                 model.loaded, model.view, plan.questions, run.training, plan.store, points, measure
             )
+            release_memory()  # an optimizer's worth of it
             record = json.loads((path / RECORD).read_text(encoding="utf-8"))
             vectors = stack.enter_context(_replaced(model.view, path))
         for part in missing:
@@ -616,7 +623,9 @@ def _asked(plan: _Plan, model: _Model, run: Run, own: Sequence[Question]) -> pd.
 
 def _answers(model: _Model, questions: Sequence[Question]) -> pd.DataFrame:
     requests = [Request(encode(model.tokenizer, question), 0) for question in questions]
-    scores = score_options(model.view, requests, [None], engine=model.engine)
+    scores = score_options(
+        model.view, requests, [None], engine=model.engine, batch_tokens=BATCH_TOKENS
+    )
     return pd.DataFrame(
         [answer_row(question, score) for question, score in zip(questions, scores, strict=True)]
     )
