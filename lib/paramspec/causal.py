@@ -873,7 +873,7 @@ def _close_curves(
     for run, table in zip(runs, answers, strict=True):
         accuracy[run.name] = float(table.loc[table["trained"], "correct_norm"].mean())
     for place, (run, curve) in enumerate(zip(runs, curves, strict=True)):
-        if run.training is None or run.evaluation.points < 2:
+        if run.training is None:
             continue
         original = next((one for one in runs if _is_original_of(one, run)), None)
         before = accuracy[original.name] if original else np.nan

@@ -617,7 +617,6 @@ def over_training(
         figsize=(max(4.8, 2.5 * len(models) + 0.6), 0.8 + 2.2 * len(values)),
         squeeze=False,
         sharex="col",
-        sharey="row",
         layout="constrained",
     )
     for column, model in enumerate(models):
@@ -642,7 +641,7 @@ def over_training(
                 axes.set_title(model)
             if column == 0:
                 axes.set_ylabel(title)
-        panels[-1, column].set_xlabel(label)
+    figure.supxlabel(label, fontsize="medium")
     handles, names = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=3)
     return figure
@@ -655,7 +654,7 @@ def made_up(table: pd.DataFrame) -> Figure:
         table: columns `model`, `method`, and `accuracy`, `entropy`, `dimension`, each with `_low`
             and `_high`.
     """
-    titles = {"entropy": "semantic entropy, nats", "dimension": "local intrinsic dimension"}
+    titles = {"entropy": "semantic entropy", "dimension": "local dimension"}
     models = list(dict.fromkeys(table["model"]))
     figure, panels = plt.subplots(
         2,
