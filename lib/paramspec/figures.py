@@ -641,7 +641,7 @@ def over_training(
                 axes.set_title(model)
             if column == 0:
                 axes.set_ylabel(title)
-    figure.supxlabel(label, fontsize="medium")
+    panels[-1, (len(models) - 1) // 2].set_xlabel(label)  # once: side by side, long ones meet
     handles, names = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=3)
     return figure
