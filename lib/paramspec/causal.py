@@ -349,6 +349,7 @@ class _Plan:
     identity: Identity
     place: str
     questions: tuple[Question, ...]
+    questions_digest: str  # of thousands of questions, for hundreds of keys: taken once
     store: Store
 
     def key(self, run: Run) -> dict[str, object]:
@@ -366,7 +367,7 @@ class _Plan:
             "model": self.identity.digest,
             "dtype": str(self.identity.dtype),
             "device": self.identity.device,
-            "questions": questions_digest(self.questions),
+            "questions": self.questions_digest,
             "training": run.training and run.training.model_dump(mode="json"),
             "concepts": list(run.about),
             "evaluation": run.evaluation.parts().get(part),
@@ -390,7 +391,9 @@ def _plan(
     digest = digest_files(checkpoint_files(checkpoint.path))
     identity = Identity(checkpoint.name, digest, kind, torch.device(place).type)
     store = Store(store.root.absolute())
-    return _Plan(checkpoint, identity, str(place), tuple(questions), store)
+    return _Plan(
+        checkpoint, identity, str(place), tuple(questions), questions_digest(questions), store
+    )
 
 
 def _refuse(runs: Sequence[Run], questions: Sequence[Question]) -> None:

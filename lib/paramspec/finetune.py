@@ -52,6 +52,7 @@ from paramspec.masks import (
     top_vectors,
 )
 from paramspec.models import LoadedModel, load_model
+from paramspec.pss import check_seed
 from paramspec.quiet import quiet_transformers
 from paramspec.specwiki import Question
 from paramspec.store import require_writable, writing_to
@@ -140,9 +141,7 @@ class Training(BaseModel):
     @field_validator("seed")
     @classmethod
     def _seed(cls, seed: int) -> int:
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed {seed}: expected a number from 0 to {2**32 - 1}")
-        return seed
+        return check_seed(seed)
 
 
 def parse_training(**choices: object) -> Training:

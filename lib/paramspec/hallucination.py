@@ -16,7 +16,6 @@ samples, temperature, how meanings are told apart, layer and neighbours are para
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -31,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from paramspec.errors import InputError
 from paramspec.hooks import ValueVectorView
 from paramspec.models import WheelSource, hub_directory, wheel_file
+from paramspec.pss import generator_of
 from paramspec.quiet import quiet_transformers
 from paramspec.scoring import OPEN_PROMPT, answer_matches, decode, first_lines
 from paramspec.specwiki import normalise
@@ -103,7 +103,7 @@ def sample_answers(
         raise InputError(f"samples {samples}: expected at least 1 of each question")
     if not 0 < temperature < math.inf:
         raise InputError(f"temperature {temperature}: expected a positive number")
-    draws = [_generator(seed, question) for question in questions]
+    draws = [generator_of(f"{seed}\x1f{question}") for question in questions]
 
     def pick(index: int, copies: list[int], logits: Tensor) -> Tensor:
         tokens = logits.argmax(-1)  # copy 0 is greedy, the others are drawn
@@ -138,11 +138,6 @@ def sample_answers(
             )
         )
     return found
-
-
-def _generator(seed: int, question: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}\x1f{question}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 # --- meanings -----------------------------------------------------------------------------------

@@ -48,6 +48,13 @@ MASKS = ("none", "concept", "random", "magnitude", "other")
 RATIOS = (0.01, 0.02, 0.05, 0.1, 0.2)
 
 
+def check_seed(seed: int) -> int:
+    """`check_seed(0)`: the seed, or a ValueError where it is out of its range."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed {seed}: expected a number from 0 to {2**32 - 1}")
+    return seed
+
+
 class Choices(BaseModel):
     """Every choice of a PSS measurement that the paper leaves open, and its sample sizes.
 
@@ -112,9 +119,7 @@ class Choices(BaseModel):
     @field_validator("seed")
     @classmethod
     def _seed(cls, seed: int) -> int:
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed {seed}: expected a number from 0 to {2**32 - 1}")
-        return seed
+        return check_seed(seed)
 
     @property
     def choose_on(self) -> tuple[int, ...]:
@@ -338,7 +343,12 @@ def mask_name(model: str, concept: str, ratio: float, kind: str, seed: int) -> s
 
 def _generator(*key: object) -> torch.Generator:
     """A generator seeded by what it is for, so that no draw depends on the order of another."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
+    return generator_of(repr(key))
+
+
+def generator_of(key: str) -> torch.Generator:
+    """`generator_of("0 France")`: seeded by the digest of a text."""
+    digest = hashlib.sha256(key.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
