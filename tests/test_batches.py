@@ -74,7 +74,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from paramspec import batches
 from paramspec.hooks import value_vector_view
 from paramspec.masks import record_concepts
-from paramspec.scoring import Engine, Request, encode, score_options
+from paramspec.rows import Engine, Request
+from paramspec.scoring import encode, score_options
 from toy_study import toy_questions, toy_tokenizer
 
 torch.manual_seed(0)
@@ -83,23 +84,24 @@ config = LlamaConfig(
     num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64, pad_token_id=0,
 )
 view = value_vector_view(LlamaForCausalLM(config).eval().requires_grad_(False))
-tokenizer, questions = toy_tokenizer(), toy_questions(8)
+tokenizer, questions = toy_tokenizer(), toy_questions(20)
 keep = torch.rand(2, 16384) > 0.3
 requests = [Request(encode(tokenizer, q), number % 2) for number, q in enumerate(questions)]
 
 attempts, attempt, halved = [], batches._attempt, []
 
-def measure():
+def measure(batch_tokens):
     results = []
     for name in ("packed", "plain"):
         results.append(torch.cat(score_options(
-            view, requests, [None, keep], engine=Engine(name, ""), row_tokens=40, batch_tokens=4000
+            view, requests, [None, keep], engine=Engine(name, ""), row_tokens=40,
+            batch_tokens=batch_tokens,
         )))
         halved.append(attempts.count(False))
-    results.append(record_concepts(view, tokenizer, questions, batch_tokens=4000).sums)
+    results.append(record_concepts(view, tokenizer, questions, batch_tokens=batch_tokens).sums)
     return [*results, halved.append(attempts.count(False))][:3]
 
-expected = measure()
+expected = measure(40)  # which leaves little to be used again
 halved.clear()
 def watched(forward, rows):  # only looks on
     done = attempt(forward, rows)
@@ -109,7 +111,7 @@ batches._attempt = watched
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 room = int(sys.argv[1]) << 20
 resource.setrlimit(resource.RLIMIT_AS, (used + room, resource.RLIM_INFINITY))
-actual = measure()
+actual = measure(4000)
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 worst = max(float((one - other).abs().max()) for one, other in zip(expected, actual))
 print(*halved, worst)

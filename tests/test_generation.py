@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from paramspec.generation import OPEN_PROMPT, generate_answers
 from paramspec.hooks import value_vector_view
-from paramspec.scoring import OPEN_PROMPT, generate_answers
 from paramspec.specwiki import load_questions
 from toy_study import toy_tokenizer
 from toys import toy_model

@@ -15,6 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from paramspec import hallucination
 from paramspec.errors import InputError
+from paramspec.generation import decode, generate_answers
 from paramspec.hallucination import (
     cluster_answers,
     embedding_judge,
@@ -24,7 +25,6 @@ from paramspec.hallucination import (
     semantic_entropy,
 )
 from paramspec.hooks import value_vector_view
-from paramspec.scoring import decode, generate_answers
 from paramspec.specwiki import load_questions
 from toy_study import toy_tokenizer
 from toys import FAMILIES, random_model, toy_model

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from paramspec import scoring
 from paramspec.errors import InputError
+from paramspec.generation import answer_matches
 from paramspec.hooks import mask_value_vectors, value_vector_view
-from paramspec.scoring import (
-    Engine,
-    Item,
-    Request,
-    _packed_rows,
-    answer_matches,
-    choose,
-    choose_engine,
-    score_one_at_a_time,
-    score_options,
-)
+from paramspec.rows import Engine, Item, Request
+from paramspec.scoring import choose, choose_engine, score_one_at_a_time, score_options
 from toys import FAMILIES, toy_model
 
 # Families whose attention is biased by distances that `position_ids` does not set.
 PLAIN_FAMILIES = {"bloom", "mpt"}
+PACKED = Engine("packed", "asked for")
 
 
 def random_items(count, seed=0, longest=9):
@@ -92,43 +88,109 @@ def test_order_and_budget_do_not_move_scores():
             torch.testing.assert_close(one, other, rtol=0, atol=1e-3)
 
 
-def test_a_row_holds_each_needed_token_once():
-    """Oracle: the set of distinct prefixes of all that must be read."""
-    items = random_items(15)
-    numbered = [(index, Request(item, 0)) for index, item in enumerate(items)]
-    rows = list(_packed_rows(numbered, row_tokens=10_000))
-    prefixes = {
-        (item.context + option)[:size]
-        for item in items
-        for option in item.options
-        for size in range(1, len(item.context) + len(option))
-    }
-    assert len(rows) == 1
-    assert len(rows[0].tokens) == len(prefixes)
-
-
-def test_rows_keep_to_their_budget_and_lose_no_request():
-    items = random_items(40)
-    numbered = [(index, Request(item, index % 2)) for index, item in enumerate(items)]
-    rows = list(_packed_rows(numbered, row_tokens=40))
-    assert len(rows) > 2
-    assert max(len(row.tokens) for row in rows) <= 40
-    assert {read.request for row in rows for read in row.reads} == set(range(40))
-    for row in rows:
-        assert {numbered[read.request][1].mask for read in row.reads} == {row.mask}
-
-
-@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3"])
-def test_paths_longer_than_the_sliding_window_are_still_right(family):
-    view = value_vector_view(toy_model(family))  # window of 32
-    long = random_items(1, longest=2)[0]
+def windowed(family):
+    """A model whose window of 32 is shorter than one of its questions."""
+    view = value_vector_view(toy_model(family))
     draw = np.random.default_rng(3)
-    long = Item(tuple(map(int, draw.integers(3, 97, 45))), long.options)
-    requests = [Request(item, 0) for item in (*random_items(3), long)]
-    assert choose_engine(view).longest == 32
+    context = tuple(map(int, draw.integers(3, 97, 45)))
+    items = [*random_items(3), Item(context, random_items(1)[0].options)]
+    return view, [Request(item, 0) for item in items]
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [("mistral", "eager"), ("mistral", "sdpa"), ("gemma2", "eager"), ("gemma3", "sdpa")],
+)
+def test_paths_longer_than_the_sliding_window_are_packed_and_right(family, attention):
+    view, requests = windowed(family)
+    view.model.set_attn_implementation(attention)
+    engine = choose_engine(view)
+    assert (engine.name, engine.longest) == ("packed", None)
     for request, score in zip(requests, score_options(view, requests, [None]), strict=True):
         expected = score_one_at_a_time(view, request.item)
         torch.testing.assert_close(score, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_a_model_that_lets_a_tree_out_of_its_window_is_scored_plainly_there(family, monkeypatch):
+    view, requests = windowed(family)
+    inputs = scoring._inputs
+
+    def without_window(model, rows):
+        found = inputs(model, rows)
+        with monkeypatch.context() as patch:
+            patch.setattr(scoring, "_window", lambda config: None)
+            return found | {"attention_mask": inputs(model, rows)["attention_mask"]}
+
+    monkeypatch.setattr(scoring, "_inputs", without_window)
+    engine = choose_engine(view)
+    assert (engine.name, engine.longest) == ("packed", 32)
+    for request, score in zip(requests, score_options(view, requests, [None]), strict=True):
+        expected = score_one_at_a_time(view, request.item)
+        torch.testing.assert_close(score, expected, rtol=0, atol=1e-3)
+
+
+def rows_of_each_layer(view, requests, keeps):
+    """Into and out of every value-vector layer, in one forward pass after the other."""
+    found, hooks = [], []
+    for layer, module in enumerate(view.modules):
+        mlp = view.model.get_submodule(view.names[layer].rpartition(".")[0])
+        hooks.append(mlp.register_forward_pre_hook(lambda _, args: found.append(len(args[0]))))
+        hooks.append(module.register_forward_hook(lambda *args: found.append(len(args[2]))))
+    score_options(view, requests, keeps, engine=choose_engine(view))
+    for hook in hooks:
+        hook.remove()
+    return found[-2 * view.layers :]
+
+
+def test_what_no_mask_touches_is_computed_once():
+    view = value_vector_view(toy_model("llama"))
+    items = random_items(5)
+    masks = random_masks(view, 3)
+    requests = [Request(item, mask) for mask in range(3) for item in items]
+    assert rows_of_each_layer(view, requests, masks) == [1, 3, 3, 3, 3, 3]
+    for mask in masks[:2]:
+        mask[:2] = True  # the last layer alone is masked
+    assert rows_of_each_layer(view, requests, masks) == [1, 1, 1, 1, 1, 3]
+    scores = score_options(view, requests, masks)
+    for request, score in zip(requests, scores, strict=True):
+        expected = score_one_at_a_time(view, request.item, masks[request.mask])
+        torch.testing.assert_close(score, expected, rtol=0, atol=1e-3)
+
+
+def test_masks_that_mask_nothing_are_as_no_mask():
+    view = value_vector_view(toy_model("llama"))
+    item = random_items(1)[0]
+    everything = torch.ones(view.layers, view.width, dtype=torch.bool)
+    requests = [Request(item, mask) for mask in range(3)]
+    for score in score_options(view, requests, [None, everything, everything.clone()]):
+        expected = score_one_at_a_time(view, item)
+        torch.testing.assert_close(score, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "granite", "gptj"])
+def test_blocks_of_the_vocabulary_add_up(family, monkeypatch):
+    """Scaled, capped and shifted logits too; 97 tokens in blocks of 10."""
+    monkeypatch.setattr(scoring, "VOCABULARY_BLOCK", 10)
+    view = value_vector_view(toy_model(family))
+    items = random_items(4)
+    scores = score_options(view, [Request(item, 0) for item in items], [None], engine=PACKED)
+    for item, score in zip(items, scores, strict=True):
+        torch.testing.assert_close(score, score_one_at_a_time(view, item), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "falcon"])
+def test_bfloat16_is_off_by_its_rounding_alone(family):
+    view = value_vector_view(toy_model(family, dtype=torch.bfloat16))
+    exact = value_vector_view(toy_model(family, dtype=torch.bfloat16).float())
+    engine, keeps = choose_engine(view), random_masks(view, 2)
+    requests = [Request(item, mask) for mask in range(2) for item in random_items(12)]
+    assert engine.name == "packed"
+    ours = torch.cat(score_options(view, requests, keeps, engine=engine))
+    plain = [score_one_at_a_time(view, item, keeps[mask]) for item, mask in requests]
+    right = [score_one_at_a_time(exact, item, keeps[mask]) for item, mask in requests]
+    errors = [(scores - torch.cat(right)).abs().mean() for scores in (ours, torch.cat(plain))]
+    assert errors[0] <= 1.5 * errors[1]  # both are a mean of rounding
 
 
 def test_a_model_that_ignores_the_tree_is_scored_plainly():
@@ -195,6 +257,9 @@ def test_a_question_longer_than_the_context_is_refused():
     item = Item(tuple(range(3, 68)), ((5,), (6,)))
     with pytest.raises(InputError, match="65 tokens does not fit the model's context of 64"):
         score_options(view, [Request(item, 0)], [None])
+    named = replace(item, name="france/capital")
+    with pytest.raises(InputError, match=r"^france/capital of 65 tokens does not fit"):
+        score_options(view, [Request(named, 0)], [None])
 
 
 def test_choice_by_sum_and_by_characters():

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from paramspec.finetune import finetune, parse_training
+from paramspec.generation import answer_matches, generate_answers
 from paramspec.hooks import value_vector_view
 from paramspec.masks import (
     keep_tensor,
@@ -21,16 +22,8 @@ from paramspec.masks import (
     value_vector_scores,
 )
 from paramspec.models import load_model
-from paramspec.scoring import (
-    Request,
-    answer_matches,
-    choose,
-    choose_engine,
-    encode,
-    generate_answers,
-    score_one_at_a_time,
-    score_options,
-)
+from paramspec.rows import Request
+from paramspec.scoring import choose, choose_engine, encode, score_one_at_a_time, score_options
 from paramspec.specwiki import load_questions
 
 

@@ -27,6 +27,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
         ],
         "errors": ["InputError"],
         "finetune": ["METHODS", "Training", "choose_vectors", "parse_training"],
+        "generation": ["answer_matches", "generate_answers"],
         "hallucination": [
             "cluster_answers",
             "embedding_judge",
@@ -75,10 +76,8 @@ __getattr__, __dir__, __all__ = _lazy.attach(
             "verdict",
         ],
         "scoring": [
-            "answer_matches",
             "choose",
             "encode",
-            "generate_answers",
             "score_one_at_a_time",
             "score_options",
         ],

@@ -15,6 +15,10 @@ import torch
 
 from paramspec.errors import InputError
 
+# Tokens of a forward pass: enough to fill a core, and few enough for what it computes on them to
+# stay in its cache.
+BATCH_TOKENS = 512
+
 Row = TypeVar("Row")
 Result = TypeVar("Result")
 

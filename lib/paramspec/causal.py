@@ -47,6 +47,7 @@ from paramspec.finetune import (
     train,
     training_texts,
 )
+from paramspec.generation import OPEN_PROMPT, answer_matches, decode, first_lines, likeliest
 from paramspec.hallucination import sample_answers
 from paramspec.hooks import (
     ValueVectorView,
@@ -66,19 +67,8 @@ from paramspec.models import (
 )
 from paramspec.parallel import begin_work, hand_out, on_this_machine, worker_count
 from paramspec.pss import Choices, count_masks, measure_concepts
-from paramspec.scoring import (
-    OPEN_PROMPT,
-    SCORING_VERSION,
-    Engine,
-    Request,
-    answer_matches,
-    choose_engine,
-    decode,
-    encode,
-    first_lines,
-    likeliest,
-    score_options,
-)
+from paramspec.rows import Engine, Request
+from paramspec.scoring import SCORING_VERSION, choose_engine, encode, score_options
 from paramspec.specwiki import Question, questions_digest
 from paramspec.store import Store
 from paramspec.sweep import Identity, answer_row, elsewhere, require_shared, watching

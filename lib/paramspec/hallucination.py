@@ -28,11 +28,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from paramspec.errors import InputError
+from paramspec.generation import OPEN_PROMPT, answer_matches, decode, first_lines
 from paramspec.hooks import ValueVectorView
 from paramspec.models import WheelSource, hub_directory, wheel_file
 from paramspec.pss import generator_of
 from paramspec.quiet import quiet_transformers
-from paramspec.scoring import OPEN_PROMPT, answer_matches, decode, first_lines
 from paramspec.specwiki import normalise
 
 if TYPE_CHECKING:

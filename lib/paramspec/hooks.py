@@ -19,8 +19,8 @@ gated first half of the MLP makes no difference, and are removed when the `with`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -177,7 +177,8 @@ def mask_value_vectors(view: ValueVectorView, keep: Tensor) -> Iterator[None]:
     Args:
         view: the model's value vectors.
         keep: bool `[layers, batch, width]`, False where a row's value vector is masked; a batch
-            of 1 applies to every row.
+            of 1 applies to every row. A batch of several under a single row of tokens makes a row
+            of each mask at the first layer where one masks: what is below is computed once.
 
     Masking is exact: it gives the bits that zeroing the value vectors themselves would give.
     """
@@ -208,6 +209,21 @@ def mask_value_vectors(view: ValueVectorView, keep: Tensor) -> Iterator[None]:
                 )
                 stack.callback(hook.remove)
         yield
+
+
+def mask_rows(
+    view: ValueVectorView, keeps: Sequence[Tensor | None]
+) -> AbstractContextManager[None]:
+    """`with mask_rows(view, [keep, None]): model(...)`: each row of a batch under its own mask.
+
+    Args:
+        keeps: for each row bool `[layers, width]`, False where masked, or None for no mask.
+    """
+    if all(keep is None for keep in keeps):
+        return nullcontext()
+    everything = torch.ones(view.layers, view.width, dtype=torch.bool)
+    chosen = [everything if keep is None else keep for keep in keeps]
+    return mask_value_vectors(view, torch.stack(chosen, dim=1))
 
 
 class TrainedVectors(nn.Module):

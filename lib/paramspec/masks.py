@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from paramspec.batches import in_batches
+from paramspec.batches import BATCH_TOKENS, in_batches
 from paramspec.errors import InputError
 from paramspec.hooks import (
     Position,
@@ -78,7 +78,7 @@ def record_concepts(
     questions: Sequence[Question],
     *,
     position: Position = "mean",
-    batch_tokens: int = 2048,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int], None] = lambda done: None,
 ) -> ConceptCoefficients:
     """`coefficients = record_concepts(view, tokenizer, questions)`: run every question's cloze.
@@ -113,7 +113,7 @@ def mean_coefficients(
     texts: Sequence[str],
     *,
     position: Position = "mean",
-    batch_tokens: int = 2048,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """`coefficients = mean_coefficients(view, tokenizer, statements)`: over any texts.

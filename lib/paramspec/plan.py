@@ -6,7 +6,8 @@
     flops(passes, cost_of(published_config(spec)))              # of matrix multiplications
 
 Questions, masks, rows and batches are listed by the functions that a run itself calls, so tokens
-are exact for the tokenizer that counted them. FLOPs are those of matrix multiplications, as
+are exact for the tokenizer that counted them; masks are taken to begin in the first layer, as they
+do unless layers compete for them. FLOPs are those of matrix multiplications, as
 `torch.utils.flop_counter` counts them: projections, MLPs, attention scores, the unembedding where
 it is applied, and the reduction of coefficients. Hours are FLOPs at a stated share of the GPU's
 peak, and memory is an estimate.
@@ -15,11 +16,12 @@ peak, and memory is an estimate.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +31,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 from transformers.pytorch_utils import Conv1D
 
 from paramspec import book
+from paramspec.batches import BATCH_TOKENS
 from paramspec.errors import InputError
 from paramspec.hooks import unverified_view, value_vector_view
 from paramspec.masks import prompt_batches, sorted_prompts
@@ -45,8 +48,17 @@ from paramspec.models import (
     toy_config,
 )
 from paramspec.pss import Choices, asked_questions, count_masks, parse_choices
-from paramspec.scoring import Engine, Item, Request, Row, choose_engine, encode, fill_rows
-from paramspec.scoring import row_batches as batches_of
+from paramspec.rows import (
+    ROW_TOKENS,
+    Cell,
+    Engine,
+    Item,
+    Request,
+    branches_within,
+    cell_batches,
+    fill_rows,
+)
+from paramspec.scoring import VOCABULARY_BLOCK, choose_engine, encode
 from paramspec.specwiki import Question, load_questions, questions_digest
 from paramspec.sweep import concept_shards
 from paramspec.zoo import ZooModel, load_zoo, own_tokenizer, tokens_to_train
@@ -91,6 +103,8 @@ class Passes:
         tokens: that questions need; each is computed once.
         computed: with padding, rows times the longest.
         pairs: of tokens that attention compares, rows times the longest squared.
+        spared, spared_pairs: of `computed` and `pairs`, those whose first layer, up to its value
+            vectors, was computed for another mask of the same row.
         unembedded: places whose logits are computed.
         recorded: of `computed`, those whose coefficients are recorded.
         largest: (rows, tokens of a row, places unembedded) of the pass that computes most.
@@ -100,16 +114,15 @@ class Passes:
     tokens: int = 0
     computed: int = 0
     pairs: int = 0
+    spared: int = 0
+    spared_pairs: int = 0
     unembedded: int = 0
     recorded: int = 0
     largest: tuple[int, int, int] = (0, 0, 0)
 
     def __add__(self, other: Passes) -> Passes:
         return Passes(
-            *(
-                getattr(self, name) + getattr(other, name)
-                for name in ("count", "tokens", "computed", "pairs", "unembedded", "recorded")
-            ),
+            *(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)[:-1]),
             max(self.largest, other.largest, key=lambda shape: (shape[0] * shape[1], shape[2])),
         )
 
@@ -118,34 +131,49 @@ def _total(passes: Iterable[Passes]) -> Passes:
     return sum(passes, Passes())
 
 
-def _pass(lengths: Sequence[int], unembedded: int, recorded: bool = False) -> Passes:
+def _pass(
+    lengths: Sequence[int], unembedded: int, recorded: bool = False, branched: bool = False
+) -> Passes:
     """One forward pass over rows of these lengths, the longest first."""
     rows, longest = len(lengths), lengths[0]
+    spared = rows - 1 if branched else 0
     return Passes(
         count=1,
         tokens=sum(lengths),
         computed=rows * longest,
         pairs=rows * longest**2,
+        spared=spared * longest,
+        spared_pairs=spared * longest**2,
         unembedded=unembedded,
         recorded=rows * longest if recorded else 0,
         largest=(rows, longest, unembedded),
     )
 
 
-def _row_passes(rows: list[Row], batch_tokens: int) -> Passes:
-    places = {id(row): len({read.place for read in row.reads}) for row in rows}
+def _cell_passes(
+    packed: list[Cell], plain: list[Cell], engine: Engine, batch_tokens: int
+) -> Passes:
+    batches = cell_batches(packed, batch_tokens, engine.branches)
+    batches += cell_batches(plain, batch_tokens, branches=False)
     return _total(
-        _pass([len(row.tokens) for row in batch], sum(places[id(row)] for row in batch))
-        for batch in batches_of(rows, batch_tokens)
+        _pass(
+            [len(cell.row.tokens) for cell in batch],
+            sum(len(cell.row.places) for cell in batch),
+            branched=branches_within(batch, engine),
+        )
+        for batch in batches
     )
 
 
 def scoring_passes(
-    items: Sequence[Item], engine: Engine, row_tokens: int = 128, batch_tokens: int = 2048
+    items: Sequence[Item],
+    engine: Engine,
+    row_tokens: int = ROW_TOKENS,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> Passes:
     """`scoring_passes(items, engine)`: those of `score_options`, each item once, without a mask."""
-    packed, plain = fill_rows([Request(item, 0) for item in items], engine, row_tokens)
-    return _row_passes(packed, batch_tokens) + _row_passes(plain, batch_tokens)
+    cells = fill_rows([Request(item, 0) for item in items], engine, row_tokens)
+    return _cell_passes(*cells, engine, batch_tokens)
 
 
 def pss_passes(
@@ -165,21 +193,24 @@ def pss_passes(
     shards = concept_shards(questions) if concepts is None else [list(concepts)]
     masks = count_masks(choices)
 
-    def rows_of(concept: str) -> tuple[list[Row], list[Row]]:
+    def cells_of(concept: str) -> list[list[Cell]]:
+        """Packed and plain; each mask of a concept fills the same rows."""
         asked = [items[q.id] for q, _ in asked_questions(questions, concept, choices)]
-        return fill_rows([Request(item, 0) for item in asked], engine, choices.row_tokens)
+        cells = fill_rows([Request(item, 0) for item in asked], engine, choices.row_tokens)
+        return [[cell for cell in kind for _ in range(masks)] for kind in cells]
 
     found = Passes()
     for shard in shards:
-        for rows in zip(*(rows_of(concept) for concept in shard), strict=True):
-            # Each mask of a concept fills the same rows.
-            repeated = [row for part in rows for row in part] * masks
-            found += _row_passes(repeated, choices.batch_tokens)
+        kinds = zip(*map(cells_of, shard), strict=True)
+        packed, plain = (list(itertools.chain(*kind)) for kind in kinds)
+        found += _cell_passes(packed, plain, engine, choices.batch_tokens)
     return found
 
 
 def recording_passes(
-    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], batch_tokens: int = 2048
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    batch_tokens: int = BATCH_TOKENS,
 ) -> Passes:
     """`recording_passes(tokenizer, questions)`: those of `record_concepts`."""
     clozes = [question.cloze for question in questions]
@@ -193,10 +224,15 @@ def recording_passes(
 
 
 class Cost(NamedTuple):
-    """FLOPs a token, a pair of tokens in attention, a place unembedded, a token recorded."""
+    """FLOPs a token, a pair of tokens in attention, a place unembedded, a token recorded.
+
+    `first_token` and `first_pair` are those of the first layer up to its value vectors.
+    """
 
     token: int
     pair: int
+    first_token: int
+    first_pair: int
     unembedded: int
     recorded: int
 
@@ -208,15 +244,22 @@ def cost_of(config: PreTrainedConfig) -> Cost:
     """
     model = empty_model(config)
     view, unembedding = unverified_view(model), model.get_output_embeddings()
-    projections = [
-        part
-        for part in model.modules()
+    projections = {
+        name: 2 * part.weight.numel()
+        for name, part in model.named_modules()
         if isinstance(part, nn.Linear | Conv1D) and part is not unembedding
-    ]
+    }
+    down = view.names[0]
+    layer = down[: down.index(".0.") + 3]
+    # Queries with keys, and their weights with values.
+    pair = 4 * config.num_attention_heads * _head_dim(config)
     return Cost(
-        token=2 * sum(part.weight.numel() for part in projections),
-        # Queries with keys, and their weights with values.
-        pair=4 * config.num_hidden_layers * config.num_attention_heads * _head_dim(config),
+        token=sum(projections.values()),
+        pair=config.num_hidden_layers * pair,
+        first_token=sum(
+            cost for name, cost in projections.items() if name.startswith(layer) and name != down
+        ),
+        first_pair=pair,
         unembedded=2 * unembedding.weight.numel(),
         recorded=2 * view.layers * view.width,
     )
@@ -227,6 +270,8 @@ def flops(passes: Passes, cost: Cost) -> int:
     return (
         passes.computed * cost.token
         + passes.pairs * cost.pair
+        - passes.spared * cost.first_token
+        - passes.spared_pairs * cost.first_pair
         + passes.unembedded * cost.unembedded
         + passes.recorded * cost.recorded
     )
@@ -242,14 +287,14 @@ def peak_memory(
     """`peak_memory(config, spec.parameters, spec.mlp_width, passes.largest, 2)`: an estimate.
 
     Weights of `size` bytes, what one layer holds of the largest batch (states, MLP, scores and mask
-    of attention, coefficients in fp32), and the logits; in bytes.
+    of attention, coefficients in fp32), and a block of the logits; in bytes.
     """
     rows, length, unembedded = largest
     heads, hidden = config.num_attention_heads, config.hidden_size
     states = rows * length * (6 * hidden + 4 * heads * _head_dim(config) + 3 * width) * size
     attention = rows * length**2 * (heads * (size + 4) + size)
     recorded = rows * (2 * length + config.num_hidden_layers) * width * 4
-    logits = config.vocab_size * (unembedded * size + min(unembedded, 256) * 4)
+    logits = min(config.vocab_size, VOCABULARY_BLOCK) * unembedded * (size + 8)
     return parameters * size + states + attention + recorded + logits
 
 
@@ -684,8 +729,9 @@ class _Known:
             toy = AutoModelForCausalLM.from_config(toy_config(config)).eval()
             self._engines[key] = choose_engine(value_vector_view(toy))
         engine = self._engines[key]
-        longest = getattr(config, "sliding_window", None) if engine.name == "packed" else None
-        return Engine(engine.name, engine.reason, longest)
+        if engine.longest is None:
+            return engine
+        return replace(engine, longest=getattr(config, "sliding_window", None))
 
     def units(self, name: str, study: Study) -> dict[tuple, Passes]:
         """What the study asks of the model, by what the store keeps apart."""
@@ -730,7 +776,7 @@ class _Known:
         items = self._encoded(subject.tokenizer, questions).values()
         longest = max(len(item.context) + max(map(len, item.options)) - 1 for item in items)
         if engine.longest is not None and longest <= engine.longest:
-            return Engine(engine.name, engine.reason)
+            return replace(engine, longest=None)
         return engine
 
     def _counted(self, key: tuple, count: Callable[[], Passes]) -> Passes:

@@ -28,6 +28,7 @@ from scipy import stats
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from paramspec.batches import BATCH_TOKENS
 from paramspec.errors import InputError
 from paramspec.hooks import Position, ValueVectorView
 from paramspec.masks import (
@@ -39,7 +40,13 @@ from paramspec.masks import (
     top_vectors,
     value_vector_scores,
 )
-from paramspec.scoring import SCORING_VERSION, Engine, Item, Request, choose, encode, score_options
+from paramspec.rows import ROW_TOKENS, Engine, Item, Request
+from paramspec.scoring import (
+    SCORING_VERSION,
+    choose,
+    encode,
+    score_options,
+)
 from paramspec.specwiki import TIERS, Question
 
 Protocol = Literal["paper", "holdout"]
@@ -84,8 +91,8 @@ class Choices(BaseModel):
     nulls: tuple[Null, ...] = ("random", "magnitude", "other")
     general: int = 10
     seed: int = 0
-    row_tokens: int = 128
-    batch_tokens: int = 2048
+    row_tokens: int = ROW_TOKENS
+    batch_tokens: int = BATCH_TOKENS
 
     @field_validator("ratios")
     @classmethod

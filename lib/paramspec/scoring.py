@@ -1,4 +1,4 @@
-"""Score questions: option log-likelihoods and generated answers, with or without masks.
+"""Score questions: the log-likelihood of every option, with or without masks.
 
     items = [encode(tokenizer, question) for question in questions]
     scores = score_options(view, [Request(item, mask=0) for item in items], keeps)
@@ -8,64 +8,59 @@ The definitions are lm-evaluation-harness's: the log-likelihood of an option is 
 tokens, given the cloze and a space; `acc` takes the option with the highest sum, `acc_norm` the
 one with the highest sum per character.
 
-**How a forward pass is filled.** Each needed token is computed once. The token sequences that
-share a mask are merged into a *forest*: a node a token, a path from a root for each sequence, so
-that equal beginnings (a question's prompt under its four options, a template under two questions)
-are one path. A forest is one row of a batch:
-
-    The capital of France is -+- Par -(is)        row    The capital of France is Par Br Ly
-              |               +- Br -uss -(els)   depth   0    1     2    3    4   5  5  5 ...
-              |               +- Ly -(on)         sees   its ancestors and itself, nothing else
-              +- of Spain is ...
-
-The last token of an option (in brackets) is predicted, never read, so it is not in the row. The
-position of a token is its depth, and it attends to its ancestors, so that every path is computed
-as if it stood alone. Rows are filled up to a token budget, and the unembedding runs only where a
-prediction is read off. A model that cannot take such a row (learnt from a test forward, see
-`choose_engine`) is scored one sequence a row.
+How little of that has to be computed, `rows` tells. A model that cannot take such a row (learnt
+from a test forward, see `choose_engine`) is scored one sequence a row. The unembedding runs only
+where a prediction is read off, a block of the vocabulary at a time.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
-from copy import deepcopy
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from paramspec.batches import in_batches
+from paramspec.batches import BATCH_TOKENS, in_batches
 from paramspec.errors import InputError
 from paramspec.hooks import (
     ValueVectorView,
+    mask_rows,
     mask_value_vectors,
     refuse_too_long,
     unembed_only,
+    unverified_view,
 )
-from paramspec.specwiki import Question, normalise
+from paramspec.kernels import Linear, faster_layers, linear_of
+from paramspec.models import toy_config
+from paramspec.rows import (
+    ROW_TOKENS,
+    Cell,
+    Engine,
+    Item,
+    Request,
+    Row,
+    branches_within,
+    cell_batches,
+    computed_tokens,
+    fill_rows,
+)
+from paramspec.specwiki import Question
 
 # Raised whenever a change could move a score; part of every result's key.
-SCORING_VERSION = 1
+SCORING_VERSION = 2
 
-
-@dataclass(frozen=True)
-class Item:
-    """A question in tokens: the prompt, and the tokens of each option after it."""
-
-    context: tuple[int, ...]
-    options: tuple[tuple[int, ...], ...]
-
-
-class Request(NamedTuple):
-    """Score `item` under mask number `mask` of the masks given beside the requests."""
-
-    item: Item
-    mask: int
+# Logits that are in memory at once, of each place that is read off.
+VOCABULARY_BLOCK = 4096
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, question: Question) -> Item:
@@ -83,7 +78,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, question: Question) -> Item:
                 f"{question.id}: option {option!r} adds no token to the cloze {question.cloze!r}"
             )
         options.append(tuple(whole[len(context) :]))
-    return Item(tuple(context), tuple(options))
+    return Item(tuple(context), tuple(options), question.id)
 
 
 class Choice(NamedTuple):
@@ -100,171 +95,6 @@ def choose(log_likelihoods: Sequence[float], options: Sequence[str]) -> Choice:
     return Choice(int(sums.argmax()), int((sums / characters).argmax()))
 
 
-# --- engines ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Engine:
-    """How rows are filled: `packed` forests, or one sequence a row (`plain`), and why."""
-
-    name: Literal["packed", "plain"]
-    reason: str
-    longest: int | None = None  # a path longer than this is scored plainly
-
-
-def choose_engine(view: ValueVectorView) -> Engine:
-    """`engine = choose_engine(view)`: packed rows if the model computes them correctly.
-
-    Decided by a test: a forest that branches at every depth is scored packed and plain. Models
-    whose attention is biased by distances that position ids do not set (BLOOM, MPT) fail it. A
-    sliding window is no obstacle while no path is longer than the window.
-    """
-    attention = getattr(view.model.config, "_attn_implementation", None)
-    if attention not in ("eager", "sdpa"):
-        return Engine("plain", f"attention implementation {attention!r} takes no tree mask")
-    config = view.model.config.get_text_config(decoder=True)
-    window = getattr(config, "sliding_window", None)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(config.vocab_size, (12,), generator=generator).tolist()
-    context, rest = tuple(tokens[:4]), tokens[4:]
-    items = [
-        Item(context, ((rest[0], rest[1], rest[2]), (rest[0], rest[3]), (rest[4],))),
-        Item(context[:2], ((rest[5], rest[6], rest[7]), (rest[6], rest[0], rest[1]))),
-    ]
-    requests = [Request(item, 0) for item in items]
-    packed = Engine("packed", "verified by a test forward", window)
-    try:
-        actual = torch.cat(score_options(view, requests, [None], engine=packed))
-    except (ValueError, RuntimeError, TypeError, IndexError) as error:
-        return Engine("plain", f"a packed row failed: {str(error).splitlines()[0][:120]}")
-    plain = Engine("plain", "reference")
-    expected = torch.cat(score_options(view, requests, [None], engine=plain))
-    error = float((actual - expected).abs().max())
-    tolerance = 1e-3 if view.modules[0].weight.dtype == torch.float32 else 0.2
-    if not error <= tolerance:
-        return Engine("plain", f"packed rows differ from plain ones by {error:.2g} nats")
-    return packed
-
-
-# --- rows ---------------------------------------------------------------------------------------
-
-
-class Read(NamedTuple):
-    """Add the log-probability of `token` after node `place` to an option of a request."""
-
-    place: int
-    token: int
-    request: int
-    option: int
-
-
-@dataclass
-class Row:
-    """A forest of tokens under one mask. `parents[i] < i`, or -1 at a root."""
-
-    mask: int
-    tokens: list[int] = field(default_factory=list)
-    parents: list[int] = field(default_factory=list)
-    depths: list[int] = field(default_factory=list)
-    reads: list[Read] = field(default_factory=list)
-    _children: dict[tuple[int, int], int] = field(default_factory=dict)
-
-    def missing(self, paths: Sequence[Sequence[int]]) -> int:
-        """How many nodes the row would grow by, at most, with these paths."""
-        total = 0
-        for path in paths:
-            node = -1
-            for done, token in enumerate(path):
-                node = self._children.get((node, token), None)
-                if node is None:
-                    total += len(path) - done
-                    break
-        return total
-
-    def add(self, request: int, item: Item) -> None:
-        for option, tokens in enumerate(item.options):
-            node = -1
-            for place, token in enumerate((*item.context, *tokens)):
-                if place >= len(item.context):
-                    self.reads.append(Read(node, token, request, option))
-                if place < len(item.context) + len(tokens) - 1:
-                    node = self._step(node, token)
-
-    def _step(self, node: int, token: int) -> int:
-        child = self._children.get((node, token))
-        if child is None:
-            child = self._children[node, token] = len(self.tokens)
-            self.tokens.append(token)
-            self.parents.append(node)
-            self.depths.append(0 if node < 0 else self.depths[node] + 1)
-        return child
-
-    def sees(self) -> np.ndarray:
-        """Bool `[tokens, tokens]`: whether a token attends to another: itself and ancestors."""
-        sees = np.eye(len(self.tokens), dtype=bool)
-        for node, parent in enumerate(self.parents):
-            if parent >= 0:
-                sees[node] |= sees[parent]
-        return sees
-
-
-def _paths(item: Item) -> list[tuple[int, ...]]:
-    return [item.context + option[:-1] for option in item.options]
-
-
-def _packed_rows(numbered: list[tuple[int, Request]], row_tokens: int) -> Iterator[Row]:
-    """Forests of at most `row_tokens` tokens (more if one question alone needs them)."""
-    row = None
-    for number, request in sorted(numbered, key=lambda pair: (pair[1].mask, pair[1].item.context)):
-        full = row and len(row.tokens) + row.missing(_paths(request.item)) > row_tokens
-        if row is None or row.mask != request.mask or full:
-            if row is not None:
-                yield row
-            row = Row(request.mask)
-        row.add(number, request.item)
-    if row is not None:
-        yield row
-
-
-def _plain_rows(numbered: list[tuple[int, Request]]) -> Iterator[Row]:
-    """A row for each option."""
-    for number, request in numbered:
-        for index, option in enumerate(request.item.options):
-            row = Row(request.mask)
-            row.add(number, Item(request.item.context, (option,)))
-            row.reads = [read._replace(option=index) for read in row.reads]
-            yield row
-
-
-def fill_rows(
-    requests: Sequence[Request], engine: Engine, row_tokens: int
-) -> tuple[list[Row], list[Row]]:
-    """`packed, plain = fill_rows(requests, engine, 128)`: the rows that score the requests.
-
-    No row holds two masks, so the requests of one mask give the same rows whatever stands beside
-    them.
-    """
-    numbered = list(enumerate(requests))
-    packed, plain = numbered, []
-    if engine.name == "plain":
-        packed, plain = [], numbered
-    elif engine.longest is not None:
-        fits = [max(map(len, _paths(r.item))) <= engine.longest for _, r in numbered]
-        packed = [pair for pair, fit in zip(numbered, fits, strict=True) if fit]
-        plain = [pair for pair, fit in zip(numbered, fits, strict=True) if not fit]
-    return list(_packed_rows(packed, row_tokens)), list(_plain_rows(plain))
-
-
-def row_batches(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
-    """Rows of like length together, longest first, so that memory runs out at once or never."""
-    rows = sorted(rows, key=lambda row: -len(row.tokens))
-    start = 0
-    while start < len(rows):
-        size = max(1, batch_tokens // len(rows[start].tokens))
-        yield rows[start : start + size]
-        start += size
-
-
 # --- scoring ------------------------------------------------------------------------------------
 
 
@@ -275,8 +105,8 @@ def score_options(
     keeps: Sequence[Tensor | None],
     *,
     engine: Engine | None = None,
-    row_tokens: int = 128,
-    batch_tokens: int = 2048,
+    row_tokens: int = ROW_TOKENS,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Tensor]:
     """`scores = score_options(view, requests, keeps)`: log-likelihoods of every option.
@@ -302,35 +132,60 @@ def score_options(
     for name, value in (("row_tokens", row_tokens), ("batch_tokens", batch_tokens)):
         if value < 1:
             raise InputError(f"{name} {value}: expected at least 1")
-    longest = max((max(map(len, _paths(request.item))) for request in requests), default=0)
-    refuse_too_long(view, longest)
+    for request in requests:
+        refuse_too_long(view, request.item.longest, request.item.name)
     engine = engine or choose_engine(view)
-    scores = [torch.zeros(len(request.item.options)) for request in requests]
+    scores = [[0.0] * len(request.item.options) for request in requests]
+
+    def run(cells: list[Cell], branches: bool, forward: Callable[[Sequence[Cell]], Tensor]) -> None:
+        batches = cell_batches(cells, batch_tokens, branches)
+        for batch, values in in_batches(batches, forward, tokens=computed_tokens):
+            reads = [(read, cell) for cell in batch for read in cell.row.reads]
+            for (read, cell), value in zip(reads, values.tolist(), strict=True):
+                scores[cell.requests[read.item]][read.option] += value
+            begun = {cell.requests[read.item] for read, cell in reads if read.option == 0}
+            progress(len(begun))
+
     packed, plain = fill_rows(requests, engine, row_tokens)
-    for rows, tree in ((packed, True), (plain, False)):
-        batches = in_batches(
-            row_batches(rows, batch_tokens),
-            lambda batch, tree=tree: _forward(view, batch, keeps, tree),
-            tokens=lambda batch: len(batch) * max(len(row.tokens) for row in batch),
-        )
-        for batch, values in batches:
-            reads = [read for row in batch for read in row.reads]
-            for read, value in zip(reads, values, strict=True):
-                scores[read.request][read.option] += value
-            progress(sum({read.request: 1 for read in reads if read.option == 0}.values()))
-    if not all(bool(score.isfinite().all()) for score in scores):
+    run(plain, False, lambda batch: _plain_forward(view, batch, keeps))
+    tokens = sum(len(cell.row.tokens) for cell in packed)
+    with faster_layers(view.model, tokens=tokens, prepacked=engine.prepacked) as packs:
+        head = _Head.of(view.model, packs)
+        run(packed, engine.branches, lambda batch: _forward(view, head, batch, keeps, engine))
+    if not np.isfinite([value for score in scores for value in score]).all():
         raise InputError(
             f"{type(view.model).__name__}: a log-likelihood is not a finite number; the weights "
             "are damaged, or their dtype overflows: try float32"
         )
-    return scores
+    return [torch.tensor(score) for score in scores]
 
 
 def _forward(
-    view: ValueVectorView, rows: list[Row], keeps: Sequence[Tensor | None], tree: bool
-) -> list[float]:
-    """One forward pass over a batch of rows; the log-probability of each read, in order."""
-    device = view.model.get_input_embeddings().weight.device
+    view: ValueVectorView,
+    head: _Head,
+    batch: Sequence[Cell],
+    keeps: Sequence[Tensor | None],
+    engine: Engine,
+) -> Tensor:
+    """One forward pass over a batch of forests; the log-probability of each read, in order."""
+    rows = [cell.row for cell in batch]
+    rows = rows[:1] if branches_within(batch, engine) else rows
+    with mask_rows(view, [keeps[cell.mask] for cell in batch]):
+        states = view.model.base_model(**_inputs(view.model, rows), use_cache=False)[0]
+    states = states.expand(len(batch), -1, -1)  # one row still, if no mask parted it
+    sizes = [len(cell.row.places) for cell in batch]
+    starts = np.cumsum(sizes) - sizes
+    which = [start + cell.row.which for start, cell in zip(starts, batch, strict=True)]
+    places = np.concatenate([cell.row.places for cell in batch])
+    read = states[np.repeat(np.arange(len(batch)), sizes), places]
+    targets = [read.token for cell in batch for read in cell.row.reads]
+    return head.log_probabilities(
+        read, torch.from_numpy(np.concatenate(which)), torch.tensor(targets)
+    ).cpu()
+
+
+def _inputs(model: PreTrainedModel, rows: Sequence[Row]) -> dict[str, object]:
+    """The rows as a model takes them: tokens, depths as positions, who sees whom as a bias."""
     length = max(len(row.tokens) for row in rows)
     tokens = np.zeros((len(rows), length), dtype=np.int64)
     depths = np.zeros_like(tokens)
@@ -340,37 +195,109 @@ def _forward(
         size = len(row.tokens)
         tokens[index, :size] = row.tokens
         depths[index, :size] = row.depths
-        if tree:
-            sees[index, 0, :size, :size] = row.sees()
-    inputs = {"input_ids": torch.from_numpy(tokens).to(device)}
-    if tree:
+        sees[index, 0, :size, :size] = row.sees()
+    embedded = model.get_input_embeddings().weight
+
+    def bias(sees: np.ndarray) -> Tensor:
         # Eager attention adds its mask: a boolean one would be silently wrong.
-        dtype = view.model.get_input_embeddings().weight.dtype
-        bias = torch.zeros(sees.shape, dtype=dtype)
-        bias.masked_fill_(torch.from_numpy(~sees), torch.finfo(dtype).min)
-        inputs |= {"attention_mask": bias.to(device)}
-        inputs |= {"position_ids": torch.from_numpy(depths).to(device)}
-    else:
-        sizes = torch.tensor([len(row.tokens) for row in rows])
-        inputs |= {"attention_mask": (torch.arange(length) < sizes[:, None]).long().to(device)}
+        added = torch.zeros(sees.shape, dtype=embedded.dtype)
+        added.masked_fill_(torch.from_numpy(~sees), torch.finfo(embedded.dtype).min)
+        return added.to(embedded.device)
 
-    where = [(index, read.place) for index, row in enumerate(rows) for read in row.reads]
-    targets = [read.token for row in rows for read in row.reads]
-    places, inverse = np.unique(np.array(where), axis=0, return_inverse=True)
-    with _row_masks(view, rows, keeps), unembed_only(view.model, torch.from_numpy(places)):
-        logits = view.model(**inputs, use_cache=False).logits[0]
-    log_normalizers = torch.cat([part.float().logsumexp(-1) for part in logits.split(256)])
-    inverse = torch.from_numpy(inverse.reshape(-1)).to(logits.device)
-    read = logits[inverse, torch.tensor(targets, device=logits.device)].float()
-    return (read - log_normalizers[inverse]).cpu().tolist()
+    window = _window(model.config)
+    attention_mask: object = bias(sees)
+    if window is not None:
+        near = bias(sees & (depths[:, None, :, None] - depths[:, None, None, :] < window))
+        # Where layers differ, the model takes a mask for each kind (Gemma); else one (Mistral).
+        kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
+        both = {"full_attention": attention_mask, "sliding_attention": near}
+        attention_mask = both if kinds else near
+    return {
+        "input_ids": torch.from_numpy(tokens).to(embedded.device),
+        "position_ids": torch.from_numpy(depths).to(embedded.device),
+        "attention_mask": attention_mask,
+    }
 
 
-def _row_masks(view: ValueVectorView, rows: list[Row], keeps: Sequence[Tensor | None]):
-    if all(keeps[row.mask] is None for row in rows):
-        return nullcontext()
-    everything = torch.ones(view.layers, view.width, dtype=torch.bool)
-    chosen = [everything if keeps[row.mask] is None else keeps[row.mask] for row in rows]
-    return mask_value_vectors(view, torch.stack(chosen, dim=1))
+def _window(config: PreTrainedConfig) -> int | None:
+    """How many tokens a sliding attention reaches back, itself included, if there is one."""
+    return getattr(config.get_text_config(decoder=True), "sliding_window", None)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The model's last step, from hidden states to log-probabilities.
+
+    `blocks` are linear layers onto parts of the vocabulary, `weight` and `bias` those of all;
+    `finish` is what the family does to logits.
+    """
+
+    blocks: tuple[Linear, ...]
+    weight: Tensor
+    bias: Tensor | None
+    finish: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, prepacked: bool) -> _Head:
+        module = model.get_output_embeddings()
+        weight, bias = module.weight, getattr(module, "bias", None)
+        parts = weight.split(VOCABULARY_BLOCK)
+        biases = [None] * len(parts) if bias is None else bias.split(VOCABULARY_BLOCK)
+        blocks = [linear_of(*part, prepacked=prepacked) for part in zip(parts, biases, strict=True)]
+        return cls(tuple(blocks), weight, bias, _finish(model.config))
+
+    def log_probabilities(self, states: Tensor, which: Tensor, targets: Tensor) -> Tensor:
+        """fp32 `[reads]`: of token `targets[i]` after state `which[i]` of `states` `[n, hidden]`.
+
+        No more logits are in memory than those of a block; what is kept of one is the logarithm
+        of its sum.
+        """
+        device = self.weight.device
+        states, which, targets = states.to(device), which.to(device), targets.to(device)
+        sums = [self.finish(block(states)).float().logsumexp(-1) for block in self.blocks]
+        logits = (states[which].float() * self.weight[targets].float()).sum(-1)
+        if self.bias is not None:
+            logits += self.bias[targets].float()
+        return self.finish(logits) - torch.stack(sums).logsumexp(0)[which]
+
+
+def _finish(config: PreTrainedConfig) -> Callable[[Tensor], Tensor]:
+    """What a family does to its logits, one by one: Cohere and Granite scale, Gemma 2 caps."""
+    config = config.get_text_config(decoder=True)
+    scale = getattr(config, "logit_scale", None) or 1
+    scale /= getattr(config, "logits_scaling", None) or 1
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def finish(logits: Tensor) -> Tensor:
+        logits = logits * scale if scale != 1 else logits
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    return finish
+
+
+def _plain_forward(
+    view: ValueVectorView, batch: Sequence[Cell], keeps: Sequence[Tensor | None]
+) -> Tensor:
+    """The same of single sequences, by the model's own forward pass."""
+    device = view.model.get_input_embeddings().weight.device
+    sizes = torch.tensor([len(cell.row.tokens) for cell in batch])
+    length = int(sizes.max())
+    tokens = torch.zeros(len(batch), length, dtype=torch.long)
+    for index, cell in enumerate(batch):
+        tokens[index, : sizes[index]] = torch.tensor(cell.row.tokens)
+    kept = (torch.arange(length) < sizes[:, None]).long()
+    where = [(index, read.place) for index, cell in enumerate(batch) for read in cell.row.reads]
+    targets = torch.tensor([read.token for cell in batch for read in cell.row.reads])
+    with (
+        mask_rows(view, [keeps[cell.mask] for cell in batch]),
+        unembed_only(view.model, torch.tensor(where)),
+    ):
+        logits = view.model(
+            input_ids=tokens.to(device), attention_mask=kept.to(device), use_cache=False
+        ).logits[0]
+    chosen = logits[torch.arange(len(targets)), targets.to(logits.device)].float()
+    sums = [part.float().logsumexp(-1) for part in logits.split(256)]
+    return (chosen - torch.cat(sums)).cpu()
 
 
 @torch.no_grad()
@@ -393,212 +320,70 @@ def score_one_at_a_time(view: ValueVectorView, item: Item, keep: Tensor | None =
     return torch.stack(scores)
 
 
-# --- open-ended ---------------------------------------------------------------------------------
-
-# Three examples show that a bare answer is wanted; without them, models answer in sentences, or
-# stop at once. They are about no concept of SpecWiki.
-OPEN_PROMPT = """\
-Question: Who painted the Mona Lisa?
-Answer: Leonardo da Vinci
-
-Question: Which instrument has 88 keys?
-Answer: the piano
-
-Question: In which year was the Battle of Waterloo?
-Answer: 1815
-
-Question: {question}
-Answer:"""
+# --- choosing an engine ---------------------------------------------------------------------------
 
 
-def generate_answers(
-    view: ValueVectorView,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[str],
-    keeps: Sequence[Tensor | None] | None = None,
-    *,
-    prompt: str = OPEN_PROMPT,
-    max_new_tokens: int = 12,
-    batch_size: int = 32,
-    progress: Callable[[int], None] = lambda done: None,
-) -> list[str]:
-    """`answers = generate_answers(view, tokenizer, ["What is the capital of France?"])`.
+def choose_engine(view: ValueVectorView) -> Engine:
+    """`engine = choose_engine(view)`: packed rows if the model computes them correctly.
 
-    Greedy decoding of the first line after the prompt, each question under its own mask.
-
-    Args:
-        keeps: a mask for each question, bool `[layers, width]` or None; no masks if not given.
-        prompt: holds `{question}`.
-
-    Returns:
-        The answers, stripped, in the order of the questions.
+    Decided by a test: a forest that branches at every depth, under three masks, is scored packed
+    and plain. Models whose attention is biased by distances that position ids do not set (BLOOM,
+    MPT) fail it. Whether a sliding window is kept is tested on a toy of the model's class, whose
+    window is short; if it is not, paths longer than the model's window are scored plainly.
     """
-    decoded = decode(
-        view,
-        tokenizer,
-        [prompt.replace("{question}", question) for question in questions],
-        likeliest,
-        keeps=keeps,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    return first_lines(tokenizer, [row.tokens for (row,) in decoded])
-
-
-def first_lines(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> list[str]:
-    """`first_lines(tokenizer, tokens)`: each answer in words, up to the end of its line."""
-    texts = tokenizer.batch_decode(list(rows), skip_special_tokens=True)
-    return [text.strip().split("\n")[0].strip() for text in texts]
-
-
-@dataclass
-class Decoded:
-    """What was generated after a prompt.
-
-    Attributes:
-        tokens: up to and with the one that ended it, by ending the text or the line.
-        log_likelihood: of these tokens, in nats, whatever they were picked by.
-        state: `[hidden]`, fp32: what the last of them was predicted from, the unembedding's input
-            at the token before it. Of an answer that has ended, its last token's.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    log_likelihood: float = 0.0
-    state: Tensor | None = None
+    attention = getattr(view.model.config, "_attn_implementation", None)
+    if attention not in ("eager", "sdpa"):
+        return Engine("plain", f"attention implementation {attention!r} takes no tree mask")
+    for branches in (True, False):
+        engine = Engine("packed", "verified by a test forward", branches=branches)
+        failure = _failure(view, engine)
+        if failure is None:
+            break
+    else:
+        return Engine("plain", failure)
+    window = _window(view.model.config)
+    if window is None or _keeps_windows(view.model.config, engine):
+        return engine
+    return replace(engine, longest=window)
 
 
 @torch.no_grad()
-def decode(
-    view: ValueVectorView,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    pick: Callable[[int, list[int], Tensor], Tensor],
-    *,
-    copies: int = 1,
-    keeps: Sequence[Tensor | None] | None = None,
-    max_new_tokens: int = 12,
-    batch_size: int = 32,
-    progress: Callable[[int], None] = lambda done: None,
-) -> list[list[Decoded]]:
-    """`decode(view, tokenizer, prompts, likeliest)`: the first line of an answer to each.
-
-    Each needed token is computed once: the beginning that all prompts share for all of them (where
-    none is masked), the rest of a prompt for all its copies, and nothing after an answer's end.
-    Prompts of one length go together and none is padded, so that a sliding window reaches as far
-    back as it should.
-
-    Args:
-        pick: given a prompt's number, those of its copies that go on, and fp32 logits `[copies
-            that go on, vocabulary]`, the tokens to go on with.
-        copies: answers to each prompt.
-        keeps: as in `generate_answers`.
-        batch_size: rows of a forward pass, `copies` to a prompt; at least one prompt's.
-
-    Returns:
-        The copies of each prompt.
-
-    Raises:
-        InputError: if a prompt and its answer are longer than the model's context.
-    """
-    keeps = [None] * len(prompts) if keeps is None else keeps
-    encoded = [tokenizer.encode(prompt) for prompt in prompts]
-    refuse_too_long(view, max(map(len, encoded), default=0) + max_new_tokens)
-    masked = any(keep is not None for keep in keeps)
-    shared = 0 if masked else _shared_beginning(encoded)
-    beginning = DynamicCache(config=view.model.config.get_text_config(decoder=True))
-    if shared:
-        _extend(view, torch.tensor([encoded[0][:shared]]), beginning)
-    answers = [[Decoded() for _ in range(copies)] for _ in prompts]
-    for part in _equally_long(encoded, max(1, batch_size // copies)):
-        cache = deepcopy(beginning)
-        if shared:
-            cache.batch_repeat_interleave(len(part))
-        rest = torch.tensor([encoded[index][shared:] for index in part])
-        with _row_masks(view, [Row(mask=index) for index in part], keeps):
-            logits, states = _extend(view, rest, cache)
-        cache.batch_repeat_interleave(copies)
-        logits, states = (each.repeat_interleave(copies, dim=0) for each in (logits, states))
-        rows = [(index, copy) for index in part for copy in range(copies)]  # those that go on
-        for _ in range(max_new_tokens):
-            tokens = []
-            for index, group in itertools.groupby(rows, key=lambda row: row[0]):
-                going = [copy for _, copy in group]
-                own = logits[len(tokens) : len(tokens) + len(going)]
-                tokens += pick(index, going, own).tolist()
-            chosen = logits.log_softmax(-1)[range(len(rows)), tokens].tolist()
-            for place, (index, copy) in enumerate(rows):
-                answer = answers[index][copy]
-                answer.tokens.append(tokens[place])
-                answer.log_likelihood += chosen[place]
-                answer.state = states[place]
-            on = [
-                place
-                for place, (index, copy) in enumerate(rows)
-                if not _has_ended(view, tokenizer, answers[index][copy].tokens)
-            ]
-            if not on:
-                break
-            if len(on) < len(rows):
-                cache.batch_select_indices(torch.tensor(on, device=logits.device))
-                rows = [rows[place] for place in on]
-            with _row_masks(view, [Row(mask=index) for index, _ in rows], keeps):
-                last = torch.tensor([tokens[place] for place in on])
-                logits, states = _extend(view, last[:, None], cache)
-        progress(len(part))
-    return answers
+def _keeps_windows(config: PreTrainedConfig, engine: Engine) -> bool:
+    small = toy_config(config.get_text_config(decoder=True))
+    small.sliding_window = 3
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        toy = AutoModelForCausalLM.from_config(small).eval()
+        for weight in toy.parameters():
+            weight.normal_(std=0.5)  # large enough for what is out of the window to be missed
+    toy.set_attn_implementation(config._attn_implementation)
+    return _failure(unverified_view(toy), engine) is None
 
 
-def likeliest(index: int, copies: list[int], logits: Tensor) -> Tensor:
-    """`decode(..., pick=likeliest)`: greedy."""
-    return logits.argmax(-1)
-
-
-def _extend(view: ValueVectorView, rows: Tensor, cache: DynamicCache) -> tuple[Tensor, Tensor]:
-    """Each row's logits, fp32, and hidden state at its last token; the cache grows by the rows."""
-    device = view.model.get_input_embeddings().weight.device
-    last = torch.tensor([(row, rows.shape[1] - 1) for row in range(len(rows))])
-    seen = torch.ones(len(rows), cache.get_seq_length() + rows.shape[1], dtype=torch.long)
-    states: list[Tensor] = []
-    with unembed_only(view.model, last), ExitStack() as stack:
-        hook = view.model.get_output_embeddings().register_forward_pre_hook(
-            lambda _, args: states.append(args[0][0].float().cpu())
-        )
-        stack.callback(hook.remove)
-        logits = view.model(
-            input_ids=rows.to(device),
-            attention_mask=seen.to(device),
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[0]
-    return logits.float(), states[0]
-
-
-def _shared_beginning(rows: Sequence[Sequence[int]]) -> int:
-    """How many tokens all rows begin with; each has one more, at least."""
-    most = min(map(len, rows), default=1) - 1
-    return next((n for n in range(most) if len({row[n] for row in rows}) > 1), most)
-
-
-def _equally_long(rows: Sequence[Sequence[int]], most: int) -> Iterator[list[int]]:
-    """Indices of rows of one length, up to `most` together, the longest first."""
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
-    for _, group in itertools.groupby(order, key=lambda index: len(rows[index])):
-        members = list(group)
-        yield from (members[start : start + most] for start in range(0, len(members), most))
-
-
-def _has_ended(
-    view: ValueVectorView, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]
-) -> bool:
-    """Whether a text or its first line has ended; space before the first word does not count."""
-    ends = view.model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    if tokens[-1] in (*ends, tokenizer.eos_token_id):
-        return True
-    return "\n" in tokenizer.decode(tokens, skip_special_tokens=True).lstrip()
-
-
-def answer_matches(answer: str, aliases: Sequence[str]) -> bool:
-    """`answer_matches("The Paris.", ["Paris"])`: SQuAD's exact match against any alias."""
-    return normalise(answer) in {normalise(alias) for alias in aliases}
+def _failure(view: ValueVectorView, engine: Engine) -> str | None:
+    """Why a forest is not scored as its paths alone are; None if it is."""
+    vocabulary = view.model.get_input_embeddings().weight.shape[0]
+    draw = torch.Generator().manual_seed(0)
+    t = torch.randint(vocabulary, (32,), generator=draw).tolist()
+    items = [
+        Item(tuple(t[:4]), ((t[4], t[5], t[6]), (t[4], t[7]), (t[8],))),
+        Item(tuple(t[:2]), ((t[9], t[10], t[11]), (t[10], t[4], t[5]))),
+        Item(tuple(t[:8]), tuple(zip(t[12:22], t[22:32], strict=True))),
+    ]
+    keeps = [None, *(torch.rand(2, view.layers, view.width, generator=draw) > 0.05)]
+    requests = [Request(item, mask) for mask in range(3) for item in items]
+    try:
+        actual = torch.cat(score_options(view, requests, keeps, engine=engine))
+    except (ValueError, RuntimeError, TypeError, IndexError) as error:
+        return f"a packed row failed: {str(error).splitlines()[0][:120]}"
+    plain = Engine("plain", "reference")
+    expected = torch.cat(score_options(view, requests, keeps, engine=plain))
+    error = (actual - expected).abs()
+    if view.modules[0].weight.dtype == torch.float32:
+        right = bool(error.max() <= 1e-3)
+    else:
+        # One path differs by rounding as much as by a wrong mask, but not all of them together: in
+        # SmolLM2 0.02 of the spread of scores, and 0.11 or more where siblings see each other,
+        # positions are wrong or the masks are left out.
+        right = bool(error.mean() <= 0.05 * expected.std())
+    return None if right else f"packed rows differ from plain ones by {error.max():.2g} nats"

@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from paramspec.batches import BATCH_TOKENS
 from paramspec.errors import InputError
 from paramspec.hooks import down_projections, value_vector_view
 from paramspec.masks import ConceptCoefficients, load_masks, record_concepts, save_masks
@@ -63,9 +64,9 @@ from paramspec.pss import (
     measure_concepts,
     method_key,
 )
+from paramspec.rows import ROW_TOKENS, Request
 from paramspec.scoring import (
     SCORING_VERSION,
-    Request,
     choose,
     choose_engine,
     encode,
@@ -156,8 +157,8 @@ def score_questions(
     questions: Sequence[Question],
     *,
     store: Store | None = None,
-    row_tokens: int = 128,
-    batch_tokens: int = 2048,
+    row_tokens: int = ROW_TOKENS,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> pd.DataFrame:
     """`answers = score_questions(load_model("smollm2-135m"), questions)`: without any mask.
 
