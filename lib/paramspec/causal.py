@@ -78,7 +78,6 @@ TRAINED = "vectors.safetensors"
 RECORD = "record.json"
 TABLES = ("answers", "generated", "texts", "pss", "curve", "samples")
 WINDOW = 128  # tokens of a passage of prose
-BATCH_TOKENS = 1024  # of a forward pass: beside trained vectors, less memory is left
 
 
 class Evaluation(BaseModel):
@@ -616,9 +615,7 @@ def _asked(plan: _Plan, model: _Model, run: Run, own: Sequence[Question]) -> pd.
 
 def _answers(model: _Model, questions: Sequence[Question]) -> pd.DataFrame:
     requests = [Request(encode(model.tokenizer, question), 0) for question in questions]
-    scores = score_options(
-        model.view, requests, [None], engine=model.engine, batch_tokens=BATCH_TOKENS
-    )
+    scores = score_options(model.view, requests, [None], engine=model.engine)
     return pd.DataFrame(
         [answer_row(question, score) for question, score in zip(questions, scores, strict=True)]
     )

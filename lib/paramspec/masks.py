@@ -98,7 +98,9 @@ def record_concepts(
     sums = torch.zeros(len(concepts), 2, view.layers, view.width)
     counts = torch.zeros(len(concepts), 2)
     clozes = [question.cloze for question in questions]
-    for indices, coefficients in _record_texts(view, tokenizer, clozes, position, batch_tokens):
+    names = [question.id for question in questions]
+    batches = _record_texts(view, tokenizer, clozes, names, position, batch_tokens)
+    for indices, coefficients in batches:
         for index, row in zip(indices, coefficients, strict=True):
             question = questions[index]
             sums[rows[question.concept], question.fold] += row
@@ -126,7 +128,10 @@ def mean_coefficients(
         the texts.
     """
     total = torch.zeros(view.layers, view.width)
-    for indices, coefficients in _record_texts(view, tokenizer, texts, position, batch_tokens):
+    names = ["a text"] * len(texts)
+    for indices, coefficients in _record_texts(
+        view, tokenizer, texts, names, position, batch_tokens
+    ):
         total += coefficients.sum(0)
         progress(len(indices))
     return total / len(texts)
@@ -137,12 +142,14 @@ def _record_texts(
     view: ValueVectorView,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
+    names: Sequence[str],
     position: Position,
     batch_tokens: int,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Indices of some texts, and their coefficients `[texts, layers, width]`, batch by batch."""
     prompts = sorted_prompts(tokenizer, texts)
-    refuse_too_long(view, max((len(prompt) for prompt, _ in prompts), default=0))
+    for prompt, index in prompts[:1]:  # the longest
+        refuse_too_long(view, len(prompt), names[index])
 
     def forward(batch: Sequence[tuple[list[int], int]]) -> Tensor:
         tokens, attention_mask = pad_right([prompt for prompt, _ in batch])
