@@ -1,0 +1,213 @@
+"""What the engine is measured beside: other ways to score options, all called alike.
+
+    work = Work("masked", requests, keeps, vectors)
+    scores = LmEval(loaded, batch=32)(work)      # without masks
+    scores = Nnsight(wrap(loaded), view.names, rows=20, needed=True)(work)
+    scores = one_at_a_time(view, work)           # the reference
+
+Each returns a tensor `[options]` for each request: log-likelihoods in nats. All start from the same
+tokens, so that nobody's time holds tokenizing. lm-eval and nnsight are imported where they are
+used: a run without them measures the others.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from paramspec.hooks import ValueVectorView
+from paramspec.masks import pad_right
+from paramspec.models import LoadedModel
+from paramspec.plan import Cost
+from paramspec.scoring import Engine, Request, score_one_at_a_time, score_options
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every contender scores.
+
+    Attributes:
+        name: of the work, in tables.
+        requests: `Request.mask` counts `keeps` and `vectors`.
+        keeps: bool `[layers, width]` a mask, False where masked, or None for no mask.
+        vectors: the same masks as int32 `[n, 2]` of (layer, value vector).
+        options: the texts of each request's options, to choose between them by characters.
+    """
+
+    name: str
+    requests: Sequence[Request]
+    keeps: Sequence[Tensor | None] = (None,)
+    vectors: Sequence[Tensor | None] = (None,)
+    options: Sequence[Sequence[str]] = field(default=(), repr=False)
+
+    def only(self, indices: Sequence[int]) -> Work:
+        """`work.only(range(8))`: some of the requests, under the same masks."""
+        requests = [self.requests[index] for index in indices]
+        options = [self.options[index] for index in indices] if self.options else ()
+        return Work(self.name, requests, self.keeps, self.vectors, options)
+
+
+class Needed(NamedTuple):
+    """What no way of scoring can leave out: `needed(requests).flops(cost_of(config))`.
+
+    Attributes:
+        tokens: distinct beginnings of the token sequences under a mask, each computed once.
+        pairs: of a token and one it attends to: its ancestors and itself.
+        unembedded: distinct places that an option's token is predicted at.
+    """
+
+    tokens: int
+    pairs: int
+    unembedded: int
+
+    def flops(self, cost: Cost) -> int:
+        return self.tokens * cost.token + self.pairs * cost.pair + self.unembedded * cost.unembedded
+
+
+def needed(requests: Sequence[Request]) -> Needed:
+    """`needed(work.requests).tokens`: no padding, nothing twice, masks apart from each other."""
+    beginnings, read = set(), set()
+    for item, mask in requests:
+        for option in item.options:
+            path = item.context + option
+            beginnings |= {(mask, path[:end]) for end in range(1, len(path))}
+            read |= {(mask, path[:end]) for end in range(len(item.context), len(path))}
+    return Needed(len(beginnings), sum(len(path) for _, path in beginnings), len(read))
+
+
+def engine(view: ValueVectorView, chosen: Engine, work: Work) -> list[Tensor]:
+    """`engine(view, choose_engine(view), work)`: what is measured."""
+    return score_options(view, work.requests, work.keeps, engine=chosen)
+
+
+def one_at_a_time(view: ValueVectorView, work: Work) -> list[Tensor]:
+    """`one_at_a_time(view, work)`: a forward pass an option, hooks for the mask, all logits."""
+    return [score_one_at_a_time(view, item, work.keeps[mask]) for item, mask in work.requests]
+
+
+class LmEval:
+    """`LmEval(loaded, batch=32)(work)`: lm-evaluation-harness's own Hugging Face model class.
+
+    Its step after tokenizing is called, which sorts, merges equal contexts and pads as the harness
+    does. It knows no masks.
+    """
+
+    def __init__(self, loaded: LoadedModel, batch: int) -> None:
+        from lm_eval.models.huggingface import HFLM
+
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model given ready
+        self._model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch)
+
+    def __call__(self, work: Work) -> list[Tensor]:
+        if any(work.keeps[request.mask] is not None for request in work.requests):
+            raise ValueError("lm-evaluation-harness scores without masks")
+        asked = [
+            # The texts are keys of its cache alone; without one they may be empty.
+            (("", ""), list(request.item.context), list(option))
+            for request in work.requests
+            for option in request.item.options
+        ]
+        answers = iter(self._model._loglikelihood_tokens(asked, disable_tqdm=True))
+        return [
+            torch.tensor([next(answers)[0] for _ in request.item.options])
+            for request in work.requests
+        ]
+
+
+def wrap(loaded: LoadedModel) -> TransformersModel:
+    """`wrap(loaded)`: the model as nnsight takes it.
+
+    nnsight replaces the `forward` of every module, and sets the tokenizer's padding. So it is given
+    modules of its own, over the same weights, and the others run as if it were not there.
+    """
+    from nnsight import TransformersModel
+
+    weights = itertools.chain(loaded.model.parameters(), loaded.model.buffers())
+    twin = copy.deepcopy(loaded.model, {id(tensor): tensor for tensor in weights})
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    return TransformersModel(twin, tokenizer=tokenizer, task="text-generation")
+
+
+class _Line(NamedTuple):
+    """An option in a batch: the prompt's and its own tokens, and whose it is."""
+
+    tokens: tuple[int, ...]
+    option: tuple[int, ...]
+    request: int
+    place: int
+
+
+@dataclass(frozen=True)
+class Nnsight:
+    """`Nnsight(wrap(loaded), view.names, rows=20, needed=True)(work)`: batches of one mask each.
+
+    Attributes:
+        wrapped: from `wrap`.
+        names: of the down projections, as in `ValueVectorView`.
+        rows: options in a batch, sorted by length and padded on the right; 0 for all of a mask's.
+        needed: unembed only where an option is read off.
+    """
+
+    wrapped: TransformersModel
+    names: Sequence[str]
+    rows: int
+    needed: bool
+
+    def __call__(self, work: Work) -> list[Tensor]:
+        scores = [torch.zeros(len(request.item.options)) for request in work.requests]
+        order = sorted(range(len(scores)), key=lambda index: work.requests[index].mask)
+        for mask, indices in itertools.groupby(order, key=lambda i: work.requests[i].mask):
+            lines = [
+                _Line(item.context + option, option, index, place)
+                for index in indices
+                for item in [work.requests[index].item]
+                for place, option in enumerate(item.options)
+            ]
+            lines.sort(key=lambda line: -len(line.tokens))
+            size = self.rows or len(lines)
+            for start in range(0, len(lines), size):
+                batch = lines[start : start + size]
+                for line, score in zip(batch, self._score(batch, work.vectors[mask]), strict=True):
+                    scores[line.request][line.place] = score
+        return scores
+
+    @torch.no_grad()
+    def _score(self, lines: Sequence[_Line], vectors: Tensor | None) -> list[Tensor]:
+        import nnsight
+
+        # The last token is predicted, never read.
+        tokens, attention_mask = pad_right([line.tokens[:-1] for line in lines])
+        ends = [len(line.tokens) - 1 for line in lines]
+        rows = torch.tensor([row for row, line in enumerate(lines) for _ in line.option])
+        places = torch.cat(
+            [
+                torch.arange(end - len(line.option), end)
+                for line, end in zip(lines, ends, strict=True)
+            ]
+        )
+        targets = torch.tensor([token for line in lines for token in line.option])
+        chosen = [
+            (self.wrapped.get(name), vectors[vectors[:, 0] == layer, 1].long())
+            for layer, name in enumerate(self.names if vectors is not None else ())
+        ]
+        head, needed = self.wrapped.lm_head, self.needed
+        with self.wrapped.trace(input_ids=tokens, attention_mask=attention_mask, use_cache=False):
+            for projection, masked in chosen:
+                projection.input[..., masked] = 0
+            if needed:
+                head.input = head.input[rows, places][None]
+            logits = nnsight.save(head.output)
+        logits = logits[0] if needed else logits[rows, places]
+        read = logits.gather(1, targets[:, None])[:, 0].float()
+        read = read - torch.cat([part.float().logsumexp(-1) for part in logits.split(256)])
+        return [part.sum() for part in read.split([len(line.option) for line in lines])]
