@@ -16,7 +16,8 @@ import peers
 import scoring
 from paramspec.hooks import value_vector_view
 from paramspec.masks import keep_tensor, random_vectors
-from paramspec.scoring import Item, Request, encode
+from paramspec.rows import Item, Request
+from paramspec.scoring import encode
 from toy_study import toy_loaded, toy_questions
 
 

@@ -254,11 +254,17 @@ class _Head:
         """
         device = self.weight.device
         states, which, targets = states.to(device), which.to(device), targets.to(device)
-        sums = [self.finish(block(states)).float().logsumexp(-1) for block in self.blocks]
+        sums = [_log_sum(self.finish(block(states)).float()) for block in self.blocks]
         logits = (states[which].float() * self.weight[targets].float()).sum(-1)
         if self.bias is not None:
             logits += self.bias[targets].float()
         return self.finish(logits) - torch.stack(sums).logsumexp(0)[which]
+
+
+def _log_sum(logits: Tensor) -> Tensor:
+    """Logarithm of the sum of exponentials over the last dimension."""
+    # torch's log_softmax is one pass, and takes half the time of its logsumexp.
+    return logits[..., 0] - logits.log_softmax(-1)[..., 0]
 
 
 def _finish(config: PreTrainedConfig) -> Callable[[Tensor], Tensor]:

@@ -31,7 +31,8 @@ from paramspec.hooks import ValueVectorView, value_vector_view
 from paramspec.models import LoadedModel, load_model
 from paramspec.plan import cost_of
 from paramspec.pss import Choices, asked_questions
-from paramspec.scoring import Engine, Item, Request, choose_engine, encode
+from paramspec.rows import Engine, Item, Request
+from paramspec.scoring import choose_engine, encode
 from paramspec.specwiki import Question, load_questions
 
 RATIO = 0.01

@@ -26,7 +26,8 @@ from paramspec.hooks import ValueVectorView
 from paramspec.masks import pad_right
 from paramspec.models import LoadedModel
 from paramspec.plan import Cost
-from paramspec.scoring import Engine, Request, score_one_at_a_time, score_options
+from paramspec.rows import Engine, Request
+from paramspec.scoring import score_one_at_a_time, score_options
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel

@@ -45,7 +45,8 @@ from paramspec.masks import keep_tensor, record_concepts, top_vectors, value_vec
 from paramspec.models import LoadedModel, load_model
 from paramspec.plan import cost_of
 from paramspec.pss import Choices, asked_questions
-from paramspec.scoring import Engine, Request, choose, choose_engine, encode
+from paramspec.rows import Engine, Request
+from paramspec.scoring import choose, choose_engine, encode
 from paramspec.specwiki import load_questions
 from paramspec.sweep import hardware
 
