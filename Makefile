@@ -24,8 +24,10 @@ test: .venv/installed  ## lint, and run every test (the site's need Chromium: CH
 	$(BIN)/ruff format --check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-bench: .venv/installed  ## what a step of fine-tuning costs, in time and in memory
+bench: .venv/installed  ## measure scoring beside other tools (an hour), fine-tuning and the zoo
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/scoring.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/finetune.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/zoo.py
 
 setup: .venv/installed  ## create .venv, or bring it up to the locks
 

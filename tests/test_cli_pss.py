@@ -133,7 +133,7 @@ def test_run_json_says_what_was_measured_on_what(first, place):
         "nulls": ["random", "magnitude", "other"],
         "general": 10,
         "seed": 0,
-        "row_tokens": 128,
+        "row_tokens": 80,
         "batch_tokens": 512,
     }
     assert re.fullmatch(r"[0-9a-f]{64}", run["questions"]["digest"])

@@ -685,3 +685,92 @@ def made_up(table: pd.DataFrame) -> Figure:
     handles, names = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=3)
     return figure
+
+
+# --- speed --------------------------------------------------------------------------------------
+
+CONTENDER_TITLES = {
+    "paramspec": "this book",
+    "lm-eval": "lm-evaluation-harness",
+    "nnsight": "nnsight",
+    "hooks": "one option at a time",
+}
+GROWTH_TITLES = {
+    "questions": "questions",
+    "concepts": "concepts, a mask each",
+    "ratios": "ratios, for each concept",
+    "controls": "control masks, for each concept",
+    "prompt": "tokens before each question",
+    "shared_prompt": "the same tokens before all",
+    "parameters": "weights of the model",
+}
+
+
+def times_as_long(table: pd.DataFrame) -> Figure:
+    """How many times as long as the engine each contender takes, a panel a work and precision.
+
+    Args:
+        table: columns `work`, `dtype`, `contender`, `variant`, `ratio`, without the engine's own
+            row at 1.
+    """
+    works = list(dict.fromkeys(zip(table["work"], table["dtype"], strict=True)))
+    heights = [int(((table["work"] == w) & (table["dtype"] == d)).sum()) for w, d in works]
+    figure, panels = plt.subplots(
+        len(works), 1, figsize=(7.4, 0.9 + 0.42 * sum(heights) + 0.35 * len(works)),
+        sharex=True, squeeze=False, layout="constrained", height_ratios=heights,
+    )  # fmt: skip
+    for axes, (work, dtype) in zip(panels[:, 0], works, strict=True):
+        part = table[(table["work"] == work) & (table["dtype"] == dtype)]
+        places = np.arange(len(part))[::-1]
+        colours = [GENERAL if name == "paramspec" else OWN for name in part["contender"]]
+        axes.barh(places, part["ratio"], color=colours, height=0.6)
+        for place, ratio in zip(places, part["ratio"], strict=True):
+            axes.annotate(
+                f"{ratio:.1f}", (ratio, place), (4, 0), textcoords="offset points", va="center"
+            )
+        names = [
+            f"{CONTENDER_TITLES[row.contender]}, {row.variant}"
+            if row.contender == "paramspec"
+            else CONTENDER_TITLES[row.contender]
+            for row in part.itertuples()
+        ]
+        axes.set_yticks(places, names)
+        axes.tick_params(axis="y", length=0)
+        axes.axvline(1, color="0.5", linewidth=1, linestyle="--")
+        axes.set_title(f"{work}, {dtype}")
+    panels[-1, 0].set_xlim(0, 1.12 * float(table["ratio"].max()))
+    panels[-1, 0].set_xlabel("times as long as this book's engine")
+    return figure
+
+
+def growth(table: pd.DataFrame) -> Figure:
+    """Seconds along each axis, a panel an axis, beside what the needed operations would take.
+
+    Args:
+        table: columns `axis`, `x`, `seconds`, `low`, `high`, `flops`.
+    """
+    axes_names = list(dict.fromkeys(table["axis"]))
+    rows = -(-len(axes_names) // 3)
+    figure, panels = plt.subplots(
+        rows, 3, figsize=(7.6, 2.5 * rows + 0.4), layout="constrained", squeeze=False
+    )
+    for axes, name in zip(panels.flat, axes_names, strict=False):
+        part = table[table["axis"] == name].sort_values("x")
+        first = part.iloc[0]
+        expected = first["seconds"] * part["flops"] / first["flops"]
+        axes.plot(
+            part["x"], expected, color="0.5", lw=1, ls="--", label="as the needed operations grow"
+        )
+        axes.fill_between(part["x"], part["low"], part["high"], color=GENERAL, alpha=0.15, lw=0)
+        axes.plot(part["x"], part["seconds"], "o-", color=GENERAL, label="measured")
+        axes.set_ylim(bottom=0)
+        axes.set_xlim(left=0)
+        axes.set_xlabel(GROWTH_TITLES[name])
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    for axes in panels[:, 0]:
+        axes.set_ylabel("seconds")
+    for axes in panels.flat[len(axes_names) :]:
+        axes.axis("off")
+    handles, labels = panels.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    return figure

@@ -1,6 +1,6 @@
 """How a forward pass is filled: questions in tokens, merged into forests, under masks, in batches.
 
-    packed, plain = fill_rows(requests, engine, row_tokens=128)
+    packed, plain = fill_rows(requests, engine, row_tokens=80)
     for batch in cell_batches(packed, batch_tokens=512, branches=engine.branches):
         ...
 
@@ -38,7 +38,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-ROW_TOKENS = 128  # of a packed row: longer ones share more, and attend to more in vain
+ROW_TOKENS = 80  # of a packed row: longer ones share more, and attend to more in vain
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def _plain_rows(items: Sequence[tuple[int, Item]]) -> list[Row]:
 def fill_rows(
     requests: Sequence[Request], engine: Engine, row_tokens: int
 ) -> tuple[list[Cell], list[Cell]]:
-    """`packed, plain = fill_rows(requests, engine, 128)`: the rows that score the requests.
+    """`packed, plain = fill_rows(requests, engine, 80)`: the rows that score the requests.
 
     A mask's requests fill rows of their own, whatever stands beside them; masks that are asked the
     same have the same rows.
