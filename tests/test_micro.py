@@ -188,13 +188,21 @@ def test_weights_come_back_where_they_were():
     assert all(torch.equal(before[name] + 1, w) for name, w in network.state_dict().items())
 
 
+def test_a_model_with_weights_of_its_own_kind_is_refused():
+    config = architecture(recipe_of("llama"))
+    config.tie_word_embeddings = False
+    with pytest.raises(ValueError, match="LlamaForCausalLM: it has weights that are not named"):
+        MicroModel(AutoModelForCausalLM.from_config(config), [[0, 1]])
+
+
 # The tree
 
 
 def test_a_node_is_a_beginning_and_each_is_there_once():
     texts = random_texts()
     tree = PrefixTree(texts)
-    for rows in ([0], [3, 1], list(range(len(texts))), [4, 4, 0]):
+    shortest = len(texts) - 1
+    for rows in ([0], [3, 1], list(range(len(texts))), [shortest, 0, shortest]):
         batch = tree.batch(rows)
         beginnings = {}
         predicted = []
@@ -207,10 +215,13 @@ def test_a_node_is_a_beginning_and_each_is_there_once():
                 predicted.append((node, text[place + 1]))
         distinct = {tuple(texts[n][:end]) for n in rows for end in range(1, len(texts[n]))}
         assert sorted(map(tuple, beginnings.values())) == sorted(distinct)
-        for node in beginnings:  # a node is read where it stands
-            assert int(batch.node.flatten()[batch.place[node]]) == node
-        assert batch.node.shape == (len(rows), max(len(texts[n]) - 1 for n in rows))
-        assert len(batch.token) - len(distinct) <= micro.NODES_TOGETHER
+        longest = max(len(texts[number]) - 1 for number in rows)
+        assert batch.node.shape == (len(rows), longest)
+        for node, beginning in beginnings.items():  # its place is where it stands, not padding
+            row, place = divmod(int(batch.place[node]), longest)
+            assert texts[rows[row]][:-1][: place + 1] == beginning
+        assert 0 <= len(batch.token) - len(distinct) <= micro.NODES_TOGETHER
+        assert len(batch.token) % micro.NODES_TOGETHER == 0
         assert sorted(zip(batch.before.tolist(), batch.label.tolist(), strict=True)) == sorted(
             predicted
         )

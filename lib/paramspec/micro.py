@@ -39,7 +39,7 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NODES_TOGETHER = 32  # oneDNN compiles code for each number of rows: let there be few of them
+NODES_TOGETHER = 16  # oneDNN compiles code for each number of rows: let there be few of them
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 Back = Callable[[Tensor], Tensor]  # from the gradient of an output to that of the input
@@ -117,6 +117,8 @@ class MicroModel:
         self._groups = _weights_by_use(model.model)
         parts = [part.detach().flatten() for part in itertools.chain(*self._groups.values())]
         self.weights = nn.Parameter(torch.cat(parts))
+        if len(self.weights) != sum(part.numel() for part in model.parameters()):
+            raise ValueError(f"{type(model).__name__}: it has weights that are not named here")
         self.weights.grad = torch.zeros_like(self.weights)
         self._named = dict(zip(self._groups, self._views(self.weights.detach()), strict=True))
         self._gradients = dict(zip(self._groups, self._views(self.weights.grad), strict=True))
@@ -180,22 +182,19 @@ class MicroModel:
         self._unembed = [norm("norm"), part(_linear, "embedding")]
         self._unembed += [functools.partial(_cap, cap)] if cap else []
         blocks = []
-        for number, layer in enumerate(self._inner.layers):
-            name = f"{number}.".__add__
-            attention = [norm(name("input_layernorm")), part(_linear, name("qkv"))]
-            if name("bias") in self._named:
-                attention.append(part(_bias, name("bias")))
+        for n, layer in enumerate(self._inner.layers):
+            bias = [part(_bias, f"{n}.bias")] if f"{n}.bias" in self._named else []
             attend = functools.partial(_attend, self._attention(layer.self_attn))
-            attention += [attend, part(_linear, name("out"))]
-            mlp = [part(_linear, name("gate_up")), functools.partial(_gate, gemma)]
-            mlp.append(part(_linear, name("down")))
-            if gemma:
-                attention.append(norm(name("post_attention_layernorm")))
-                mlp.insert(0, norm(name("pre_feedforward_layernorm")))
-                mlp.append(norm(name("post_feedforward_layernorm")))
+            attention = [part(_linear, f"{n}.qkv"), *bias, attend, part(_linear, f"{n}.out")]
+            gate = functools.partial(_gate, gemma)
+            mlp = [part(_linear, f"{n}.gate_up"), gate, part(_linear, f"{n}.down")]
+            first, second = norm(f"{n}.input_layernorm"), norm(f"{n}.post_attention_layernorm")
+            if gemma:  # which has a norm before and after each
+                before = norm(f"{n}.pre_feedforward_layernorm")
+                after = norm(f"{n}.post_feedforward_layernorm")
+                blocks += [[first, *attention, second], [before, *mlp, after]]
             else:
-                mlp.insert(0, norm(name("post_attention_layernorm")))
-            blocks += [attention, mlp]
+                blocks += [[first, *attention], [second, *mlp]]
         return blocks
 
     def _attention(self, module: nn.Module) -> _Attention:
@@ -302,17 +301,21 @@ def _gate(gelu: bool, x: Tensor, _: Batch) -> tuple[Tensor, Back]:
     active = functional.gelu(gate, approximate="tanh") if gelu else functional.silu(gate)
 
     def back(grad: Tensor) -> Tensor:
-        to_gate = grad * up
+        both = torch.empty_like(x)
+        to_gate, to_up = both.chunk(2, dim=-1)
         if gelu:
-            to_gate = torch.ops.aten.gelu_backward(to_gate, gate, approximate="tanh")
+            torch.ops.aten.gelu_backward.grad_input(
+                grad * up, gate, approximate="tanh", grad_input=to_gate
+            )
         else:
-            to_gate = torch.ops.aten.silu_backward(to_gate, gate)
-        return torch.cat([to_gate, active * grad], dim=-1)
+            torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=to_gate)
+        torch.mul(active, grad, out=to_up)
+        return both
 
     return active * up, back
 
 
-def _cap(cap: float, x: Tensor, _: object = None) -> tuple[Tensor, Back]:
+def _cap(cap: float, x: Tensor, _: Batch | None = None) -> tuple[Tensor, Back]:
     """`cap` tanh(x / cap), plus `cap`: of which the softmax that follows sees nothing."""
     sigmoid = (x * (2 / cap)).sigmoid_()
 
