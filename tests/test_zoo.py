@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from paramspec import zoo
 from paramspec.errors import InputError
 from paramspec.hooks import value_vector_view
+from paramspec.micro import MicroModel
 from paramspec.models import find_spec, load_model
 from paramspec.parallel import workers
 from paramspec.specwiki import QUESTIONS, TIERS, load_questions
@@ -97,6 +98,7 @@ class Run:
     network: torch.nn.Module
     tokenizer: object
     texts: dict[str, float]
+    encoded: list[list[int]] = field(default_factory=list)
     batches: list[tuple[list[list[int]], float]] = field(default_factory=list)
 
 
@@ -104,20 +106,26 @@ class Run:
 def watched() -> Iterator[list[Run]]:
     """The trainings in this process."""
     runs: list[Run] = []
-    optimize, loss = zoo._optimize, zoo._loss
+    optimize = zoo._optimize
+    make, loss = MicroModel.__init__, MicroModel.loss_and_gradient
 
     def watch_optimize(network, tokenizer, texts, recipe):
         runs.append(Run(recipe, network, tokenizer, texts))
         yield from optimize(network, tokenizer, texts, recipe)
 
-    def watch_loss(network, rows):
-        value, tokens = loss(network, rows)
-        runs[-1].batches.append((rows, float(value.detach())))
-        return value, tokens
+    def watch_make(model, network, texts):
+        runs[-1].encoded = texts
+        make(model, network, texts)
+
+    def watch_loss(model, rows):
+        value = loss(model, rows)
+        runs[-1].batches.append(([runs[-1].encoded[row] for row in rows], value))
+        return value
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(zoo, "_optimize", watch_optimize)
-        patch.setattr(zoo, "_loss", watch_loss)
+        patch.setattr(MicroModel, "__init__", watch_make)
+        patch.setattr(MicroModel, "loss_and_gradient", watch_loss)
         yield runs
 
 
@@ -449,14 +457,13 @@ def test_the_loss_is_that_of_each_text_by_itself(family):
     network = network_of(load_zoo()[f"zoo-{family}-1"].recipe)
     draw = np.random.default_rng(0)
     rows = [[0, *draw.integers(2, 2048, length).tolist(), 1] for length in (3, 40, 17, 1)]
-    loss, tokens = zoo._loss(network, rows)
-    assert tokens == sum(map(len, rows)) == 69
+    loss = MicroModel(network, rows).loss_and_gradient(range(4))
     nats = []
     with torch.no_grad():
         for row in rows:
             shares = network(torch.tensor([row])).logits[0].log_softmax(-1)
             nats += [-float(shares[place, token]) for place, token in enumerate(row[1:])]
-    assert loss.item() == pytest.approx(np.mean(nats), abs=1e-5)
+    assert loss == pytest.approx(np.mean(nats), abs=1e-5)
 
 
 def test_a_record_is_what_was_counted(small):
@@ -498,11 +505,12 @@ def rates_of(recipe, monkeypatch, scale=1.0):
         seen.append((group["lr"], float(norm)))
         return step(optimizer, *given, **named)
 
-    def loss(network, rows):
-        return scale * network.get_input_embeddings().weight.square().sum(), 1
+    def loss(model, rows):
+        model.weights.grad.copy_(2 * scale * model.weights.detach())
+        return scale * float(model.weights.detach().square().sum())
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watch)
-    monkeypatch.setattr(zoo, "_loss", loss)
+    monkeypatch.setattr(MicroModel, "loss_and_gradient", loss)
     texts = {"gold is yellow": 1.0}
     tokenizer = train_tokenizer(list(texts), 258)
     for _ in zoo._optimize(network_of(recipe), tokenizer, texts, recipe):
@@ -601,7 +609,8 @@ def test_a_checkpoint_is_the_model_as_it_was_at_that_step(small, tmp_path, monke
 
     def watch(optimizer, *given, **named):
         result = step(optimizer, *given, **named)
-        seen.append([weight.detach().clone() for weight in optimizer.param_groups[0]["params"]])
+        (weights,) = optimizer.param_groups[0]["params"]
+        seen.append(weights.detach().clone())
         return result
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watch)
@@ -610,11 +619,9 @@ def test_a_checkpoint_is_the_model_as_it_was_at_that_step(small, tmp_path, monke
     assert stored(alone) == stored(small.directory("llama-2"))
     for name, at in (("llama-2@2", 2), ("llama-2@4", 4), ("llama-2", 6)):
         kept = AutoModelForCausalLM.from_pretrained(small.directory(name))
-        same = [
-            [torch.equal(*pair) for pair in zip(kept.parameters(), weights, strict=True)]
-            for weights in seen
-        ]
-        assert [all(one) for one in same] == [place == at for place in range(1, 7)], name
+        weights = MicroModel(kept, [[0, 1]]).weights
+        same = [torch.equal(weights, one) for one in seen]
+        assert same == [place == at for place in range(1, 7)], name
 
 
 def test_a_training_broken_off_is_done_again_and_ends_the_same(small, tmp_path, monkeypatch):

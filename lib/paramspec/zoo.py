@@ -37,19 +37,18 @@ from paramspec.specwiki import TIERS, Question, load_questions
 from paramspec.store import Store
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 RECIPE = Path(__file__).with_name("zoo.yaml")
 ROOT = Path("results/zoo")  # where trained models are kept, from the working directory
 RECORD = "training.json"
-VERSION = 1  # raised whenever a change could move a trained weight
+VERSION = 2  # raised whenever a change could move a trained weight
 
 Family = Literal["llama", "qwen2", "mistral", "gemma2"]
 CONTEXT = 256  # tokens
 WINDOW = 16  # tokens that an attention of Mistral, and every other one of Gemma 2, reaches back
 BEGIN, END = "<s>", "</s>"
-LARGEST = 200_000_000  # weights; four times as many numbers are in memory while it trains
+LARGEST = 200_000_000  # weights; five times as many numbers are in memory while it trains
 SORTED_TOGETHER = 16  # batches whose texts are sorted by length, so that little is padded
 
 # The sets of the registry that a recipe's models belong to.
@@ -640,10 +639,14 @@ def _optimize(
     """Train in place; yield a record at each step at which the model is to be kept."""
     import torch
 
+    from paramspec.micro import MicroModel
+
     encoded = _encoded(tokenizer, texts)
-    batches = _batches([len(tokens) for tokens in encoded], list(texts.values()), recipe)
+    lengths = np.array([len(tokens) for tokens in encoded])
+    batches = _batches(lengths, list(texts.values()), recipe)
+    micro = MicroModel(model, encoded)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0, fused=True
+        [micro.weights], lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0, fused=True
     )
     warm_up = max(10, recipe.steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -654,21 +657,18 @@ def _optimize(
         ),
     )
     began, tokens_seen, losses = time.perf_counter(), 0, []
-    model.train()
     for step, rows in zip(range(1, recipe.steps + 1), batches, strict=False):
-        loss, seen = _loss(model, [encoded[row] for row in rows])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        losses.append(micro.loss_and_gradient(rows))
+        torch.nn.utils.clip_grad_norm_([micro.weights], 1.0)
         optimizer.step()
-        optimizer.zero_grad()
         schedule.step()
-        tokens_seen += seen
-        losses.append(float(loss.detach()))
+        tokens_seen += int(lengths[rows].sum())
         if not math.isfinite(losses[-1]):
             raise _Diverged(f"the loss is {losses[-1]} at step {step}")
         if step in (*recipe.checkpoints, recipe.steps):
-            if not all(weight.isfinite().all() for weight in model.parameters()):
+            if not micro.weights.isfinite().all():
                 raise _Diverged(f"weights are not finite after step {step}")
+            micro.write_back()
             yield {
                 "step": step,
                 "texts": step * recipe.batch,
@@ -693,18 +693,3 @@ def _batches(
         drawn = draw.choice(len(lengths), SORTED_TOGETHER * recipe.batch, p=shares)
         drawn = drawn[np.argsort(lengths[drawn], kind="stable")]
         yield from draw.permutation(drawn.reshape(SORTED_TOGETHER, recipe.batch))
-
-
-def _loss(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
-    """Mean cross-entropy, nats a token, of texts padded to the longest; and their tokens."""
-    import torch
-
-    length = max(map(len, rows))
-    tokens = torch.full((len(rows), length), rows[0][-1])
-    labels = torch.full((len(rows), length), -100)
-    for row, text in enumerate(rows):
-        tokens[row, : len(text)] = torch.tensor(text)
-        labels[row, : len(text)] = tokens[row, : len(text)]
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
-    loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
-    return loss, sum(map(len, rows))
