@@ -540,11 +540,11 @@ def pairs(text: str) -> tuple[tuple[int, int], ...]:
 
 QUICK = {
     "rounds": 2,
-    "questions": 30,
-    "concepts": 3,
+    "questions": 24,
+    "concepts": 2,
     "general": 2,
     "batches": (16, 32),
-    "nnsight_batches": (16, 0),
+    "nnsight_batches": (16,),
     "growth_rounds": 1,
     "memory": (),
     "grow_questions": (20, 40),
