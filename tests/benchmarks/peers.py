@@ -76,7 +76,10 @@ class Needed(NamedTuple):
 
 
 def needed(requests: Sequence[Request]) -> Needed:
-    """`needed(work.requests).tokens`: no padding, nothing twice, masks apart from each other."""
+    """`needed(work.requests).tokens`: no padding, nothing twice.
+
+    Masks are counted apart, though up to the first layer's value vectors they need the same.
+    """
     beginnings, read = set(), set()
     for item, mask in requests:
         for option in item.options:
