@@ -38,7 +38,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-ROW_TOKENS = 80  # of a packed row: longer ones share more, and attend to more in vain
+ROW_TOKENS = 80  # of a packed row, about: longer ones share more, and attend to more in vain
 
 
 @dataclass(frozen=True)
@@ -110,18 +110,6 @@ class Row:
     reads: list[Read] = field(default_factory=list)
     _children: dict[tuple[int, int], int] = field(default_factory=dict)
 
-    def missing(self, item: Item) -> int:
-        """How many nodes the row would grow by, at most, with this item."""
-        total = 0
-        for path in item.paths:
-            node = -1
-            for done, token in enumerate(path):
-                node = self._children.get((node, token))
-                if node is None:
-                    total += len(path) - done
-                    break
-        return total
-
     def add(self, number: int, item: Item) -> None:
         for option, tokens in enumerate(item.options):
             node = -1
@@ -172,28 +160,21 @@ class Cell(NamedTuple):
 
 
 def _packed_rows(items: Sequence[tuple[int, Item]], row_tokens: int, shares: bool) -> list[Row]:
-    """Forests of at most `row_tokens` tokens (more if one question alone needs them).
-
-    They are of about the same size, so that little is padded where rows stand side by side.
-    """
+    """As few forests of about `row_tokens` tokens as hold the items, of about the same size."""
     items = sorted(items, key=lambda pair: pair[1].context)
-    (whole,) = _forests(items, shares, math.inf, math.inf)
+    (whole,) = _forests(items, shares, enough=math.inf)
     total = len(whole.tokens)
-    if total <= row_tokens:
-        return [whole]
-    return _forests(items, shares, row_tokens, enough=total / math.ceil(total / row_tokens))
+    return _forests(items, shares, enough=total / math.ceil(total / row_tokens))
 
 
-def _forests(
-    items: Sequence[tuple[int, Item]], shares: bool, most: float, enough: float
-) -> list[Row]:
+def _forests(items: Sequence[tuple[int, Item]], shares: bool, enough: float) -> list[Row]:
+    """Forests that take no further item once they have `enough` tokens."""
     rows = [Row()]
     for number, item in items:
+        if len(rows[-1].tokens) >= enough:
+            rows.append(Row())
         if not shares:
             rows[-1].part()
-        size = len(rows[-1].tokens)
-        if size and (size >= enough or size + rows[-1].missing(item) > most):
-            rows.append(Row())
         rows[-1].add(number, item)
     return rows
 
@@ -242,15 +223,15 @@ def cell_batches(cells: Sequence[Cell], batch_tokens: int, branches: bool) -> li
     """Cells that go through the model together, the largest batch first.
 
     With `branches`, the masks of a row make a batch, or several of about the same size, without
-    any padding. Other rows go with those of like length.
+    any padding. Where that would leave a batch half empty, rows go with those of like length.
     """
     batches, single = [], []
     for _, group in itertools.groupby(cells, key=lambda cell: id(cell.row)):
         same = list(group)
-        if not branches or len(same) == 1:
+        most = max(1, batch_tokens // len(same[0].row.tokens))
+        if not branches or len(same) < most / 2 or len(same) == 1:
             single += same
             continue
-        most = max(1, batch_tokens // len(same[0].row.tokens))
         size = math.ceil(len(same) / math.ceil(len(same) / most))
         batches += [same[start : start + size] for start in range(0, len(same), size)]
     single.sort(key=lambda cell: -len(cell.row.tokens))

@@ -98,7 +98,7 @@ def choose(log_likelihoods: Sequence[float], options: Sequence[str]) -> Choice:
 # --- scoring ------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def score_options(
     view: ValueVectorView,
     requests: Sequence[Request],
@@ -117,7 +117,7 @@ def score_options(
         keeps: the masks that `Request.mask` counts, bool `[layers, width]`, False where masked,
             or None for no mask.
         engine: from `choose_engine`; chosen here if not given.
-        row_tokens: tokens of a packed row.
+        row_tokens: tokens of a packed row, about: one takes whole questions.
         batch_tokens: tokens of a forward pass; fewer where memory does not suffice.
         progress: called with the number of requests that each forward pass begins with.
 
