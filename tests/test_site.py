@@ -53,6 +53,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of the site, built from a copy of the checkout so that nothing is left in it."""
     root = tmp_path_factory.mktemp("site") / "checkout"
     shutil.copytree(REPOSITORY / "book", root / "book", ignore=shutil.ignore_patterns("_executed"))
+    benchmarks = Path("tests", "benchmarks")  # run by the appendix on speed
+    shutil.copytree(REPOSITORY / benchmarks, root / benchmarks)
     for path in (*REPOSITORY.glob("_*.yml"), *REPOSITORY.glob("*.lock")):
         shutil.copy(path, root)
     line = [sys.executable, "-c", "from paramspec.cli import main; main()", "build"]
