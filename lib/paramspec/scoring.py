@@ -132,8 +132,9 @@ def score_options(
     for name, value in (("row_tokens", row_tokens), ("batch_tokens", batch_tokens)):
         if value < 1:
             raise InputError(f"{name} {value}: expected at least 1")
-    for request in requests:
-        refuse_too_long(view, request.item.longest, request.item.name)
+    if requests:
+        longest = max((request.item for request in requests), key=lambda item: item.longest)
+        refuse_too_long(view, longest.longest, longest.name)
     engine = engine or choose_engine(view)
     scores = [[0.0] * len(request.item.options) for request in requests]
 
