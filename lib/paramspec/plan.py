@@ -49,6 +49,8 @@ from paramspec.models import (
 )
 from paramspec.pss import Choices, asked_questions, count_masks, parse_choices
 from paramspec.rows import (
+    READ_MULTIPLE,
+    ROW_MULTIPLE,
     ROW_TOKENS,
     Cell,
     Engine,
@@ -57,6 +59,7 @@ from paramspec.rows import (
     branches_within,
     cell_batches,
     fill_rows,
+    round_up,
 )
 from paramspec.scoring import VOCABULARY_BLOCK, choose_engine, encode
 from paramspec.specwiki import Question, load_questions, questions_digest
@@ -132,10 +135,15 @@ def _total(passes: Iterable[Passes]) -> Passes:
 
 
 def _pass(
-    lengths: Sequence[int], unembedded: int, recorded: bool = False, branched: bool = False
+    lengths: Sequence[int],
+    unembedded: int,
+    *,
+    recorded: bool = False,
+    branched: bool = False,
+    multiple: int = 1,
 ) -> Passes:
-    """One forward pass over rows of these lengths, the longest first."""
-    rows, longest = len(lengths), lengths[0]
+    """One forward pass over rows of these lengths, the longest first, padded to a multiple."""
+    rows, longest = len(lengths), round_up(lengths[0], multiple)
     spared = rows - 1 if branched else 0
     return Passes(
         count=1,
@@ -153,16 +161,18 @@ def _pass(
 def _cell_passes(
     packed: list[Cell], plain: list[Cell], engine: Engine, batch_tokens: int
 ) -> Passes:
-    batches = cell_batches(packed, batch_tokens, engine.branches)
-    batches += cell_batches(plain, batch_tokens, branches=False)
-    return _total(
-        _pass(
+    found = Passes()
+    for batch in cell_batches(packed, batch_tokens, engine.branches):
+        found += _pass(
             [len(cell.row.tokens) for cell in batch],
-            sum(len(cell.row.places) for cell in batch),
+            round_up(sum(len(cell.row.places) for cell in batch), READ_MULTIPLE),
             branched=branches_within(batch, engine),
+            multiple=ROW_MULTIPLE,
         )
-        for batch in batches
-    )
+    for batch in cell_batches(plain, batch_tokens, branches=False):
+        lengths = [len(cell.row.tokens) for cell in batch]
+        found += _pass(lengths, sum(len(cell.row.reads) for cell in batch))
+    return found
 
 
 def scoring_passes(

@@ -39,6 +39,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 ROW_TOKENS = 80  # of a packed row, about: longer ones share more, and attend to more in vain
+# oneDNN compiles code for each number of rows that it multiplies: let there be few of them. So
+# rows are padded to a multiple of the first, and places that are unembedded to one of the second.
+ROW_MULTIPLE, READ_MULTIPLE = 4, 16
 
 
 @dataclass(frozen=True)
@@ -241,6 +244,10 @@ def cell_batches(cells: Sequence[Cell], batch_tokens: int, branches: bool) -> li
         single = single[size:]
     # So that memory runs out at once or never.
     return sorted(batches, key=lambda batch: -computed_tokens(batch))
+
+
+def round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
 
 
 def branches_within(batch: Sequence[Cell], engine: Engine) -> bool:

@@ -43,6 +43,8 @@ from paramspec.hooks import (
 from paramspec.kernels import Linear, faster_layers, linear_of
 from paramspec.models import toy_config
 from paramspec.rows import (
+    READ_MULTIPLE,
+    ROW_MULTIPLE,
     ROW_TOKENS,
     Cell,
     Engine,
@@ -53,6 +55,7 @@ from paramspec.rows import (
     cell_batches,
     computed_tokens,
     fill_rows,
+    round_up,
 )
 from paramspec.specwiki import Question
 
@@ -187,7 +190,7 @@ def _forward(
 
 def _inputs(model: PreTrainedModel, rows: Sequence[Row]) -> dict[str, object]:
     """The rows as a model takes them: tokens, depths as positions, who sees whom as a bias."""
-    length = max(len(row.tokens) for row in rows)
+    length = round_up(max(len(row.tokens) for row in rows), ROW_MULTIPLE)
     tokens = np.zeros((len(rows), length), dtype=np.int64)
     depths = np.zeros_like(tokens)
     sees = np.zeros((len(rows), 1, length, length), dtype=bool)
@@ -255,7 +258,9 @@ class _Head:
         """
         device = self.weight.device
         states, which, targets = states.to(device), which.to(device), targets.to(device)
-        sums = [_log_sum(self.finish(block(states)).float()) for block in self.blocks]
+        padding = round_up(len(states), READ_MULTIPLE) - len(states)
+        padded = torch.nn.functional.pad(states, (0, 0, 0, padding))
+        sums = [_log_sum(self.finish(block(padded)).float()) for block in self.blocks]
         logits = (states[which].float() * self.weight[targets].float()).sum(-1)
         if self.bias is not None:
             logits += self.bias[targets].float()
