@@ -18,7 +18,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -440,7 +440,10 @@ def _measure_runs(plan: _Plan, runs: Sequence[Run]) -> None:
             "same, and run again"
         )
     view = value_vector_view(loaded.model)
-    model = _Model(loaded, view, loaded.tokenizer, choose_engine(view))
+    # Laid out anew for each evaluation, the weights would be in memory twice, beside those in
+    # training, and with every worker.
+    engine = replace(choose_engine(view), prepacked=False)
+    model = _Model(loaded, view, loaded.tokenizer, engine)
     for run in runs:
         with plan.store.turn(plan.key(run)):
             if not plan.is_whole(run):

@@ -39,7 +39,7 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NODES_TOGETHER = 16  # oneDNN compiles code for each number of rows: let there be few of them
+NODES_TOGETHER = 48  # oneDNN compiles, and keeps, code for each number of rows: let there be few
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 Back = Callable[[Tensor], Tensor]  # from the gradient of an output to that of the input

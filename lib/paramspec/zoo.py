@@ -602,6 +602,8 @@ def _train(model: ZooModel, root: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from paramspec.batches import release_memory
+
     recipe, threads = model.recipe, torch.get_num_threads()
     torch.set_num_threads(1)  # and so the same weights on a machine of any number of cores
     try:
@@ -624,6 +626,7 @@ def _train(model: ZooModel, root: Path) -> None:
         ) from None
     finally:
         torch.set_num_threads(threads)
+        release_memory()  # the process may have a larger model to load next
 
 
 class _Diverged(ArithmeticError):
