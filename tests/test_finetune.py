@@ -31,6 +31,7 @@ from paramspec.cli import main
 from paramspec.errors import InputError
 from paramspec.finetune import (
     Diverged,
+    Training,
     batches_of,
     choose_vectors,
     count_steps,
@@ -951,6 +952,25 @@ def test_it_may_diverge_in_the_last_step(tmp_path):
     assert (caught.value.step, caught.value.kept, len(caught.value.losses)) == (1, 0, 2)
     with pytest.raises(InputError, match="after the last step, step 1 of 1; no earlier state"):
         finetune(toy_loaded("gpt2"), QUESTIONS, training, tmp_path)
+
+
+def test_a_model_that_ends_as_a_uniform_guess_has_diverged(tmp_path):
+    """Norms divide huge values away, so the loss stays finite: that of knowing nothing."""
+    training = Training(method="FT-PV", concepts=("France",), epochs=2, learning_rate=1e30)
+    questions = load_questions(concepts=["France"])
+    told = "the loss is 10.8 after the last step, step 6 of 6; no earlier state was kept"
+    with pytest.raises(InputError, match=told):
+        finetune("smollm2-135m", questions, training, tmp_path / "guess", save_every=1)
+    record = json.loads((tmp_path / "guess" / "finetune.json").read_text())
+    assert record["status"] == "diverged"
+    assert record["losses"][0] < 6
+
+
+def test_a_run_may_pass_through_a_loss_as_bad_as_a_guess(tmp_path):
+    training = Training(method="FT-PV", concepts=("France",), epochs=4, learning_rate=0.01)
+    questions = load_questions(concepts=["France"])
+    losses = finetune("smollm2-135m", questions, training, tmp_path / "learns")["losses"]
+    assert max(losses) > math.log(49_152) > 3 * losses[-1]
 
 
 # Within the block

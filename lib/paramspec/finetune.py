@@ -429,7 +429,8 @@ def train(
 
     Raises:
         Diverged: if a loss is not finite, or above twice both the first one and that of a uniform
-            guess; the state before it, if one was kept, is that of the last good step.
+            guess, or if the model ends no better than a uniform guess, when it began better; the
+            state before it, if one was kept, is that of the last good step.
     """
     optimizer = torch.optim.AdamW(trained.parameters(), weight_decay=0, fused=True)
     steps = count_steps(len(rows), training)
@@ -437,6 +438,10 @@ def train(
 
     def has_diverged(loss: float) -> bool:
         return not math.isfinite(loss) or loss > 2 * max(uniform, (losses or [loss])[0])
+
+    def is_guess(loss: float) -> bool:
+        # Some runs pass through this and learn. Others stay: a norm divides what is huge away.
+        return loss > 0.99 * uniform > losses[0]
 
     losses = [] if state is None else _read_state(state, trained, optimizer)
     resumed, saved = len(losses), len(losses)
@@ -452,7 +457,8 @@ def train(
         if has_diverged(value):
             raise Diverged(step, saved, [*losses, value])
         # A loss that is fine shows that the step before left the weights fine.
-        if state is not None and step > saved + save_every:
+        due = state is not None and step > saved + save_every
+        if due and not is_guess(value):
             _write_state(state, trained, optimizer, losses)
             saved = len(losses)
         losses.append(value)
@@ -466,7 +472,7 @@ def train(
         progress(1)
     with torch.no_grad():
         last = float(language_modelling_loss(view.model, [rows[index] for index in indices]))
-    if has_diverged(last):
+    if has_diverged(last) or is_guess(last):
         raise Diverged(steps, saved, [*losses, last])
     return losses
 
