@@ -84,7 +84,7 @@ config = LlamaConfig(
     num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64, pad_token_id=0,
 )
 view = value_vector_view(LlamaForCausalLM(config).eval().requires_grad_(False))
-tokenizer, questions = toy_tokenizer(), toy_questions(20)
+tokenizer, questions = toy_tokenizer(), toy_questions(40)
 keep = torch.rand(2, 16384) > 0.3
 requests = [Request(encode(tokenizer, q), number % 2) for number, q in enumerate(questions)]
 

@@ -133,8 +133,8 @@ def test_run_json_says_what_was_measured_on_what(first, place):
         "nulls": ["random", "magnitude", "other"],
         "general": 10,
         "seed": 0,
-        "row_tokens": 80,
-        "batch_tokens": 512,
+        "row_tokens": 160,
+        "batch_tokens": 1024,
     }
     assert re.fullmatch(r"[0-9a-f]{64}", run["questions"]["digest"])
     assert run["questions"]["count"] == 40

@@ -17,7 +17,7 @@ from paramspec.errors import InputError
 
 # Tokens of a forward pass: enough to fill a core, and few enough for what it computes on them to
 # stay in its cache.
-BATCH_TOKENS = 512
+BATCH_TOKENS = 1024
 
 Row = TypeVar("Row")
 Result = TypeVar("Result")

@@ -192,7 +192,8 @@ def mask_value_vectors(view: ValueVectorView, keep: Tensor) -> Iterator[None]:
             f"of {view.width} value vectors"
         )
     drop = ~keep
-    indices = [[row.nonzero()[:, 0] for row in rows] for rows in drop]
+    counts = drop.sum(-1)  # [layers, batch]
+    every = drop.nonzero()[:, 2].split(counts.flatten().tolist())
     on_device: dict[torch.device, Tensor] = {}
 
     def apply(layer: int, inputs: Tensor) -> Tensor:
@@ -201,9 +202,12 @@ def mask_value_vectors(view: ValueVectorView, keep: Tensor) -> Iterator[None]:
         shaped = inputs if inputs.ndim == 3 else inputs.reshape(masks, -1, width)
         # Zeros are written, not multiplied by: inf * 0 is nan.
         if inputs.device.type == "cpu":  # where masked_fill takes eight times as long
-            filled = shaped.expand(max(masks, len(shaped)), -1, -1).clone()
+            filled = shaped.expand(max(masks, len(shaped)), -1, -1)
+            # The inputs are another step's outputs, which nobody has kept in inference mode.
+            if not (inputs.is_inference() and filled.shape == shaped.shape):
+                filled = filled.clone()
             for number, row in enumerate(filled):
-                row.index_fill_(1, indices[layer][number % masks], 0)
+                row.index_fill_(1, every[layer * masks + number % masks], 0)
         else:
             if inputs.device not in on_device:
                 on_device[inputs.device] = drop.to(inputs.device)
@@ -211,8 +215,10 @@ def mask_value_vectors(view: ValueVectorView, keep: Tensor) -> Iterator[None]:
         return filled if inputs.ndim == 3 else filled.reshape(-1, width)
 
     with ExitStack() as stack:
-        for layer, module in enumerate(view.modules):
-            if bool(drop[layer].any()):
+        for layer, (module, masked) in enumerate(
+            zip(view.modules, counts.sum(-1).tolist(), strict=True)
+        ):
+            if masked:
                 hook = module.register_forward_pre_hook(
                     lambda _, args, layer=layer: (apply(layer, args[0]), *args[1:])
                 )

@@ -3,12 +3,12 @@
     with faster_layers(model, tokens=4096):  # how many tokens will go through
         logits = model(**inputs).logits
 
-On a CPU three things are slower than they need be, and nothing is anywhere else. In float32, torch
-hands linear layers to MKL, which leaves half of some processors unused; oneDNN, which torch has as
-well, is faster on weights that it has laid out for itself beforehand. A gated MLP goes through its
-widest states four times; oneDNN applies activation and gate as it computes them. In bfloat16,
-torch's fused attention converts back and forth; written as two batched products over the heads that
-share keys, it takes a third of the time.
+On a CPU three things are slower than they need be, and nothing is anywhere else. Torch hands linear
+layers to MKL or lays out their weights at each call; oneDNN, which torch has as well, is faster on
+weights that it has laid out for itself beforehand. A gated MLP goes through its widest states four
+times; oneDNN applies activation and gate as it computes them. And a decoder layer goes through all
+else in many small steps, with attention over every pair of tokens of a row, when in a forest a
+token has but a few ancestors: see `_Decoder`.
 
 oneDNN's operators are private to torch: they are tried first, held against torch's own and timed,
 and left alone where they are missing, differ or do not pay.
@@ -17,27 +17,56 @@ and left alone where they are missing, differ or do not pay.
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import psutil
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from paramspec.batches import is_out_of_memory
 
 # Laying out a weight costs what it saves on some 150 tokens.
 WORTH_PACKING = 512
-GROUPED = "paramspec_grouped"
+# Queries that attend to the same keys: fewer have fewer ancestors, and more make larger products.
+BLOCK_QUERIES = 32
 
 Linear = Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class Faster:
+    """What `faster_layers` has made faster.
+
+    Attributes:
+        packs: whether linear layers are packed where they can be.
+    """
+
+    packs: bool
+    _last: _Decoder | None
+
+    def read_only(self, places: Tensor) -> bool:
+        """Of the model's next states, leave out all but those at `places`, `[batch or 1, n]`.
+
+        Returns:
+            Whether that is done: then the states are `[batch, n, hidden]`.
+        """
+        if self._last is None:
+            return False
+        self._last.places = places
+        return True
+
+
 @contextmanager
-def faster_layers(model: PreTrainedModel, *, tokens: int, prepacked: bool = True) -> Iterator[bool]:
+def faster_layers(
+    model: PreTrainedModel, *, tokens: int, prepacked: bool = True
+) -> Iterator[Faster]:
     """`with faster_layers(model, tokens=4096): model(...)`: faster where it pays, else as it was.
 
     Within the block attention takes additive masks alone. Weights must not change within it.
@@ -48,23 +77,21 @@ def faster_layers(model: PreTrainedModel, *, tokens: int, prepacked: bool = True
         prepacked: False leaves the linear layers as they are.
 
     Yields:
-        Whether linear layers are packed where they can be.
+        What has become faster.
     """
     packing = prepacked and tokens >= WORTH_PACKING and _has_room(model)
+    last = None
     with ExitStack() as stack:
         try:
             for module, forward in _packed_forwards(model) if packing else ():
                 module.forward = forward
                 stack.callback(delattr, module, "forward")
+                last = forward if isinstance(forward, _Decoder) else last
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            packing = False  # what is left stays as it is
-        if _takes_grouped_attention(model):
-            before = model.config._attn_implementation
-            model.set_attn_implementation(GROUPED)
-            stack.callback(model.set_attn_implementation, before)
-        yield packing
+            packing, last = False, None  # what is left stays as it is
+        yield Faster(packing, last)
 
 
 def linear_of(weight: Tensor, bias: Tensor | None, *, prepacked: bool = True) -> Linear:
@@ -86,6 +113,10 @@ def linear_of(weight: Tensor, bias: Tensor | None, *, prepacked: bool = True) ->
 def _packed_forwards(model: PreTrainedModel) -> Iterator[tuple[nn.Module, Linear]]:
     """Modules, and what is to be their forward pass."""
     done = {model.get_output_embeddings()}
+    # All or none: a layer of the model's own does not take float32 states.
+    for layer, decoder in list(_decoders(model)):
+        done |= {part for part in layer.modules() if part is not layer.mlp.down_proj}
+        yield layer, decoder
     for module in model.modules():
         # accelerate keeps a forward of its own on each module that it has placed.
         if module in done or "forward" in vars(module):
@@ -207,52 +238,222 @@ def _fastest(run: Callable[[], object], times: int = 7) -> float:
     return min(taken)
 
 
-# --- attention ----------------------------------------------------------------------------------
+# --- decoder layers -----------------------------------------------------------------------------
 
 
-def _takes_grouped_attention(model: PreTrainedModel) -> bool:
-    weight = model.get_input_embeddings().weight
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
-        return False
-    return model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation()
+@dataclass(frozen=True)
+class _Blocks:
+    """Attention over a few keys: a block of queries, and the keys that any of them attends to.
 
+    Tokens are counted through the batch, and a head of a token is a row of the states `[rows,
+    size]` that are given; so one gathering brings a head's queries and keys side by side.
 
-def grouped_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor,
-    scaling: float,
-    dropout: float = 0.0,
-    **_: object,
-) -> tuple[Tensor, None]:
-    """Attention as `transformers.AttentionInterface` asks for it, a product for each key head.
-
-    Args:
-        query: `[batch, heads, tokens, size]`.
-        key, value: `[batch, key heads, tokens, size]`, each of which serves `heads / key heads`
-            query heads.
-        attention_mask: additive, `[batch or 1, 1, tokens, tokens]`.
-        scaling: of the scores.
-
-    Returns:
-        `[batch, tokens, heads, size]`, and no weights.
+    Attributes:
+        queries: rows of the states, `[blocks * key heads * group * queries]`, where `group` query
+            heads share a key head.
+        keys, values: rows, `[blocks * key heads * keys]`.
+        outputs: where a head of a token is in what `queries` brings together.
+        bias: additive, `[blocks * key heads, group * queries, keys]`.
     """
-    batch, heads, tokens, size = query.shape
-    shared = key.shape[1]
-    group = heads // shared
-    bias = attention_mask[:, :, None].expand(batch, shared, group, tokens, tokens)
-    scores = torch.baddbmm(
-        bias.reshape(batch * shared, group * tokens, tokens),
-        query.reshape(batch * shared, group * tokens, size),
-        key.reshape(batch * shared, tokens, size).transpose(1, 2),
-        alpha=scaling,
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    outputs: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor, batch: int, heads: int, shared: int) -> _Blocks:
+        """`_Blocks.of(mask, batch, heads, shared)`: `shared` key heads, behind the query heads.
+
+        Args:
+            mask: additive, `[batch or 1, 1, tokens, tokens]`.
+            batch: of the states.
+        """
+        tokens = mask.shape[-1]
+        count = math.ceil(tokens / BLOCK_QUERIES)
+        size = math.ceil(tokens / count)
+        # Queries beyond the last token see nothing, and nobody reads them.
+        lowest = torch.finfo(mask.dtype).min
+        bias = nn.functional.pad(mask[:, 0], (0, 0, 0, count * size - tokens), value=lowest)
+        bias = bias.unflatten(1, (count, size))
+        seen = (bias > lowest).any(2)  # [masks, blocks, tokens]
+        most = min(tokens, 4 * math.ceil(int(seen.sum(-1).max()) / 4))
+        keys = seen.byte().argsort(dim=-1, descending=True, stable=True)[..., :most]
+        bias = bias.gather(-1, keys[:, :, None].expand(-1, -1, size, -1))
+        group, every = heads // shared, heads + shared
+
+        places = torch.arange(count * size).clamp(max=tokens - 1).view(count, 1, 1, size)
+        head = torch.arange(heads).view(shared, group, 1)
+        row = torch.arange(batch)
+        first = (row * tokens).view(-1, 1, 1, 1)
+        keyed = first + keys[:, :, None]  # [batch, blocks, 1, keys]
+        behind = heads + torch.arange(shared)[:, None]
+        token = torch.arange(tokens)
+        block, place = token // size, token % size
+        start = (row[:, None] * count + block)[..., None] * heads + torch.arange(heads)
+        return cls(
+            queries=((first[..., None] + places) * every + head).flatten(),
+            keys=(keyed * every + behind).flatten(),
+            values=(keyed * (every + shared) + behind + shared).flatten(),
+            outputs=(start * size + place[:, None]).flatten(),
+            bias=bias[:, :, None, None]
+            .expand(batch, -1, shared, group, -1, -1)
+            .reshape(-1, group * size, most),
+        )
+
+    def attend(self, rotated: Tensor, merged: Tensor, scaling: float) -> Tensor:
+        """`[rows, size]`, a row for each head of each token.
+
+        Args:
+            rotated: queries and keys, `[rows, size]`.
+            merged: queries, keys and values, `[rows, size]`.
+        """
+        (pairs, queries, keys), size = self.bias.shape, merged.shape[-1]
+        query = rotated.index_select(0, self.queries).view(pairs, queries, size)
+        key = rotated.index_select(0, self.keys).view(pairs, keys, size)
+        value = merged.index_select(0, self.values).view(pairs, keys, size)
+        scores = torch.baddbmm(self.bias, query, key.transpose(1, 2), alpha=scaling)
+        # Over so few keys torch's softmax is three times as fast in float32.
+        weights = scores.float().softmax(-1).to(value.dtype)
+        return torch.bmm(weights, value).view(-1, size).index_select(0, self.outputs)
+
+
+class _Layout(NamedTuple):
+    """What the layers share: attention, and the rotation of each head by a token's position."""
+
+    blocks: _Blocks
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass
+class _Layouts:
+    """The layouts that were asked for last, of `heads` query heads over `shared` key heads."""
+
+    heads: int
+    shared: int
+    _known: list[tuple[Tensor, int, _Layout]] = field(default_factory=list)
+
+    def of(self, mask: Tensor, batch: int, turns: tuple[Tensor, Tensor]) -> _Layout:
+        for known, rows, layout in self._known:
+            if known is mask and rows == batch:
+                return layout
+        cos, sin = turns
+        half = cos.shape[-1] // 2
+        sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)  # of what is swapped
+        every = (-1, -1, self.heads + self.shared, -1)
+        layout = _Layout(
+            _Blocks.of(mask, batch, self.heads, self.shared),
+            *(each[:, :, None].expand(every).contiguous() for each in (cos, sin)),
+        )
+        self._known = [*self._known[-3:], (mask, batch, layout)]
+        return layout
+
+
+class _Decoder:
+    """A layer as LLaMA's, Mistral's and Qwen2's are, in fewer steps.
+
+    One linear layer for queries, keys and values; queries and keys rotated together; attention by
+    `_Blocks`. The states between layers are float32: in bfloat16 each sum would be rounded, which
+    is a third of all that its log-likelihoods are off.
+    """
+
+    def __init__(self, layer: nn.Module, layouts: _Layouts, mlp: Linear, last: bool) -> None:
+        attention = layer.self_attn
+        parts = attention.q_proj, attention.k_proj, attention.v_proj
+        biases = [part.bias for part in parts]
+        self._merged = linear_of(
+            torch.cat([part.weight for part in parts]),
+            None if biases[0] is None else torch.cat(biases),
+        )
+        self._out = linear_of(attention.o_proj.weight, attention.o_proj.bias)
+        self._norms = layer.input_layernorm, layer.post_attention_layernorm
+        self._size, self._scaling = attention.head_dim, attention.scaling
+        self._layouts, self._mlp, self._last = layouts, mlp, last
+        self.places: Tensor | None = None  # what is computed after attention; all if None
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        **_: object,
+    ) -> Tensor:
+        batch, tokens, _ = hidden_states.shape
+        layout = self._layouts.of(attention_mask, batch, position_embeddings)
+        states = self._norm(0, hidden_states)
+        merged = self._merged(states).view(batch, tokens, -1, self._size)
+        turned = merged[:, :, : -self._layouts.shared]
+        swapped = turned.roll(self._size // 2, dims=-1)
+        rotated = (turned * layout.cos).addcmul_(swapped, layout.sin)
+        flat = (each.reshape(-1, self._size) for each in (rotated, merged))
+        mixed = layout.blocks.attend(*flat, self._scaling).view(batch, tokens, -1)
+        if self.places is not None:
+            row = torch.arange(batch)[:, None]
+            mixed, hidden_states = mixed[row, self.places], hidden_states[row, self.places]
+        hidden_states = hidden_states.float() + self._out(mixed)
+        added = self._mlp(self._norm(1, hidden_states))
+        if added.shape == hidden_states.shape:
+            hidden_states.add_(added)
+        else:
+            hidden_states = hidden_states + added  # a row becomes several, where masks part
+        return hidden_states.to(added.dtype) if self._last else hidden_states
+
+    def _norm(self, number: int, states: Tensor) -> Tensor:
+        """Over the root of the mean square, times a weight."""
+        norm = self._norms[number]
+        length = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = (length.square() / states.shape[-1] + norm.variance_epsilon).rsqrt()
+        return (states * scale).to(norm.weight.dtype).mul_(norm.weight)
+
+
+def _decoders(model: PreTrainedModel) -> Iterator[tuple[nn.Module, _Decoder]]:
+    """The decoder layers, and what computes the same; none if the first differs."""
+    layers = getattr(model.base_model, "layers", ())
+    if not layers or not all(_has_shape(layer) for layer in layers):
+        return
+    config = model.config.get_text_config(decoder=True)
+    layouts = _Layouts(config.num_attention_heads, config.num_key_value_heads)
+    for number, layer in enumerate(layers):
+        gated = _gated_forward(layer.mlp)
+        if gated is None:
+            return
+        decoder = _Decoder(layer, layouts, gated, last=number == len(layers) - 1)
+        if number == 0 and not _is_alike(model, layer, decoder):
+            return
+        yield layer, decoder
+
+
+def _has_shape(layer: nn.Module) -> bool:
+    """Whether a layer consists of what `_Decoder` takes it to consist of."""
+    parts = {name for name, _ in layer.named_children()}
+    if parts != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
+        return False
+    attention = dict(layer.self_attn.named_children())
+    norms = layer.input_layernorm, layer.post_attention_layernorm
+    return (
+        set(attention) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+        and all(type(part) is nn.Linear and _packable(part.weight) for part in attention.values())
+        and not any("forward" in vars(part) for part in layer.modules())
+        and all(hasattr(norm, "variance_epsilon") for norm in norms)
     )
-    # Over so few keys torch's softmax is three times as fast in float32.
-    weights = scores.float().softmax(-1).to(value.dtype)
-    mixed = torch.bmm(weights, value.reshape(batch * shared, tokens, size))
-    return mixed.view(batch, heads, tokens, size).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(GROUPED, grouped_attention)
+def _is_alike(model: PreTrainedModel, layer: nn.Module, decoder: _Decoder) -> bool:
+    """Whether a layer gives the same, on tokens that see every other one before them."""
+    example = model.get_input_embeddings().weight[None, :12]
+    tokens = example.shape[1]
+    try:
+        place = torch.arange(tokens)
+        turns = model.base_model.rotary_emb(example, place[None])
+        back = place[:, None] - place
+        sees = (back >= 0) & (back % 2 == 0)
+        mask = torch.zeros(1, 1, tokens, tokens, dtype=example.dtype)
+        mask.masked_fill_(~sees, torch.finfo(mask.dtype).min)
+        given = {"attention_mask": mask, "position_embeddings": turns}
+        expected = layer(example, **given)
+        error = (decoder(example, **given) - expected).abs().max()
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return False
+    return bool(error <= _tolerance(example) * expected.abs().max())

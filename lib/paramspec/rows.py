@@ -38,10 +38,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-ROW_TOKENS = 80  # of a packed row, about: longer ones share more, and attend to more in vain
+ROW_TOKENS = 160  # of a packed row, about: longer ones share more, and attend to more in vain
 # oneDNN compiles code for each number of rows that it multiplies: let there be few of them. So
 # rows are padded to a multiple of the first, and places that are unembedded to one of the second.
 ROW_MULTIPLE, READ_MULTIPLE = 4, 16
+BATCH_COST = 20  # what every batch takes, whatever is in it, in tokens
 
 
 @dataclass(frozen=True)
@@ -237,13 +238,31 @@ def cell_batches(cells: Sequence[Cell], batch_tokens: int, branches: bool) -> li
             continue
         size = math.ceil(len(same) / math.ceil(len(same) / most))
         batches += [same[start : start + size] for start in range(0, len(same), size)]
-    single.sort(key=lambda cell: -len(cell.row.tokens))
-    while single:
-        size = max(1, batch_tokens // len(single[0].row.tokens))
-        batches.append(single[:size])
-        single = single[size:]
+    batches += _fitting_batches(single, batch_tokens)
     # So that memory runs out at once or never.
     return sorted(batches, key=lambda batch: -computed_tokens(batch))
+
+
+def _fitting_batches(cells: Sequence[Cell], batch_tokens: int) -> list[list[Cell]]:
+    """Batches of cells of like length that compute the fewest tokens, a batch counting as some."""
+    cells = sorted(cells, key=lambda cell: -len(cell.row.tokens))
+    lengths = [round_up(len(cell.row.tokens), ROW_MULTIPLE) for cell in cells]
+    # For the first so many cells: what they cost at least, and where their last batch starts.
+    costs, starts = [0], [0]
+    for end in range(1, len(cells) + 1):
+        first = end - 1
+        ways = [(costs[first] + lengths[first], first)]
+        while first > 0 and (end - first + 1) * lengths[first - 1] <= batch_tokens:
+            first -= 1
+            ways.append((costs[first] + (end - first) * lengths[first], first))
+        cost, start = min(ways)
+        costs.append(cost + BATCH_COST)
+        starts.append(start)
+    batches, end = [], len(cells)
+    while end:
+        batches.append(cells[starts[end] : end])
+        end = starts[end]
+    return batches
 
 
 def round_up(count: int, multiple: int) -> int:

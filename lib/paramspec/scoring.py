@@ -40,7 +40,7 @@ from paramspec.hooks import (
     unembed_only,
     unverified_view,
 )
-from paramspec.kernels import Linear, faster_layers, linear_of
+from paramspec.kernels import Faster, Linear, faster_layers, linear_of
 from paramspec.models import toy_config
 from paramspec.rows import (
     READ_MULTIPLE,
@@ -153,9 +153,13 @@ def score_options(
     packed, plain = fill_rows(requests, engine, row_tokens)
     run(plain, False, lambda batch: _plain_forward(view, batch, keeps))
     tokens = sum(len(cell.row.tokens) for cell in packed)
-    with faster_layers(view.model, tokens=tokens, prepacked=engine.prepacked) as packs:
-        head = _Head.of(view.model, packs)
-        run(packed, engine.branches, lambda batch: _forward(view, head, batch, keeps, engine))
+    with faster_layers(view.model, tokens=tokens, prepacked=engine.prepacked) as faster:
+        head = _Head.of(view.model, faster.packs)
+        run(
+            packed,
+            engine.branches,
+            lambda batch: _forward(view, faster, head, batch, keeps, engine),
+        )
     if not np.isfinite([value for score in scores for value in score]).all():
         raise InputError(
             f"{type(view.model).__name__}: a log-likelihood is not a finite number; the weights "
@@ -166,6 +170,7 @@ def score_options(
 
 def _forward(
     view: ValueVectorView,
+    faster: Faster,
     head: _Head,
     batch: Sequence[Cell],
     keeps: Sequence[Tensor | None],
@@ -174,14 +179,21 @@ def _forward(
     """One forward pass over a batch of forests; the log-probability of each read, in order."""
     rows = [cell.row for cell in batch]
     rows = rows[:1] if branches_within(batch, engine) else rows
+    sizes = [len(cell.row.places) for cell in batch]
+    places = np.zeros((len(rows), round_up(max(sizes), ROW_MULTIPLE)), dtype=np.int64)
+    for row, own in zip(rows, places, strict=True):
+        own[: len(row.places)] = row.places
+    only = faster.read_only(torch.from_numpy(places))
     with mask_rows(view, [keeps[cell.mask] for cell in batch]):
         states = view.model.base_model(**_inputs(view.model, rows), use_cache=False)[0]
     states = states.expand(len(batch), -1, -1)  # one row still, if no mask parted it
-    sizes = [len(cell.row.places) for cell in batch]
     starts = np.cumsum(sizes) - sizes
     which = [start + cell.row.which for start, cell in zip(starts, batch, strict=True)]
-    places = np.concatenate([cell.row.places for cell in batch])
-    read = states[np.repeat(np.arange(len(batch)), sizes), places]
+    found = [
+        np.arange(size) if only else cell.row.places
+        for size, cell in zip(sizes, batch, strict=True)
+    ]
+    read = states[np.repeat(np.arange(len(batch)), sizes), np.concatenate(found)]
     targets = [read.token for cell in batch for read in cell.row.reads]
     return head.log_probabilities(
         read, torch.from_numpy(np.concatenate(which)), torch.tensor(targets)
