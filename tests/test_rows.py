@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 from test_scoring import PACKED, random_items
 
-from paramspec.rows import Engine, Request, branches_within, cell_batches, fill_rows
+from paramspec.rows import (
+    BATCH_COST,
+    ROW_MULTIPLE,
+    Engine,
+    Request,
+    branches_within,
+    cell_batches,
+    fill_rows,
+    round_up,
+)
 
 
 def prefixes(items):
@@ -106,6 +116,32 @@ def test_batches_hold_every_cell_once_and_keep_to_their_budget(branches, budget)
     assert sizes == sorted(sizes, reverse=True)
     for batch, size in zip(batches, sizes, strict=True):
         assert size <= budget or len(batch) == 1
+
+
+def test_rows_of_unlike_length_are_batched_at_the_least_cost():
+    """Against every way to cut the sorted rows into batches."""
+    budget = 120
+    cells, _ = fill_rows(
+        [Request(item, mask) for mask, item in enumerate(random_items(9))], PACKED, row_tokens=50
+    )
+    lengths = sorted((round_up(len(cell.row.tokens), ROW_MULTIPLE) for cell in cells), reverse=True)
+
+    def cost(batches):
+        sizes = [len(batch) * max(batch) for batch in batches]
+        fits = all(len(batch) == 1 or len(batch) * max(batch) <= budget for batch in batches)
+        return sum(sizes) + BATCH_COST * len(batches) if fits else math.inf
+
+    cuts = itertools.product([False, True], repeat=len(lengths) - 1)
+    ends = [[i + 1 for i, cut in enumerate(way) if cut] for way in cuts]
+    ways = [
+        [lengths[start:end] for start, end in itertools.pairwise([0, *way, len(lengths)])]
+        for way in ends
+    ]
+    found = [
+        [round_up(len(cell.row.tokens), ROW_MULTIPLE) for cell in batch]
+        for batch in cell_batches(cells, budget, branches=False)
+    ]
+    assert cost(found) == min(map(cost, ways)) < cost([[length] for length in lengths])
 
 
 def test_several_masks_of_a_row_are_a_batch_without_padding():

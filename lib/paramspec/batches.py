@@ -15,8 +15,7 @@ import torch
 
 from paramspec.errors import InputError
 
-# Tokens of a forward pass: enough to fill a core, and few enough for what it computes on them to
-# stay in its cache.
+# Tokens of a forward pass: enough for what a pass costs of itself to be little of it.
 BATCH_TOKENS = 1024
 
 Row = TypeVar("Row")

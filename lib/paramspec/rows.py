@@ -1,7 +1,7 @@
 """How a forward pass is filled: questions in tokens, merged into forests, under masks, in batches.
 
-    packed, plain = fill_rows(requests, engine, row_tokens=80)
-    for batch in cell_batches(packed, batch_tokens=512, branches=engine.branches):
+    packed, plain = fill_rows(requests, engine, row_tokens=160)
+    for batch in cell_batches(packed, batch_tokens=1024, branches=engine.branches):
         ...
 
 Each needed token is computed once. The token sequences that share a mask are merged into a
@@ -38,7 +38,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-ROW_TOKENS = 160  # of a packed row, about: longer ones share more, and attend to more in vain
+# Tokens of a packed row, about: longer ones share more, and attend to more in vain where attention
+# is not by blocks, see `kernels`.
+ROW_TOKENS = 160
 # oneDNN compiles code for each number of rows that it multiplies: let there be few of them. So
 # rows are padded to a multiple of the first, and places that are unembedded to one of the second.
 ROW_MULTIPLE, READ_MULTIPLE = 4, 16
@@ -198,7 +200,7 @@ def _plain_rows(items: Sequence[tuple[int, Item]]) -> list[Row]:
 def fill_rows(
     requests: Sequence[Request], engine: Engine, row_tokens: int
 ) -> tuple[list[Cell], list[Cell]]:
-    """`packed, plain = fill_rows(requests, engine, 80)`: the rows that score the requests.
+    """`packed, plain = fill_rows(requests, engine, 160)`: the rows that score the requests.
 
     A mask's requests fill rows of their own, whatever stands beside them; masks that are asked the
     same have the same rows.

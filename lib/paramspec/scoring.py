@@ -60,7 +60,7 @@ from paramspec.rows import (
 from paramspec.specwiki import Question
 
 # Raised whenever a change could move a score; part of every result's key.
-SCORING_VERSION = 2
+SCORING_VERSION = 3
 
 # Logits that are in memory at once, of each place that is read off.
 VOCABULARY_BLOCK = 4096
