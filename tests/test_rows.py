@@ -120,10 +120,10 @@ def test_batches_hold_every_cell_once_and_keep_to_their_budget(branches, budget)
 
 def test_rows_of_unlike_length_are_batched_at_the_least_cost():
     """Against every way to cut the sorted rows into batches."""
-    budget = 120
-    cells, _ = fill_rows(
-        [Request(item, mask) for mask, item in enumerate(random_items(9))], PACKED, row_tokens=50
-    )
+    budget, items = 160, random_items(40)
+    asked = [items[4 * mask : 4 * mask + 1 + mask % 4] for mask in range(10)]
+    requests = [Request(item, mask) for mask, own in enumerate(asked) for item in own]
+    cells, _ = fill_rows(requests, PACKED, row_tokens=50)
     lengths = sorted((round_up(len(cell.row.tokens), ROW_MULTIPLE) for cell in cells), reverse=True)
 
     def cost(batches):
