@@ -182,8 +182,8 @@ def test_a_block_holds_no_more_keys_than_its_queries_see():
     sees = torch.eye(96, dtype=torch.bool)
     sees[:, :3] = torch.ones(96, 3).bool().tril()
     blocks = kernels._Blocks.of(additive(sees[None, None]), 1, 2, 1)
-    # 32 queries and the three at the root, to a multiple of four.
-    assert blocks.bias.shape == (3, 2 * 32, 36)
+    # 32 queries and the three at the root, to a multiple of sixteen.
+    assert blocks.bias.shape == (3, 2 * 32, 48)
 
 
 # Those whose layers are LLaMA's, and what is like them but for something that must not be missed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from paramspec.rows import (
     BATCH_COST,
     ROW_MULTIPLE,
     Engine,
+    Item,
     Request,
     branches_within,
     cell_batches,
@@ -116,6 +118,21 @@ def test_batches_hold_every_cell_once_and_keep_to_their_budget(branches, budget)
     assert sizes == sorted(sizes, reverse=True)
     for batch, size in zip(batches, sizes, strict=True):
         assert size <= budget or len(batch) == 1
+
+
+def test_a_long_beginning_is_computed_once():
+    """Few-shot examples before every question: no row per question, though each is a row's size."""
+    beginning = tuple(range(100, 160))
+    items = [Item(beginning + item.context, item.options) for item in random_items(12)]
+    requests = [Request(item, 0) for item in items]
+    cells, _ = fill_rows(requests, PACKED, row_tokens=50)
+    assert sum(len(cell.row.tokens) for cell in cells) == len(prefixes(items))
+    apart, _ = fill_rows(requests, replace(PACKED, shares=False), row_tokens=50)
+    assert len(apart) == 12
+    # Not without end: attention over a row is quadratic where it is not by blocks.
+    items = [Item((*beginning, 7, n), ((n, 1), (n, 2))) for n in range(1000)]
+    cells, _ = fill_rows([Request(item, 0) for item in items], PACKED, row_tokens=50)
+    assert max(len(cell.row.tokens) for cell in cells) <= 8 * 50 + 100
 
 
 def test_rows_of_unlike_length_are_batched_at_the_least_cost():

@@ -36,6 +36,7 @@ from paramspec.batches import is_out_of_memory
 WORTH_PACKING = 512
 # Queries that attend to the same keys: fewer have fewer ancestors, and more make larger products.
 BLOCK_QUERIES = 32
+KEY_MULTIPLE = 16  # of the keys: oneDNN compiles code for each number of them
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -271,14 +272,14 @@ class _Blocks:
             batch: of the states.
         """
         tokens = mask.shape[-1]
-        count = math.ceil(tokens / BLOCK_QUERIES)
-        size = math.ceil(tokens / count)
+        size = BLOCK_QUERIES
+        count = math.ceil(tokens / size)
         # Queries beyond the last token see nothing, and nobody reads them.
         lowest = torch.finfo(mask.dtype).min
         bias = nn.functional.pad(mask[:, 0], (0, 0, 0, count * size - tokens), value=lowest)
         bias = bias.unflatten(1, (count, size))
         seen = (bias > lowest).any(2)  # [masks, blocks, tokens]
-        most = min(tokens, 4 * math.ceil(int(seen.sum(-1).max()) / 4))
+        most = min(tokens, KEY_MULTIPLE * math.ceil(int(seen.sum(-1).max()) / KEY_MULTIPLE))
         keys = seen.byte().argsort(dim=-1, descending=True, stable=True)[..., :most]
         bias = bias.gather(-1, keys[:, :, None].expand(-1, -1, size, -1))
         group, every = heads // shared, heads + shared

@@ -125,6 +125,16 @@ class Row:
                 if place < len(item.context) + len(tokens) - 1:
                     node = self._step(node, token)
 
+    def shared(self, item: Item) -> int:
+        """How many of the first tokens of an item's prompt are there."""
+        node, size = -1, 0
+        for token in item.context:
+            node = self._children.get((node, token))
+            if node is None:
+                break
+            size += 1
+        return size
+
     def part(self) -> None:
         """What is added from now on shares nothing with what is there."""
         self._children.clear()
@@ -166,18 +176,32 @@ class Cell(NamedTuple):
 
 
 def _packed_rows(items: Sequence[tuple[int, Item]], row_tokens: int, shares: bool) -> list[Row]:
-    """As few forests of about `row_tokens` tokens as hold the items, of about the same size."""
+    """As few forests of about `row_tokens` tokens as hold the items, of about the same size.
+
+    What is asked after one long beginning, as of examples, stays together in longer ones.
+    """
     items = sorted(items, key=lambda pair: pair[1].context)
-    (whole,) = _forests(items, shares, enough=math.inf)
+    (whole,) = _forests(items, shares, enough=math.inf, little=0)
     total = len(whole.tokens)
-    return _forests(items, shares, enough=total / math.ceil(total / row_tokens))
+    return _forests(
+        items,
+        shares,
+        enough=total / math.ceil(total / row_tokens),
+        little=row_tokens / 4 if shares else math.inf,
+    )
 
 
-def _forests(items: Sequence[tuple[int, Item]], shares: bool, enough: float) -> list[Row]:
-    """Forests that take no further item once they have `enough` tokens."""
+def _forests(
+    items: Sequence[tuple[int, Item]], shares: bool, enough: float, little: float
+) -> list[Row]:
+    """Forests that take no further item once they have `enough` tokens.
+
+    That is, if a new one repeats but a `little` of what is there; and 8 times as many at most.
+    """
     rows = [Row()]
     for number, item in items:
-        if len(rows[-1].tokens) >= enough:
+        size = len(rows[-1].tokens)
+        if size >= enough and (size >= 8 * enough or rows[-1].shared(item) <= little):
             rows.append(Row())
         if not shares:
             rows[-1].part()

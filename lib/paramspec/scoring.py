@@ -180,7 +180,7 @@ def _forward(
     rows = [cell.row for cell in batch]
     rows = rows[:1] if branches_within(batch, engine) else rows
     sizes = [len(cell.row.places) for cell in batch]
-    places = np.zeros((len(rows), round_up(max(sizes), ROW_MULTIPLE)), dtype=np.int64)
+    places = np.zeros((len(rows), round_up(max(sizes), READ_MULTIPLE)), dtype=np.int64)
     for row, own in zip(rows, places, strict=True):
         own[: len(row.places)] = row.places
     only = faster.read_only(torch.from_numpy(places))
