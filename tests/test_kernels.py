@@ -232,6 +232,15 @@ def test_a_layer_that_only_looks_alike_is_left_alone(change, packing):
         assert not any("forward" in vars(layer) for layer in model.model.layers)
 
 
+def test_decoder_layers_are_replaced_all_or_none(packing, monkeypatch):
+    """Between them the states are float32, which a layer of the model's own does not take."""
+    model, gated = toy_model("llama", dtype=torch.bfloat16), kernels._gated_forward
+    odd = model.model.layers[1].mlp
+    monkeypatch.setattr(kernels, "_gated_forward", lambda m: None if m is odd else gated(m))
+    with faster_layers(model, tokens=ENOUGH):
+        assert not any("forward" in vars(layer) for layer in model.model.layers)
+
+
 def test_running_out_of_memory_in_a_decoder_layer_leaves_all_of_them(packing, monkeypatch):
     model, pack, calls = toy_model("llama", dtype=torch.bfloat16), kernels._pack, []
 

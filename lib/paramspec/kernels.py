@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from paramspec.batches import is_out_of_memory
+from paramspec.rows import round_up
 
 # Laying out a weight costs what it saves on some 150 tokens.
 WORTH_PACKING = 512
@@ -114,8 +115,7 @@ def linear_of(weight: Tensor, bias: Tensor | None, *, prepacked: bool = True) ->
 def _packed_forwards(model: PreTrainedModel) -> Iterator[tuple[nn.Module, Linear]]:
     """Modules, and what is to be their forward pass."""
     done = {model.get_output_embeddings()}
-    # All or none: a layer of the model's own does not take float32 states.
-    for layer, decoder in list(_decoders(model)):
+    for layer, decoder in _decoders(model):
         done |= {part for part in layer.modules() if part is not layer.mlp.down_proj}
         yield layer, decoder
     for module in model.modules():
@@ -279,7 +279,7 @@ class _Blocks:
         bias = nn.functional.pad(mask[:, 0], (0, 0, 0, count * size - tokens), value=lowest)
         bias = bias.unflatten(1, (count, size))
         seen = (bias > lowest).any(2)  # [masks, blocks, tokens]
-        most = min(tokens, KEY_MULTIPLE * math.ceil(int(seen.sum(-1).max()) / KEY_MULTIPLE))
+        most = min(tokens, round_up(int(seen.sum(-1).max()), KEY_MULTIPLE))
         keys = seen.byte().argsort(dim=-1, descending=True, stable=True)[..., :most]
         bias = bias.gather(-1, keys[:, :, None].expand(-1, -1, size, -1))
         group, every = heads // shared, heads + shared
@@ -409,21 +409,26 @@ class _Decoder:
         return (states * scale).to(norm.weight.dtype).mul_(norm.weight)
 
 
-def _decoders(model: PreTrainedModel) -> Iterator[tuple[nn.Module, _Decoder]]:
-    """The decoder layers, and what computes the same; none if the first differs."""
+def _decoders(model: PreTrainedModel) -> list[tuple[nn.Module, _Decoder]]:
+    """The decoder layers, and what computes the same: all or none.
+
+    A layer of the model's own does not take the float32 states between them.
+    """
     layers = getattr(model.base_model, "layers", ())
     if not layers or not all(_has_shape(layer) for layer in layers):
-        return
+        return []
     config = model.config.get_text_config(decoder=True)
     layouts = _Layouts(config.num_attention_heads, config.num_key_value_heads)
+    decoders = []
     for number, layer in enumerate(layers):
         gated = _gated_forward(layer.mlp)
         if gated is None:
-            return
+            return []
         decoder = _Decoder(layer, layouts, gated, last=number == len(layers) - 1)
         if number == 0 and not _is_alike(model, layer, decoder):
-            return
-        yield layer, decoder
+            return []
+        decoders.append((layer, decoder))
+    return decoders
 
 
 def _has_shape(layer: nn.Module) -> bool:
