@@ -406,10 +406,101 @@ def test_knowing_nothing_scores_near_chance():
 # Loading
 
 
-def test_loading_gives_the_file_through_datasets():
+def test_loading_gives_the_file():
     questions = load_questions()
     assert to_jsonl(questions) == QUESTIONS.read_text(encoding="utf-8")
     assert validate(QUESTIONS) == []
+
+
+# What a reader of files may take for a date, a number, a truth value, or nothing at all.
+GUESSED = {
+    "dates": ["1960-01-10", "1961-02-10", "1962-03-10", "1963-04-10"],
+    "times": ["12:30", "01:02:03", "2020-01-01T00:00:00", "2020-01-01 00:00:00Z"],
+    "numbers": ["007", "1e3", "1_0", "0x10"],
+    "truth": ["true", "false", "yes", "no"],
+    "nothing": ["NA", "nan", "null", "None"],
+    "markup": ["{{ 1 }}", "{% raw %}", "# x: y", "<b>[x]</b>"],
+    "quotes": ["'a'", '"b"', "c/d e", "\\n"],
+    "scripts": ["Łódź", "東京", "e\u0301", "x\u2028y"],
+    "whole": ["1", "2", "3", "4"],
+}
+
+
+def _guessed_rows(values: list[str]) -> list[dict]:
+    """Eight questions on two concepts, of the values in every field that may hold them."""
+    return [
+        {
+            "id": f"{values[place]} {concept}" if place else concept,
+            "concept": concept,
+            "domain": values[3],
+            "tier": "low",
+            "relation": values[place],
+            "question": values[place],
+            "cloze": values[place],
+            "options": values,
+            "answer": place,
+            "aliases": [values[place]],
+            "fold": place % 2,
+            "statements": [values[place - 1]] if _states(values, place) else [],
+        }
+        for concept in values[:2]
+        for place in range(4)
+    ]
+
+
+def _states(values: list[str], place: int) -> bool:
+    """Whether the value before may be the statement: it must not hold the cloze."""
+    return values[place].casefold() not in values[place - 1].casefold()
+
+
+@pytest.mark.parametrize("kind", GUESSED)
+def test_every_field_comes_out_as_the_file_has_it(tmp_path, kind):
+    rows = _guessed_rows(GUESSED[kind])
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    loaded = [question.model_dump(mode="json") for question in load_questions(path)]
+    assert loaded == rows
+    assert [q.id for q in load_questions(path, concepts=GUESSED[kind][0])] == [
+        row["id"] for row in rows[:4]
+    ]
+
+
+@pytest.mark.parametrize("kind", ["dates", "markup", "scripts", "whole"])
+def test_the_export_is_read_as_it_was_written(tmp_path, kind):
+    """As the harness reads it: the YAML's loader and arguments, then `datasets`."""
+    import datasets
+    import yaml
+
+    (tmp_path / "own.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in _guessed_rows(GUESSED[kind])), encoding="utf-8"
+    )
+    questions = load_questions(tmp_path / "own.jsonl")
+    task = export_lm_eval(tmp_path / "a [b] *c* d? #e: {f} 'g'", questions)
+    described = yaml.safe_load(task.read_text(encoding="utf-8"))
+    loaded = datasets.load_dataset(
+        described["dataset_path"], **described["dataset_kwargs"], cache_dir=str(tmp_path / "cache")
+    )
+    assert list(loaded["test"]) == [question.model_dump(mode="json") for question in questions]
+    fields = {described[name] for name in ("doc_to_text", "doc_to_choice", "doc_to_target")}
+    assert fields == {"cloze", "options", "answer"}  # fields themselves, not templates of them
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "twice.jsonl"
+    path.write_text(json.dumps(ROWS[0])[:-1] + ', "answer": 3}\n', encoding="utf-8")
+    with pytest.raises(
+        InputError, match=r"twice\.jsonl:1: key 'answer' stands twice; give it once"
+    ):
+        load_questions(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1"])
+def test_another_encoding_is_refused(tmp_path, encoding):
+    path = tmp_path / "own.jsonl"
+    text = json.dumps(ROWS[0] | {"aliases": ["é"]}, ensure_ascii=False)
+    path.write_bytes(text.encode(encoding))
+    with pytest.raises(InputError, match=r"own\.jsonl:1: not "):
+        load_questions(path)
 
 
 def test_loading_makes_no_connection(monkeypatch):
@@ -597,8 +688,11 @@ def test_the_dataset_card_configures_load_dataset(tmp_path):
 
     loaded = datasets.load_dataset(str(QUESTIONS.parent), cache_dir=str(tmp_path))
     assert list(loaded) == ["test"]
-    assert loaded["test"].num_rows == 5250
-    assert loaded["test"][0]["options"] == ROWS[0]["options"]
+    assert list(loaded["test"]) == ROWS
+    text, texts = datasets.Value("string"), datasets.List(datasets.Value("string"))
+    types = {"options": texts, "aliases": texts, "statements": texts}
+    types |= dict.fromkeys(("answer", "fold"), datasets.Value("int64"))
+    assert loaded["test"].features == {name: types.get(name, text) for name in ROWS[0]}
 
 
 def _toy_model(directory: Path) -> None:

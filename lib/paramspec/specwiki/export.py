@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import yaml
@@ -13,12 +14,15 @@ from paramspec.specwiki.schema import Question
 
 
 def export_lm_eval(directory: str | Path, questions: Iterable[Question]) -> Path:
-    """Write `specwiki.yaml` and `specwiki.jsonl`, which the harness (0.4.13) runs as they are.
+    """Write `specwiki.yaml` and `specwiki.parquet`, which the harness (0.4.13) runs as they are.
 
         lm_eval --model hf --model_args pretrained=MODEL --tasks specwiki --include_path DIRECTORY
 
     The prompt is the cloze, an option follows after one space, and `acc` and `acc_norm` are the
-    harness's own. The YAML names the data by its absolute path: export again after moving it.
+    harness's own. Parquet keeps every text a text: of JSON lines, the harness's reader takes a
+    column of dates for times. The YAML names fields, not templates of them: a template of a cloze
+    that is a number gives a number. It names the data by its absolute path: export again after
+    moving it.
 
     Returns the path of the YAML file.
 
@@ -26,14 +30,15 @@ def export_lm_eval(directory: str | Path, questions: Iterable[Question]) -> Path
         InputError: the directory cannot be written.
     """
     directory = Path(directory)
-    data, task = directory / "specwiki.jsonl", directory / "specwiki.yaml"
+    data, task = directory / "specwiki.parquet", directory / "specwiki.yaml"
     description = {
         "task": "specwiki",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data.resolve())}},
+        "dataset_path": "parquet",
+        # The path is read as a pattern.
+        "dataset_kwargs": {"data_files": {"test": glob.escape(str(data.resolve()))}},
         "test_split": "test",
         "output_type": "multiple_choice",
-        "doc_to_text": "{{cloze}}",
+        "doc_to_text": "cloze",
         "doc_to_choice": "options",
         "doc_to_target": "answer",
         "target_delimiter": " ",
@@ -45,8 +50,9 @@ def export_lm_eval(directory: str | Path, questions: Iterable[Question]) -> Path
     }
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _write(data, "".join(question.model_dump_json() + "\n" for question in questions))
-        _write(task, yaml.safe_dump(description, sort_keys=False))
+        _write(data, lambda scratch: _write_parquet(questions, scratch))
+        text = yaml.safe_dump(description, sort_keys=False)
+        _write(task, lambda scratch: scratch.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise InputError(
             f"{error.filename or directory}: cannot be written ({error.strerror}); "
@@ -55,11 +61,23 @@ def export_lm_eval(directory: str | Path, questions: Iterable[Question]) -> Path
     return task
 
 
-def _write(path: Path, text: str) -> None:
-    """Write `text` whole or not at all."""
+def _write_parquet(questions: Iterable[Question], path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    text, number = pyarrow.string(), pyarrow.int64()
+    types = dict.fromkeys(Question.model_fields, text)
+    types |= dict.fromkeys(("options", "aliases", "statements"), pyarrow.list_(text))
+    types |= dict.fromkeys(("answer", "fold"), number)
+    rows = [question.model_dump(mode="json") for question in questions]
+    parquet.write_table(pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(types)), path)
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        scratch.write_text(text, encoding="utf-8")
+        write(scratch)
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,10 +41,9 @@ def load_questions(
             unknown, or fewer concepts are there than asked for.
     """
     path = Path(path) if path is not None else QUESTIONS
-    data, problems = _check(path)
+    questions, problems = _check(path)
     if problems:
         raise InputError(problems[0])
-    questions = _read_with_datasets(data)
     questions = _keep(questions, "tier", tiers, TIERS, path)
     known_domains = sorted({question.domain for question in questions})
     questions = _keep(questions, "domain", domains, known_domains, path)
@@ -110,17 +108,18 @@ def questions_digest(questions: Iterable[Question]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _check(path: Path) -> tuple[bytes, list[str]]:
-    """The bytes of the file, and what is wrong with them."""
+def _check(path: Path) -> tuple[list[Question], list[str]]:
+    """The questions of the file, each as its line has it, and what is wrong with the others."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        return b"", [f"{path}: no such file; give the path of a JSON Lines file of questions"]
+        return [], [f"{path}: no such file; give the path of a JSON Lines file of questions"]
     except OSError as error:
-        return b"", [f"{path}: cannot be read ({error.strerror}); give a JSON Lines file"]
+        return [], [f"{path}: cannot be read ({error.strerror}); give a JSON Lines file"]
     lines = data.removesuffix(b"\n").split(b"\n")
     if not data.strip():
-        return data, [f"{path}: empty; write one question, a JSON object, a line"]
+        return [], [f"{path}: empty; write one question, a JSON object, a line"]
+    questions = []
     problems = []
     first: dict[tuple[str, str], tuple[int, Any]] = {}
     for number, line in enumerate(lines, start=1):
@@ -128,6 +127,7 @@ def _check(path: Path) -> tuple[bytes, list[str]]:
         if isinstance(question, str):
             problems.append(f"{path}:{number}: {question}")
             continue
+        questions.append(question)
         place, _ = first.setdefault(("id", question.id), (number, None))
         if place != number:
             problems.append(
@@ -141,15 +141,30 @@ def _check(path: Path) -> tuple[bytes, list[str]]:
                     f"{path}:{number}: {field} {value!r} of concept {question.concept!r}, "
                     f"but {seen!r} in line {place}; a concept has one {field}"
                 )
-    return data, problems
+    return questions, problems
+
+
+class _Twice(Exception):
+    """A key that an object of a line holds twice: a reader would take the last of them."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    for key, _ in pairs if len(row) < len(pairs) else ():
+        if sum(key == other for other, _ in pairs) > 1:
+            raise _Twice(key)
+    return row
 
 
 def _parse(line: bytes) -> Question | str:
     """The question of a line, or what is wrong with it."""
     try:
-        row = json.loads(line)
+        # Decoded here: given bytes, `json.loads` guesses the encoding.
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=_once)
     except UnicodeDecodeError as error:
         return f"not UTF-8 (byte {error.start}); save the file as UTF-8"
+    except _Twice as error:
+        return f"key {error.args[0]!r} stands twice; give it once"
     except json.JSONDecodeError as error:
         return f"not JSON ({error.msg}, column {error.colno}); write one JSON object a line"
     if not isinstance(row, dict):
@@ -179,37 +194,6 @@ def _say(error: Any) -> str:
             return f"{field} {value}, expected {error['ctx']['expected']}"
         case _:
             return f"{field} {value}: {error['msg'][0].lower()}{error['msg'][1:]}"
-
-
-def _read_with_datasets(data: bytes) -> list[Question]:
-    """The questions of checked bytes, through Hugging Face `datasets`.
-
-    A private copy in a private cache: what is loaded is what was checked, and never an older file
-    that `datasets` cached under the same name and time.
-    """
-    import datasets
-
-    text, texts = datasets.Value("string"), datasets.List(datasets.Value("string"))
-    features = datasets.Features(
-        dict.fromkeys(Question.model_fields, text)
-        | dict.fromkeys(("options", "aliases", "statements"), texts)
-        | dict.fromkeys(("answer", "fold"), datasets.Value("int64"))
-    )
-    quiet = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        with tempfile.TemporaryDirectory(prefix="paramspec-") as scratch:
-            file = Path(scratch, "questions.jsonl")
-            file.write_bytes(data)
-            # `load_dataset("json", ...)` does the same, but tells a server that it was called.
-            rows = datasets.Dataset.from_json(
-                str(file), features=features, cache_dir=scratch, keep_in_memory=True
-            ).to_list()
-    finally:
-        if not quiet:
-            datasets.enable_progress_bars()
-    sequences = ("options", "aliases", "statements")
-    return [Question(**{**row, **{key: tuple(row[key]) for key in sequences}}) for row in rows]
 
 
 def _keep(
