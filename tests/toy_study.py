@@ -15,6 +15,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -38,11 +39,17 @@ VOCABULARY = (*WORDS, *(f"w{place}" for place in range(len(WORDS), 97)))  # as t
 HIDDEN, WIDTH = 100, 100  # of the planted model
 
 
-def toy_tokenizer() -> PreTrainedTokenizerFast:
-    """A word a token: fits every model of `toys.py`, whose vocabulary is 97."""
-    model = WordLevel({word: place for place, word in enumerate(VOCABULARY)}, unk_token="<pad>")
-    backend = Tokenizer(model)
+def toy_tokenizer(template: str = "$A") -> PreTrainedTokenizerFast:
+    """A word a token: fits every model of `toys.py`, whose vocabulary is 97.
+
+    `template` has what is added to a text, as `<s> $A </s>`.
+    """
+    words = {word: place for place, word in enumerate(VOCABULARY)}
+    backend = Tokenizer(WordLevel(words, unk_token="<pad>"))
     backend.pre_tokenizer = WhitespaceSplit()
+    added = [(token, words[token]) for token in set(template.split()) - {"$A"}]
+    if added:
+        backend.post_processor = TemplateProcessing(single=template, special_tokens=added)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
