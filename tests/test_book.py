@@ -175,6 +175,131 @@ def test_the_key_changes_with_everything_a_result_depends_on(
     assert key(CHAPTER.replace("\n", "\r\n")) == key()  # a checkout on Windows is the same chapter
 
 
+RECIPES = ["mine.yaml", "mine.yaml:llama-4", "mine.yaml:llama-5@50", "./mine.yaml:llama-4"]
+FOLDERS = ["weights/", "weights", "weights/../weights"]
+
+
+@pytest.mark.parametrize(
+    ("value", "file"),
+    [(value, "mine.yaml") for value in RECIPES]
+    + [(["zoo", [value]], "mine.yaml") for value in RECIPES]
+    + [({"a": ["mine.yaml:b"]}, "mine.yaml"), ("@names.txt", "names.txt")]
+    + [(value, "weights/deep/config.json") for value in FOLDERS]
+    + [("model.gguf", "model.gguf"), ("with space:and colon.yaml:b", "with space:and colon.yaml")]
+    + [("~/mine.yaml:llama-4", "home/mine.yaml"), ("../aside.yaml:b", "../aside.yaml")],
+)
+def test_what_a_parameter_names_is_in_the_key_by_its_content(
+    root: Path, monkeypatch: pytest.MonkeyPatch, value: object, file: str
+) -> None:
+    monkeypatch.setenv("HOME", str(root / "home"))
+    path = root / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def key() -> str:
+        return book.execution_key(CHAPTER, "default", {"model": value}, root)
+
+    without = key()
+    path.write_text("one")
+    first = key()
+    path.write_text("two")
+    os.utime(path, ns=(0, 0))
+    second = key()
+    path.write_text("one")  # the content counts, not when it was written
+    assert len({without, first, second}) == 3
+    assert key() == first
+
+
+def test_a_large_file_is_told_by_size_and_time(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(book, "READ_WHOLE", 2)
+    seen = set()
+    for text, time_of_change in (("one", 1), ("four", 1), ("one", 2)):
+        (root / "model.gguf").write_text(text)
+        os.utime(root / "model.gguf", ns=(time_of_change, time_of_change))
+        seen.add(book.execution_key(CHAPTER, "default", {"model": "model.gguf"}, root))
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("value", ["", ".", "./", "..", "/", "~", "no:file", "tcp://host:8786"])
+def test_what_names_no_input_does_not_depend_on_the_checkout(
+    root: Path, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("HOME", str(root.parent))
+    before = book.execution_key(CHAPTER, "default", {"model": value}, root)
+    (root / "something").write_text("new")
+    assert book.execution_key(CHAPTER, "default", {"model": value}, root) == before
+
+
+def with_inputs(declared: str, text: str = CHAPTER) -> str:
+    return text.replace("kernelspec:", f"paramspec: {declared}\nkernelspec:", 1)
+
+
+def test_declared_inputs_are_in_the_key_and_in_the_sites_check(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from paramspec import sphinx_executed
+
+    source, bench = root / "book" / "a-small.md", root / "bench"
+    source.write_text(with_inputs("{inputs: ['bench/*.py', 'results/bench/**/*', gone.txt]}"))
+    bench.mkdir()
+    (bench / "speed.py").write_text("one")
+    copy = book.run_chapter("a-small", root=root)
+    told: list[str] = []
+    monkeypatch.setattr(sphinx_executed.LOGGER, "warning", lambda line, *_, **__: told.append(line))
+
+    def is_stale() -> bool:
+        told.clear()
+        page = sphinx_executed.read_copy(source.read_text(), "a-small", str(copy), str(root))
+        assert book.RECORD not in page.metadata
+        return any("is stale" in line for line in told)
+
+    def rerun() -> bool:
+        before = runs(root)
+        book.run_chapter("a-small", root=root)
+        return runs(root) > before
+
+    assert not is_stale()
+    assert not rerun()
+    (bench / "notes.txt").write_text("matches no pattern")
+    assert not is_stale()
+    for name in ("bench/speed.py", "bench/more.py", "results/bench/a/speed.json", "gone.txt"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("two")
+        assert is_stale()
+        assert rerun()
+        assert not is_stale()
+    (bench / "more.py").unlink()
+    assert is_stale()
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        "{inputs: bench.py}",
+        "{inputs: [3]}",
+        "{inputs: ['/etc/*']}",
+        "{inputs: ['../*']}",
+        "[a]",
+        "{inputs: ['']}",
+    ],
+)
+def test_ill_formed_inputs_are_one_line(root: Path, declared: str) -> None:
+    (root / "book" / "a-small.md").write_text(with_inputs(declared))
+    with pytest.raises(InputError, match="front matter"):
+        book.run_chapter("a-small", root=root)
+    assert runs(root) == 0
+
+
+def test_the_speed_page_depends_on_the_benchmark_that_it_runs() -> None:
+    chapter = book.find_chapter("speed", REPOSITORY)
+    read = {
+        path.relative_to(REPOSITORY).as_posix()
+        for pattern in book.declared_inputs(chapter.source.read_text())
+        for path in REPOSITORY.glob(pattern)
+    }
+    assert {"tests/benchmarks/scoring.py", "tests/benchmarks/peers.py"} <= read
+    assert {"book/profiles/paper.yaml", "book/4-twenty-models.md"} <= read  # the planner's
+
+
 def test_the_library_digest_sees_code_and_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

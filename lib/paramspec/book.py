@@ -9,7 +9,8 @@ A chapter is a MyST notebook `book/X.md` (jupytext) whose cell tagged `parameter
 commented assignments. Papermill executes it, with the repository's root as working directory. Its
 executed copy carries a record under the notebook metadata key `paramspec`: when, how long, commit,
 profile, parameters, digests, versions and machine. A copy is used again only while its key, a
-digest of everything that the result depends on, is unchanged.
+digest of everything that the result depends on, is unchanged. What a chapter reads beside the
+library and its parameters, its front matter names: `paramspec: {inputs: ["tests/bench/*.py"]}`.
 
 Module imports are light: the Sphinx extension imports this module on every build.
 """
@@ -39,7 +40,10 @@ import yaml
 
 from paramspec.errors import InputError
 
-RECORD = "paramspec"  # the key in a notebook's metadata that holds the record of its execution
+# The key in a notebook's metadata that holds the record of its execution, and in a chapter's front
+# matter what it reads.
+RECORD = "paramspec"
+READ_WHOLE = 10_000_000  # bytes of a file that is still read to find out whether it changed
 VERSIONS = ("torch", "transformers", "numpy", "pandas", "papermill")
 
 
@@ -89,14 +93,22 @@ def find_root(start: Path | None = None) -> Path:
 
 def is_chapter(text: str) -> bool:
     """Tell whether MyST text is an executable notebook, by the jupytext header in front."""
-    if not text.startswith("---"):
-        return False
-    front = text.split("\n---", 1)[0].removeprefix("---")
     try:
-        matter = yaml.safe_load(front)
-        return matter["jupytext"]["text_representation"]["format_name"] == "myst"
-    except (yaml.YAMLError, KeyError, TypeError):
+        header = _front_matter(text)["jupytext"]
+        return header["text_representation"]["format_name"] == "myst"
+    except (KeyError, TypeError):
         return False
+
+
+def _front_matter(text: str) -> dict[str, Any]:
+    """Return what stands between the two lines of dashes in front; nothing where it is no YAML."""
+    if not text.startswith("---"):
+        return {}
+    try:
+        matter = yaml.safe_load(text.split("\n---", 1)[0].removeprefix("---"))
+    except yaml.YAMLError:
+        return {}
+    return matter if isinstance(matter, dict) else {}
 
 
 def toc_pages(root: Path) -> list[Path]:
@@ -309,26 +321,80 @@ def environment_digest(root: Path) -> str:
 def execution_key(text: str, profile: str, parameters: Mapping[str, Any], root: Path) -> str:
     """Return the digest of all that an executed copy of the chapter `text` depends on.
 
-    A string parameter that names a file or folder (a model, a question file) stands for its
-    content, told by the names, sizes and times of change of its files.
+    A parameter that names a file or a folder (a model, a recipe as `FILE.yaml:NAME`, a list as
+    `@FILE`) stands for its content, and so do the files that the chapter declares (see
+    `declared_inputs`). Raises InputError for an ill-formed declaration.
     """
     inputs = [source_digest(text), library_digest(), environment_digest(root), profile]
     inputs.append(json.dumps(dict(parameters), sort_keys=True))
     for value in _strings(parameters):
-        path = root / Path(value).expanduser()
-        with contextlib.suppress(OSError, ValueError):  # not a path after all
-            if value.strip("./") and path.exists():
-                files = [path] if path.is_file() else sorted(path.rglob("*"))
-                stats = ((p, p.stat()) for p in files)
-                inputs += [f"{p} {s.st_size} {s.st_mtime_ns}" for p, s in stats]
+        for path in _named_paths(value, root):
+            inputs += [f"{value} {line}" for line in _content_lines(path)]
+    for pattern in declared_inputs(text):
+        for path in sorted(path for path in root.glob(pattern) if path.is_file()):
+            inputs += [f"{path.relative_to(root)} {line}" for line in _content_lines(path)]
     return _digest(*inputs)
+
+
+def declared_inputs(text: str) -> list[str]:
+    """Return the files that a chapter reads or executes beside the library and its parameters.
+
+    Its front matter names them by patterns from the root, of which none needs to match:
+    `paramspec: {inputs: ["tests/benchmarks/*.py"]}`. Raises InputError for anything else.
+    """
+    declared = _front_matter(text).get(RECORD, {})
+    patterns = declared.get("inputs", []) if isinstance(declared, dict) else None
+    if not isinstance(patterns, list) or not all(isinstance(one, str) for one in patterns):
+        raise InputError(
+            f"front matter: paramspec: {declared!r}: expected {{inputs: [PATTERN, ...]}}"
+        )
+    for pattern in patterns:
+        parts = Path(pattern).parts
+        if not parts or Path(pattern).is_absolute() or ".." in parts:
+            raise InputError(
+                f"front matter: inputs: {pattern!r}: give a pattern from the book's root, as "
+                "tests/benchmarks/*.py"
+            )
+    return patterns
+
+
+def _named_paths(value: str, root: Path) -> list[Path]:
+    """Return the files and folders that a parameter's text names, as a chapter would find them.
+
+    The text may be a path, one behind an `@`, or one before a colon, as in `FILE.yaml:NAME@STEP`.
+    A folder that holds the book itself is not meant.
+    """
+    found = []
+    for name in dict.fromkeys((value, value.removeprefix("@"), value.rpartition(":")[0])):
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # not a path after all
+            path = (root / Path(name).expanduser()).resolve()
+            if name and path.exists() and not root.resolve().is_relative_to(path):
+                found.append(path)
+    return found
+
+
+def _content_lines(path: Path) -> list[str]:
+    """Return a line for each file of a folder, or for the file: its place in it and its content.
+
+    Of a large file, such as a model's weights, the content is told by size and time of change.
+    """
+    lines = []
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        if not file.is_file():
+            continue
+        stat = file.stat()
+        content = f"{stat.st_size} {stat.st_mtime_ns}"
+        if stat.st_size <= READ_WHOLE:
+            content = hashlib.sha256(file.read_bytes()).hexdigest()
+        lines.append(f"{os.path.relpath(file, path)} {content}")
+    return lines
 
 
 def read_record(copy: Path) -> dict[str, Any] | None:
     """Return the record of an executed copy, or None when there is no sound copy."""
     try:
         record = json.loads(copy.read_text("utf-8"))["metadata"][RECORD]
-        return record if isinstance(record, dict) else None
+        return record if isinstance(record, dict) and "key" in record else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -700,9 +766,10 @@ def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        for child in value.values():
+        for name, child in value.items():
+            yield from _strings(name)
             yield from _strings(child)
-    elif isinstance(value, list):
+    elif isinstance(value, list | tuple):
         for child in value:
             yield from _strings(child)
 
