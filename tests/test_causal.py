@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pydoc_data.topics import topics
 
 import numpy as np
 import pandas as pd
@@ -11,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
-from paramspec import causal
+from paramspec import causal, masks
 from paramspec.causal import (
     MEASURES,
     Evaluation,
@@ -27,6 +26,7 @@ from paramspec.causal import (
 from paramspec.errors import InputError
 from paramspec.finetune import METHODS, Training, finetune
 from paramspec.hooks import value_vector_view
+from paramspec.masks import record_concepts
 from paramspec.models import load_model
 from paramspec.parallel import workers
 from paramspec.pss import Choices
@@ -138,10 +138,10 @@ def test_a_model_is_tuned_for_a_while_and_then_as_it_was(questions, store):
 
 
 def test_likelihoods_are_the_models_own_loss(model, study, questions):
-    """transformers' loss of one text at a time; prose is Python's reference, in pieces of 128."""
+    """transformers' loss of one text at a time; prose is the shipped text, in pieces of 128."""
     loaded = load_model(str(model))
     texts = study.texts[study.texts["run"] == "original"]
-    prose = loaded.tokenizer.encode("\n\n".join(topics[name].strip() for name in sorted(topics)))
+    prose = loaded.tokenizer.encode(causal.PROSE.read_text())
     rows = [prose[:128], prose[128:256]]
     for nats, tokens, row in zip(
         *(texts.loc[texts["kind"] == "prose", c] for c in ("nats", "tokens")), rows, strict=True
@@ -190,6 +190,41 @@ def test_unrelated_questions_are_on_concepts_not_trained(model, questions, monke
     assert [concept for concept, _ in seen] == list(TAUGHT)
     for concept, asked in seen:
         assert asked & set(TAUGHT) == {concept}
+
+
+@pytest.mark.parametrize("position", ["mean", "last"])
+def test_pss_is_measured_as_its_choices_say(position, model, questions, tmp_path, monkeypatch):
+    """The coefficients that masks are chosen by, against those of each question by itself."""
+    seen, budgets = [], []
+    real, batches = causal.measure_concepts, masks.prompt_batches
+
+    def note(name, view, tokenizer, asked, concepts, choices, coefficients, **options):
+        seen.append(coefficients)
+        return real(name, view, tokenizer, asked, concepts, choices, coefficients, **options)
+
+    def note_budget(prompts, batch_tokens):
+        budgets.append(batch_tokens)
+        return batches(prompts, batch_tokens)
+
+    monkeypatch.setattr(causal, "measure_concepts", note)
+    monkeypatch.setattr(masks, "prompt_batches", note_budget)
+    choices = FULL.choices.model_copy(update={"position": position, "batch_tokens": 12})
+    asked = Evaluation(others=10, folds=(1,), choices=choices)
+    measure_runs(str(model), questions, [Run("x", None, asked, TAUGHT)], store=Store(tmp_path))
+    assert set(budgets) == {12}
+    loaded = load_model(str(model))
+    view = value_vector_view(loaded.model)
+    expected = {
+        concept: sum(
+            record_concepts(view, loaded.tokenizer, [q], position=position).sums[0, 1]
+            for q in questions
+            if (q.concept, q.fold) == (concept, 1)
+        )
+        for concept in TAUGHT
+    }
+    for concept in TAUGHT:
+        found = seen[0].sums[seen[0].concepts.index(concept), 1]
+        torch.testing.assert_close(found, expected[concept], atol=1e-4, rtol=1e-4)
 
 
 def test_samples_and_states_are_those_of_the_trained_model(model, questions, study, store):
@@ -336,6 +371,35 @@ def test_a_diverging_run_is_named_and_the_others_are_kept(model, questions, tmp_
         measure_runs(str(model), questions, [wild, calm], store=store)
     monkeypatch.setattr(causal, "train", lambda *_, **__: pytest.fail("trained again"))
     assert len(measure_runs(str(model), questions, [calm], store=store).answers) == 30
+
+
+CODE = {  # by part, what a constant that changes a stored number is called
+    "texts": [("EVALUATION_VERSION", 9), ("PASSAGE_TOKENS", 64), ("PROSE", None)],
+    "generated": [("GENERATION_VERSION", 9), ("MAX_NEW_TOKENS", 3), ("OPEN_PROMPT", "{question}:")],
+    "samples": [("GENERATION_VERSION", 9), ("MAX_NEW_TOKENS", 3), ("OPEN_PROMPT", "{question}:")],
+    "answers": [("SCORING_VERSION", 9), ("EVALUATION_VERSION", 9)],
+}
+
+
+@pytest.mark.parametrize(("part", "name", "value"), [(p, *c) for p in CODE for c in CODE[p]])
+def test_other_code_is_another_result(part, name, value, model, questions, tmp_path, monkeypatch):
+    asked = FULL.model_copy(update={"open_ended": "question"})
+    run = Run("x", TRAINING, asked)
+    plan = causal._plan(str(model), questions, [run], Store(tmp_path), "auto", "cpu")
+    before = plan.part_key(run, part)
+    assert before == plan.part_key(run, part)
+    if name == "PROSE":
+        value = tmp_path / "prose.txt"
+        value.write_text(causal.PROSE.read_text().replace("Maria", "Mary"))
+    monkeypatch.setattr(causal, name, value)
+    assert plan.part_key(run, part) != before
+
+
+def test_more_prose_than_there_is_is_one_line(model, questions, tmp_path):
+    """A passage that is cut short, or empty, would be a likelihood of something else."""
+    asked = Evaluation(prose=1000)
+    with pytest.raises(InputError, match=r"x: prose 1000: prose.txt holds \d+ passages of 128"):
+        measure_runs(str(model), questions, [Run("x", None, asked, TAUGHT)], store=Store(tmp_path))
 
 
 def test_too_few_other_concepts_is_one_line(model, questions, tmp_path):

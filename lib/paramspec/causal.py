@@ -21,7 +21,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -47,7 +46,15 @@ from paramspec.finetune import (
     train,
     training_texts,
 )
-from paramspec.generation import OPEN_PROMPT, answer_matches, decode, first_lines, likeliest
+from paramspec.generation import (
+    GENERATION_VERSION,
+    MAX_NEW_TOKENS,
+    OPEN_PROMPT,
+    answer_matches,
+    decode,
+    first_lines,
+    likeliest,
+)
 from paramspec.hallucination import sample_answers
 from paramspec.hooks import (
     ValueVectorView,
@@ -77,7 +84,9 @@ from paramspec.trends import Draws, resample_models
 TRAINED = "vectors.safetensors"
 RECORD = "record.json"
 TABLES = ("answers", "generated", "texts", "pss", "curve", "samples")
-WINDOW = 128  # tokens of a passage of prose
+EVALUATION_VERSION = 1  # raised whenever a change of this file could move what is stored
+PROSE = Path(__file__).with_name("prose.txt")  # prose.md says whose it is
+PASSAGE_TOKENS = 128
 
 
 class Evaluation(BaseModel):
@@ -90,8 +99,8 @@ class Evaluation(BaseModel):
             `question` after examples, as the `cloze` alone (which is all that a micro model can
             continue), or not at all.
         stated: statements of other concepts whose likelihood is taken.
-        prose: passages of 128 tokens of English prose whose likelihood is taken: Python's language
-            reference, which comes with Python (`pydoc_data.topics`).
+        prose: passages of 128 tokens of English prose whose likelihood is taken: the beginning of
+            Jane Austen's "Mansfield Park" (`prose.txt`), some 90 passages.
         choices: PSS is measured with these, on the trained concepts against `others`; if given.
         points: parts of the training between which accuracy is measured.
         sampled: of the questions asked open-ended, how many are also answered by sampling.
@@ -360,8 +369,10 @@ class _Plan:
             "training": run.training and run.training.model_dump(mode="json"),
             "concepts": list(run.about),
             "evaluation": run.evaluation.parts().get(part),
+            "method": _method(part, run.evaluation.open_ended),
             "finetune_version": FINETUNE_VERSION,
             "scoring_version": SCORING_VERSION,
+            "evaluation_version": EVALUATION_VERSION,
             "torch": version("torch"),
         }
 
@@ -513,6 +524,20 @@ def _own(run: Run, questions: Sequence[Question]) -> list[Question]:
     return [q for q in questions if q.concept in run.about and q.fold in run.evaluation.folds]
 
 
+def _method(part: str, form: Literal["question", "cloze", "no"]) -> dict[str, object]:
+    """What a part depends on beside its fields, the model and the questions."""
+    if part == "texts":
+        digest = hashlib.sha256(PROSE.read_bytes()).hexdigest()
+        return {"prose": digest, "passage_tokens": PASSAGE_TOKENS}
+    if part in ("generated", "samples"):
+        return {
+            "generation_version": GENERATION_VERSION,
+            "prompt": _prompt(form),
+            "max_new_tokens": MAX_NEW_TOKENS,
+        }
+    return {}
+
+
 # --- training -----------------------------------------------------------------------------------
 
 
@@ -629,7 +654,13 @@ def _specialization(plan: _Plan, model: _Model, run: Run, own: Sequence[Question
     view, tokenizer, choices = model.view, model.tokenizer, run.evaluation.choices
     others = _other_questions(plan.questions, run, run.evaluation)
     own = [question for question in own if question.fold in (*choices.choose_on, *choices.score_on)]
-    coefficients = record_concepts(view, tokenizer, [*own, *others])
+    coefficients = record_concepts(
+        view,
+        tokenizer,
+        [*own, *others],
+        position=choices.position,
+        batch_tokens=choices.batch_tokens,
+    )
     parts = []
     for concept in run.about:
         asked = [question for question in own if question.concept == concept] + others
@@ -648,20 +679,23 @@ def _specialization(plan: _Plan, model: _Model, run: Run, own: Sequence[Question
     return pd.concat(parts, ignore_index=True)
 
 
-def _open_form(question: Question, form: Literal["question", "cloze"]) -> tuple[str, str]:
-    """What is asked, and the prompt around it."""
-    if form == "question":
-        return question.question, OPEN_PROMPT
-    return question.cloze, "{question}"
+def _prompt(form: Literal["question", "cloze", "no"]) -> str:
+    """What stands around a question that is asked open-ended, or around its cloze."""
+    return OPEN_PROMPT if form == "question" else "{question}"
+
+
+def _open_questions(questions: Sequence[Question], form: Literal["question", "cloze"]) -> list[str]:
+    return [question.question if form == "question" else question.cloze for question in questions]
 
 
 def _generated(plan: _Plan, model: _Model, run: Run, own: Sequence[Question]) -> pd.DataFrame:
-    forms = [_open_form(question, run.evaluation.open_ended) for question in own]
+    form = run.evaluation.open_ended
     decoded = decode(
         model.view,
         model.tokenizer,
-        [prompt.replace("{question}", asked) for asked, prompt in forms],
+        [_prompt(form).replace("{question}", words) for words in _open_questions(own, form)],
         likeliest,
+        max_new_tokens=MAX_NEW_TOKENS,
     )
     answers = first_lines(model.tokenizer, [row.tokens for (row,) in decoded])
     return pd.DataFrame(
@@ -689,12 +723,12 @@ def _samples(plan: _Plan, model: _Model, run: Run, own: Sequence[Question]) -> p
             (q for q in own if q.concept == concept), key=lambda q: _hash(asked.seed, q.id)
         )[:each]
     ][: asked.sampled]
-    forms = [_open_form(question, asked.open_ended) for question in chosen]
     found = sample_answers(
         model.view,
         model.tokenizer,
-        [words for words, _ in forms],
-        prompt=forms[0][1],
+        _open_questions(chosen, asked.open_ended),
+        prompt=_prompt(asked.open_ended),
+        max_new_tokens=MAX_NEW_TOKENS,
         samples=asked.samples,
         temperature=asked.temperature,
         seed=asked.seed,
@@ -743,12 +777,16 @@ def _held_out(
     stated = sorted(dict.fromkeys(stated), key=lambda text: _hash(asked.seed, text))
     texts = [("statements", tokenizer.encode(text)) for text in stated[: asked.stated]]
     if asked.prose:
-        prose = "\n\n".join(topics[name].strip() for name in sorted(topics))
-        # Far more characters than the passages have tokens, and far fewer than there are.
-        tokens = tokenizer.encode(prose[: asked.prose * WINDOW * 8])
+        tokens = tokenizer.encode(PROSE.read_text(encoding="utf-8"))
+        passages = len(tokens) // PASSAGE_TOKENS
+        if asked.prose > passages:
+            raise InputError(
+                f"prose {asked.prose}: {PROSE.name} holds {passages} passages of {PASSAGE_TOKENS} "
+                "of the model's tokens; ask for fewer"
+            )
         texts += [
-            ("prose", tokens[start : start + WINDOW])
-            for start in range(0, asked.prose * WINDOW, WINDOW)
+            ("prose", tokens[number * PASSAGE_TOKENS : (number + 1) * PASSAGE_TOKENS])
+            for number in range(asked.prose)
         ]
     return texts
 

@@ -19,6 +19,10 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from paramspec.hooks import ValueVectorView, mask_rows, refuse_too_long, unembed_only
 from paramspec.specwiki import normalise
 
+# Raised whenever a change could move an answer or a sample of one; part of their keys.
+GENERATION_VERSION = 1
+MAX_NEW_TOKENS = 12
+
 # Three examples show that a bare answer is wanted; without them, models answer in sentences, or
 # stop at once. They are about no concept of SpecWiki.
 OPEN_PROMPT = """\
@@ -42,7 +46,7 @@ def generate_answers(
     keeps: Sequence[Tensor | None] | None = None,
     *,
     prompt: str = OPEN_PROMPT,
-    max_new_tokens: int = 12,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 32,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
@@ -101,7 +105,7 @@ def decode(
     *,
     copies: int = 1,
     keeps: Sequence[Tensor | None] | None = None,
-    max_new_tokens: int = 12,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 32,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[Decoded]]:

@@ -28,7 +28,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from paramspec.errors import InputError
-from paramspec.generation import OPEN_PROMPT, answer_matches, decode, first_lines
+from paramspec.generation import (
+    MAX_NEW_TOKENS,
+    OPEN_PROMPT,
+    answer_matches,
+    decode,
+    first_lines,
+)
 from paramspec.hooks import ValueVectorView
 from paramspec.models import WheelSource, hub_directory, wheel_file
 from paramspec.pss import generator_of
@@ -80,7 +86,7 @@ def sample_answers(
     samples: int = 10,
     temperature: float = 1.0,
     prompt: str = OPEN_PROMPT,
-    max_new_tokens: int = 12,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     seed: int = 0,
     batch_size: int = 64,
     progress: Callable[[int], None] = lambda done: None,
