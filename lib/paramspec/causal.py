@@ -461,7 +461,7 @@ def _measure_runs(plan: _Plan, runs: Sequence[Run]) -> None:
                 try:
                     _measure_run(plan, model, run)
                 except InputError as error:
-                    raise InputError(f"{run.name}: {error}") from None
+                    raise InputError(f"{run.name}: {error}") from error
 
 
 class _Model(NamedTuple):
@@ -592,7 +592,7 @@ def _trained(
         except Diverged as error:
             raise InputError(
                 f"{error}; give a lower learning rate than {training.learning_rate:g}"
-            ) from None
+            ) from error
         values = _moved(view, trained, vectors)
     record = {
         "losses": losses,

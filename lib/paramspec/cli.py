@@ -414,7 +414,7 @@ def _names(text: str) -> list[str]:
     try:
         lines = Path(text[1:]).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise InputError(f"concepts {text}: cannot be read ({error}); name a text file") from None
+        raise InputError(f"concepts {text}: cannot be read ({error}); name a text file") from error
     return [line.strip() for line in lines if line.strip()]
 
 

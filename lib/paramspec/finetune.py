@@ -156,11 +156,11 @@ def parse_training(**choices: object) -> Training:
         first = error.errors()[0]
         place, message = first["loc"][0], first["msg"].removeprefix("Value error, ")
         if first["type"] == "value_error":
-            raise InputError(message) from None
+            raise InputError(message) from error
         if first["type"] == "literal_error":
             known = ", ".join(METHODS if place == "method" else RULES)
-            raise InputError(f"{place} {first['input']!r}: no such {place}; use {known}") from None
-        raise InputError(f"{place} {first['input']!r}: {message}") from None
+            raise InputError(f"{place} {first['input']!r}: no such {place}; use {known}") from error
+        raise InputError(f"{place} {first['input']!r}: {message}") from error
 
 
 # --- what is trained on -------------------------------------------------------------------------
@@ -528,7 +528,7 @@ def _read_state(
     except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
         raise InputError(
             f"{state}: not a readable state of this training ({error}); remove it to start again"
-        ) from None
+        ) from error
     return losses
 
 
@@ -682,8 +682,8 @@ def _read_record(out: Path) -> dict[str, object] | None:
         if record["status"] not in ("unfinished", "finished", "diverged"):
             raise ValueError
         {**record["run"], **record["run"]["training"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{file}: not the record of a run; choose another directory") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: not the record of a run; choose another directory") from error
     return record
 
 

@@ -279,7 +279,7 @@ def _classifier(model: str, device: str) -> tuple[PreTrainedModel, PreTrainedTok
         line = (str(error).splitlines() or ["no message"])[0][:160]
         raise InputError(
             f"{model}: not a sequence classifier in safetensors ({line}); name another model"
-        ) from None
+        ) from error
     if report["missing_keys"]:
         raise InputError(
             f"{model}: holds no weights for {min(report['missing_keys'])}; name a sequence "

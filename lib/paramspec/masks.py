@@ -319,5 +319,5 @@ def load_masks(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
             masks = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             choices = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path}: not a readable masks file ({error}); write it again") from None
+        raise InputError(f"{path}: not a readable masks file ({error}); write it again") from error
     return masks, choices

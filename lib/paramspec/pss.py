@@ -146,18 +146,18 @@ def parse_choices(*, ratios: str | Sequence[float] = RATIOS, **others: object) -
     if isinstance(ratios, str):
         try:
             ratios = [float(part) for part in ratios.split(",")]
-        except ValueError:
+        except ValueError as error:
             raise InputError(
                 f"ratios {ratios!r}: expected numbers from 0 to 1 separated by commas, as 0.01,0.05"
-            ) from None
+            ) from error
     try:
         return Choices(ratios=ratios, **others)
     except ValidationError as error:
         first = error.errors()[0]
         place, message = first["loc"][0], first["msg"].removeprefix("Value error, ")
         if first["type"] == "value_error":
-            raise InputError(message) from None
-        raise InputError(f"{place} {first['input']!r}: {message}") from None
+            raise InputError(message) from error
+        raise InputError(f"{place} {first['input']!r}: {message}") from error
 
 
 class Tables(NamedTuple):

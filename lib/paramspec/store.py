@@ -166,7 +166,7 @@ def writing_to(directory: Path) -> Iterator[None]:
         raise InputError(
             f"{place}: cannot write ({reason}); "
             "free some space, or choose a directory that you may write to"
-        ) from None
+        ) from error
 
 
 def require_writable(directory: Path) -> None:

@@ -593,7 +593,7 @@ def _corpus_and_tokenizer(model: ZooModel) -> tuple[dict[str, float], PreTrained
         texts = corpus(zoo_questions(recipe.concepts), recipe.exposure)
         return texts, train_tokenizer(list(texts), recipe.vocabulary)
     except InputError as error:
-        raise InputError(f"{model.name}: {error}") from None
+        raise InputError(f"{model.name}: {error}") from error
 
 
 def _train(model: ZooModel, root: Path) -> None:
@@ -623,7 +623,7 @@ def _train(model: ZooModel, root: Path) -> None:
     except _Diverged as error:
         raise InputError(
             f"{model.name}: {error}; give a lower learning_rate than {recipe.learning_rate}"
-        ) from None
+        ) from error
     finally:
         torch.set_num_threads(threads)
         release_memory()  # the process may have a larger model to load next

@@ -57,7 +57,7 @@ def export_lm_eval(directory: str | Path, questions: Iterable[Question]) -> Path
         raise InputError(
             f"{error.filename or directory}: cannot be written ({error.strerror}); "
             "choose another directory"
-        ) from None
+        ) from error
     return task
 
 
