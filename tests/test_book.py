@@ -362,7 +362,7 @@ BAD = [
     (["run", "book/index.md"], "book/index.md", "jupytext"),
     (["run", "a-small", "--profile", "defualt"], "defualt", "default"),
     (["run", "a-small", "--profile", "list.yaml"], "list.yaml", "map chapters"),
-    (["run", "a-small", "--profile", "broken.yaml"], "broken.yaml", "read"),
+    (["run", "a-small", "--profile", "broken.yaml"], "broken.yaml", "not YAML"),
     (["run", "a-small", "--profile", "absent.yaml"], "absent.yaml", "read"),
     (["run", "a-small", "--profile", "stranger.yaml"], "9-none", "a-small"),
     (["run", "a-small", "--profile", "typo.yaml"], "sede", "seed"),
@@ -479,10 +479,55 @@ def test_types_are_strict(annotation: str, good: list[object], bad: list[object]
             book._check_type(parameter, value, "here")
 
 
-def test_assignments_are_read_as_yaml() -> None:
-    pairs = ["a=3", "b=[x, 0.5]", "c=1e-3", "d=null", "e=k=v", "f=text", "g=-2"]
-    expected = {"a": 3, "b": ["x", 0.5], "c": 0.001, "d": None, "e": "k=v", "f": "text", "g": -2}
-    assert book.parse_assignments(pairs) == expected
+def _typed(annotation: str, text: str) -> object:
+    """What `-p x TEXT` gives a parameter of this type."""
+    [(name, value)] = book.parse_assignments([f"x={text}"]).items()
+    return book._check_typed(book.Parameter(name, annotation, None, ""), value, "-p")
+
+
+@pytest.mark.parametrize(
+    ("annotation", "text", "value"),
+    [
+        ("int", "3", 3),
+        ("int", "-2", -2),
+        ("float", "1e3", 1000.0),
+        ("float", "1e-3", 0.001),
+        ("float", ".5", 0.5),
+        ("list[float]", "[0, 1e-3]", [0, 0.001]),
+        ("int | None", "null", None),
+        ("bool", "true", True),
+        ("str", "k=v", "k=v"),
+        ("str", '"quoted: #text"', "quoted: #text"),
+        ("list[str]", "[no, 010, 12:30, 2020-01-01]", ["no", "010", "12:30", "2020-01-01"]),
+    ],
+)
+def test_a_typed_value_is_read_by_the_parameter_s_type(annotation, text, value) -> None:
+    read = _typed(annotation, text)
+    assert (type(read), read) == (type(value), value)
+
+
+TRAPS = ["010", "1:30", "1_0", "0x10", "no", "yes", "on", "12:30", "2020-01-01", "~", "0b1", "+1"]
+
+
+@pytest.mark.parametrize(
+    "text", [*TRAPS, "1e3", "3", "true", "null", "", " a", "a #b", "a: b", "*a", "[a]", "[a", "a|b"]
+)
+def test_a_text_is_kept_as_it_was_typed(text: str) -> None:
+    assert _typed("str", text) == text
+
+
+@pytest.mark.parametrize("annotation", ["int", "bool", "float"])
+@pytest.mark.parametrize("text", [*TRAPS, "", "nan", ".inf", "1e999", "1 #2", "\u0661"])
+def test_what_only_looks_like_a_number_is_one_line(annotation: str, text: str) -> None:
+    with pytest.raises(InputError, match=r"^-p: parameter x") as error:
+        _typed(annotation, text)
+    assert repr(text) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_parameter_given_twice_is_refused() -> None:
+    with pytest.raises(InputError, match="-p seed: given twice, '1' and '2'"):
+        book.parse_assignments(["seed=1", "seed=2"])
 
 
 def test_the_commit_and_changes_to_it_are_recorded(root: Path) -> None:

@@ -432,7 +432,7 @@ def test_a_model_larger_than_a_gpu_takes_several(offline):
         (["--gpu", "A100"], "GPU 'A100': could be several; use A100 80GB, A100 40GB"),
         (["--utilisation", "0"], "utilisation 0: expected a share above 0 and up to 1"),
         (["--utilisation", "1.5"], "utilisation 1.5: expected a share above 0 and up to 1"),
-        (["--utilisation", "nan"], "utilisation nan: expected"),
+        (["--utilisation", "nan"], "'--utilisation': expected a number, as 0.05: 'nan'"),
         (["9-hopes"], "unknown chapter '9-hopes'"),
         (["1-value-vectors"], "1-value-vectors has no chapter that measures models; name one of"),
         (["--profile", "none.yaml"], "unknown chapter 'chapter'"),

@@ -36,9 +36,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from paramspec.errors import InputError
+from paramspec.plain import read_value, read_yaml
 
 # The key in a notebook's metadata that holds the record of its execution, and in a chapter's front
 # matter what it reads.
@@ -105,18 +104,15 @@ def _front_matter(text: str) -> dict[str, Any]:
     if not text.startswith("---"):
         return {}
     try:
-        matter = yaml.safe_load(text.split("\n---", 1)[0].removeprefix("---"))
-    except yaml.YAMLError:
+        matter = read_yaml(text.split("\n---", 1)[0].removeprefix("---"), "front matter")
+    except InputError:
         return {}
     return matter if isinstance(matter, dict) else {}
 
 
 def toc_pages(root: Path) -> list[Path]:
     """Return the source of every page of `_toc.yml`, in order; InputError for one not there."""
-    try:
-        toc = yaml.safe_load((root / "_toc.yml").read_text("utf-8"))
-    except yaml.YAMLError as error:
-        raise InputError(f"_toc.yml: not YAML ({_one_line(error)}); mend it") from error
+    toc = read_yaml((root / "_toc.yml").read_text("utf-8"), "_toc.yml")
 
     def files(node: Any) -> Iterator[str]:
         if isinstance(node, dict):
@@ -182,9 +178,10 @@ def load_profile(profile: str, root: Path) -> dict[str, dict[str, Any]]:
             names = sorted(p.stem for p in folder.glob("*.yaml"))
             raise InputError(f"unknown profile {profile!r}; {_choices(profile, names)}")
     try:
-        table = yaml.safe_load(path.read_text("utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"profile {profile}: cannot be read ({_one_line(error)})") from error
+    table = read_yaml(text, f"profile {profile}") or {}
     if not isinstance(table, dict) or not all(isinstance(v, dict) for v in table.values()):
         raise InputError(f"profile {profile}: must map chapters to their parameters and values")
     for name in table:
@@ -228,7 +225,8 @@ def declared_parameters(chapter: Chapter) -> dict[str, Parameter]:
 def check_parameters(chapter: Chapter, given: Mapping[str, Any], place: str) -> dict[str, Any]:
     """Return the given values, checked against the chapter's declared names and types.
 
-    Types are strict: `3` is a float and an int, `3.0` and `"3"` are no int, `1` is no bool.
+    Types are strict: `3` is a float and an int, `3.0` and `"3"` are no int, `1` is no bool. Of a
+    `Typed` value, the type decides: what a parameter of texts is given stays as it was typed.
     `place` says where the values come from, for the message. Raises InputError.
     """
     declared = declared_parameters(chapter)
@@ -239,8 +237,23 @@ def check_parameters(chapter: Chapter, given: Mapping[str, Any], place: str) -> 
                 f"{place}: chapter {chapter.name} has no parameter {name!r}; "
                 + _choices(str(name), list(declared))
             )
-        checked[name] = _check_type(declared[name], value, f"{place}: chapter {chapter.name}")
+        where = f"{place}: chapter {chapter.name}"
+        if isinstance(value, Typed):
+            checked[name] = _check_typed(declared[name], value, where)
+        else:
+            checked[name] = _check_type(declared[name], value, where)
     return checked
+
+
+def _check_typed(parameter: Parameter, text: Typed, place: str) -> Any:
+    """Return the value that `text` means to a parameter, or raise InputError."""
+    try:
+        value = read_value(text, f"{place}: parameter {parameter.name}")
+        return _check_type(parameter, value, place)
+    except InputError:
+        with contextlib.suppress(InputError):  # a model called 2024, or [x]
+            return _check_type(parameter, str(text), place)
+        raise
 
 
 def _check_type(parameter: Parameter, value: Any, place: str) -> Any:
@@ -267,22 +280,23 @@ def _check_type(parameter: Parameter, value: Any, place: str) -> Any:
         ) from error
 
 
-def parse_assignments(pairs: list[str]) -> dict[str, Any]:
-    """Return `["seed=3", "ratios=[0, 0.1]"]` as names and values, the values read as YAML.
+class Typed(str):
+    """A parameter's value as it was typed: what it means is its parameter's to say."""
 
-    Raises InputError for what is not `NAME=VALUE` or whose value is not YAML.
+
+def parse_assignments(pairs: list[str]) -> dict[str, Typed]:
+    """Return `["seed=3", "ratios=[0, 0.1]"]` as names and values, for `check_parameters` to read.
+
+    Raises InputError for what is not `NAME=VALUE`, and for a name that is given twice.
     """
     values = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals:
             raise InputError(f"-p {pair}: no value; write -p {pair} VALUE")
-        try:
-            values[name] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise InputError(f"-p {name}: {text!r} is not YAML ({_one_line(error)})") from error
-        if isinstance(values[name], str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text):
-            values[name] = float(text)  # YAML 1.1 takes 1e-3, without a point, for a string
+        if name in values:
+            raise InputError(f"-p {name}: given twice, {values[name]!r} and {text!r}; give one")
+        values[name] = Typed(text)
     return values
 
 

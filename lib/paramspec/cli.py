@@ -12,6 +12,7 @@ from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
 from paramspec.errors import InputError
+from paramspec.plain import integer, number
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -232,7 +233,9 @@ def pss(
     ] = None,
     concepts: Annotated[
         int | None,
-        typer.Option(help="How many concepts, evenly over the tiers; all if not given."),
+        typer.Option(
+            parser=integer, help="How many concepts, evenly over the tiers; all if not given."
+        ),
     ] = None,
     ratios: Annotated[
         str, typer.Option(help="Mask ratios: shares of the value vectors, separated by commas.")
@@ -251,16 +254,25 @@ def pss(
         ),
     ] = "paper",
     controls: Annotated[
-        int, typer.Option(help="Draws of each control mask: random, magnitude, other.")
+        int,
+        typer.Option(parser=integer, help="Draws of each control mask: random, magnitude, other."),
     ] = 1,
     general: Annotated[
-        int, typer.Option(help="Unrelated questions that a concept's masks are scored on.")
+        int,
+        typer.Option(
+            parser=integer, help="Unrelated questions that a concept's masks are scored on."
+        ),
     ] = 10,
-    seed: Annotated[int, typer.Option(help="Of concepts, general questions and controls.")] = 0,
+    seed: Annotated[
+        int, typer.Option(parser=integer, help="Of concepts, general questions and controls.")
+    ] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     jobs: Annotated[
-        int, typer.Option(help="Processes side by side; 0 for one a GPU, or else one a core.")
+        int,
+        typer.Option(
+            parser=integer, help="Processes side by side; 0 for one a GPU, or else one a core."
+        ),
     ] = 1,
     scheduler: Annotated[
         str | None,
@@ -331,7 +343,8 @@ def finetune(
         Path | None, typer.Option(help="Your own questions, JSON lines; SpecWiki if not given.")
     ] = None,
     share: Annotated[
-        float, typer.Option(help="Share of a layer's value vectors that FT-PV trains.")
+        float,
+        typer.Option(parser=number, help="Share of a layer's value vectors that FT-PV trains."),
     ] = 0.125,
     rule: Annotated[
         str,
@@ -343,14 +356,26 @@ def finetune(
         str | None, typer.Option(help="Only these layers, from 0, as 10-19 or 0,4-6; all if not.")
     ] = None,
     statements: Annotated[
-        int, typer.Option(help="Statements of each fact that are trained on, the first ones.")
+        int,
+        typer.Option(
+            parser=integer, help="Statements of each fact that are trained on, the first ones."
+        ),
     ] = 4,
-    epochs: Annotated[int, typer.Option(help="Times that each statement is seen.")] = 3,
-    batch: Annotated[int, typer.Option(help="Statements of a step.")] = 16,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW, after a warm-up.")] = 1e-3,
-    seed: Annotated[int, typer.Option(help="Of random vectors, and the statements' order.")] = 0,
+    epochs: Annotated[
+        int, typer.Option(parser=integer, help="Times that each statement is seen.")
+    ] = 3,
+    batch: Annotated[int, typer.Option(parser=integer, help="Statements of a step.")] = 16,
+    learning_rate: Annotated[
+        float, typer.Option(parser=number, help="Of AdamW, after a warm-up.")
+    ] = 1e-3,
+    seed: Annotated[
+        int, typer.Option(parser=integer, help="Of random vectors, and the statements' order.")
+    ] = 0,
     save_every: Annotated[
-        int, typer.Option(help="Steps between two states that a killed run continues from.")
+        int,
+        typer.Option(
+            parser=integer, help="Steps between two states that a killed run continues from."
+        ),
     ] = 50,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -423,7 +448,7 @@ def _numbers(text: str) -> list[int]:
     found: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        numbers = first.isdecimal() and (last.isdecimal() or not dash)
+        numbers = part.isascii() and first.isdecimal() and (last.isdecimal() or not dash)
         if not numbers or int(last or first) < int(first):
             raise InputError(f"layers {text!r}: expected numbers from 0 and ranges, as 0,4-6")
         found += range(int(first), int(last or first) + 1)
@@ -452,7 +477,7 @@ def plan(
         str, typer.Option(help="A100 80GB, H100, H200, L40S, L4, RTX 4090, RTX 3090, or cpu.")
     ] = "A100 80GB",
     utilisation: Annotated[
-        float, typer.Option(help="Share of the GPU's peak that is reached, up to 1.")
+        float, typer.Option(parser=number, help="Share of the GPU's peak that is reached, up to 1.")
     ] = 0.3,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, every field.")] = False,
 ) -> None:
@@ -604,6 +629,7 @@ def main() -> None:
     except TyperException as error:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         if isinstance(error.__cause__, ValidationError):  # its message leaves the value out
+            message = message.replace("Value error, ", "")
             message += f": {error.__cause__.errors()[0]['input']!r}"
         print(f"paramspec: error: {message} (see --help)", file=sys.stderr)
         status = 2

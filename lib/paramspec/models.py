@@ -31,10 +31,18 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    ValidationError,
+)
 
 from paramspec.errors import InputError
+from paramspec.plain import read_yaml
 from paramspec.quiet import quiet_transformers
 from paramspec.specwiki import Question, load_questions
 from paramspec.zoo import (
@@ -135,7 +143,7 @@ Source = Annotated[HubSource | WheelSource | ZooSource, Field(discriminator="kin
 class Mmlu(_Frozen):
     """Published MMLU accuracy, 5-shot unless the source says otherwise, in percent."""
 
-    score: float = Field(ge=0, le=100)
+    score: StrictFloat = Field(ge=0, le=100)
     source: str
 
 
@@ -146,13 +154,13 @@ class Architecture(_Frozen):
     it to be derived.
     """
 
-    num_attention_heads: int = Field(gt=0)
-    num_key_value_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
-    vocab_size: int = Field(gt=0)
-    max_position_embeddings: int = Field(gt=0)
-    sliding_window: int | None = Field(default=None, gt=0)
-    tie_word_embeddings: bool
+    num_attention_heads: StrictInt = Field(gt=0)
+    num_key_value_heads: StrictInt = Field(gt=0)
+    head_dim: StrictInt = Field(gt=0)
+    vocab_size: StrictInt = Field(gt=0)
+    max_position_embeddings: StrictInt = Field(gt=0)
+    sliding_window: StrictInt | None = Field(default=None, gt=0)
+    tie_word_embeddings: StrictBool
     dtype: Literal["float32", "bfloat16", "float16"]
 
 
@@ -163,12 +171,12 @@ class ModelSpec(_Frozen):
     family: str
     generation: str
     model_type: str
-    parameters: int = Field(gt=0)
+    parameters: StrictInt = Field(gt=0)
     released: date | None
     mmlu: Mmlu | None
-    layers: int = Field(gt=0)
-    width: int = Field(gt=0)
-    mlp_width: int = Field(gt=0)
+    layers: StrictInt = Field(gt=0)
+    width: StrictInt = Field(gt=0)
+    mlp_width: StrictInt = Field(gt=0)
     config: Architecture | None = None
     source: Source
     licence: str
@@ -218,10 +226,7 @@ def load_registry(path: Path = REGISTRY) -> dict[str, ModelSpec]:
         InputError: naming the entry and the field, if the file does not fit `ModelSpec`.
     """
     registry: dict[str, ModelSpec] = {}
-    try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not YAML ({_line(error)}); mend the file") from error
+    entries = read_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(entries, list):
         raise InputError(f"{path}: expected a list of models; see the head of the file")
     for number, entry in enumerate(entries, start=1):

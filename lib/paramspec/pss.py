@@ -40,6 +40,7 @@ from paramspec.masks import (
     top_vectors,
     value_vector_scores,
 )
+from paramspec.plain import number
 from paramspec.rows import ROW_TOKENS, Engine, Item, Request
 from paramspec.scoring import (
     SCORING_VERSION,
@@ -145,7 +146,7 @@ def parse_choices(*, ratios: str | Sequence[float] = RATIOS, **others: object) -
     """
     if isinstance(ratios, str):
         try:
-            ratios = [float(part) for part in ratios.split(",")]
+            ratios = [number(part.strip()) for part in ratios.split(",")]
         except ValueError as error:
             raise InputError(
                 f"ratios {ratios!r}: expected numbers from 0 to 1 separated by commas, as 0.01,0.05"

@@ -26,12 +26,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import numpy as np
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictFloat,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
 from tqdm import tqdm
 
 from paramspec.errors import InputError
 from paramspec.parallel import begin_work, hand_out
+from paramspec.plain import read_yaml
 from paramspec.quiet import quiet_transformers
 from paramspec.specwiki import TIERS, Question, load_questions
 from paramspec.store import Store
@@ -59,7 +67,7 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[StrictInt, Field(ge=1)]
 Tier = Literal["high", "medium", "low"]
 
 
@@ -67,16 +75,16 @@ class _Shared(_Frozen):
     """What a recipe file says of all its models, and a model's own recipe of that model."""
 
     concepts: dict[str, Count] = Field(min_length=1)
-    exposure: dict[Tier, Annotated[float, Field(ge=1e-6, le=1e6)]]
-    vocabulary: int = Field(ge=258, le=65536)  # 256 bytes, and two special tokens
+    exposure: dict[Tier, Annotated[StrictFloat, Field(ge=1e-6, le=1e6)]]
+    vocabulary: StrictInt = Field(ge=258, le=65536)  # 256 bytes, and two special tokens
     layers: Count
-    width: int = Field(ge=2)
+    width: StrictInt = Field(ge=2)
     mlp_width: Count
     heads: Count
     key_value_heads: Count
-    batch: int = Field(ge=1, le=4096)
-    learning_rate: float = Field(gt=0, allow_inf_nan=False)
-    seed: int = Field(ge=0, le=10**9)
+    batch: StrictInt = Field(ge=1, le=4096)
+    learning_rate: StrictFloat = Field(gt=0, allow_inf_nan=False)
+    seed: StrictInt = Field(ge=0, le=10**9)
 
     @model_validator(mode="after")
     def _shape(self) -> _Shared:
@@ -106,7 +114,7 @@ class ModelRecipe(_Shared):
 
     family: Family
     steps: Count
-    checkpoints: tuple[int, ...] = ()
+    checkpoints: tuple[StrictInt, ...] = ()
 
     @model_validator(mode="after")
     def _bounds(self) -> ModelRecipe:
@@ -160,8 +168,8 @@ class ZooModel(_Frozen):
 
 class _Scale(_Frozen):
     family: Family
-    generation: int
-    widths: tuple[int, ...] = Field(min_length=1)
+    generation: StrictInt
+    widths: tuple[StrictInt, ...] = Field(min_length=1)
 
     @property
     def families(self) -> tuple[Family, ...]:
@@ -170,11 +178,11 @@ class _Scale(_Frozen):
 
 class _Reversed(_Frozen):
     families: tuple[Family, ...] = Field(min_length=1)
-    generation: int
+    generation: StrictInt
 
 
 class _Checkpoints(_Reversed):
-    steps: tuple[int, ...] = Field(min_length=1)
+    steps: tuple[StrictInt, ...] = Field(min_length=1)
 
 
 class _Zoo(_Shared):
@@ -296,22 +304,6 @@ def _require_once(place: str, values: Sequence[object]) -> None:
             raise ValueError(f"{place} {list(values)}: {value!r} stands twice; give it once")
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error: PyYAML would take the last of them."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if isinstance(key, yaml.ScalarNode):
-                name = self.construct_object(key)
-                if name in seen:
-                    raise yaml.constructor.ConstructorError(
-                        problem=f"{name!r} stands twice", problem_mark=key.start_mark
-                    )
-                seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
 def load_zoo(path: Path = RECIPE) -> dict[str, ZooModel]:
     """`load_zoo()["zoo-llama-3"].recipe.steps`: the models of a recipe file by name.
 
@@ -331,8 +323,8 @@ def load_zoo(path: Path = RECIPE) -> dict[str, ZooModel]:
 @functools.cache  # by content: a recipe may be edited while a process lives
 def _parse(path: Path, text: str) -> dict[str, ZooModel]:
     remedy = f"see the comments in {RECIPE.name}"
+    content = read_yaml(text, str(path))
     try:
-        content = yaml.load(text, _UniqueKeys)
         if not isinstance(content, dict):
             raise InputError("expected the fields of a zoo recipe")
         zoo = _Zoo.model_validate(content)
@@ -341,11 +333,6 @@ def _parse(path: Path, text: str) -> dict[str, ZooModel]:
         if path != RECIPE:  # whose concepts are known to exist, and which is listed in no time
             _corpus_digest(tuple(zoo.concepts.items()))
         return models
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise InputError(f"{path}{line}: not YAML ({problem}); mend the file") from error
     except ValidationError as error:
         raise InputError(f"{path}: {_first_breach(error)}; {remedy}") from error
     except InputError as error:

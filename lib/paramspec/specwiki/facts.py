@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
+from paramspec.plain import read_yaml
 
 TABLES = Path(__file__).with_name("tables")
 COLUMNS = ["concept", "relation", "answer", "aliases", "also_true", "source", "licence"]
@@ -114,7 +114,7 @@ def read_tables(directory: str | Path = TABLES) -> list[Domain]:
 
 
 def _read_domain(path: Path) -> Domain:
-    wording = yaml.safe_load(path.read_text(encoding="utf-8"))
+    wording = read_yaml(path.read_text(encoding="utf-8"), path.name)
     relations = {
         name: Relation(
             question=entry["question"],
