@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from paramspec.errors import InputError
+from paramspec.markup import printable
 from paramspec.plain import read_value, read_yaml
 
 # The key in a notebook's metadata that holds the record of its execution, and in a chapter's front
@@ -501,7 +502,7 @@ def _execute(
         with _kernel_environment(profile):
             result = papermill.execute_notebook(
                 notebook,
-                str(scratch),
+                str(scratch).replace("{", "{{").replace("}", "}}"),  # it is a template
                 values,
                 cwd=str(root),
                 start_timeout=300,
@@ -549,7 +550,7 @@ def build(
         try:
             run_chapter(chapter, profile=profile, target=target, force=force, root=root)
         except ChapterFailed as error:
-            print(error, file=sys.stderr, flush=True)
+            print(printable(error), file=sys.stderr, flush=True)
             failures.append(chapter.name)
     if failures:
         raise ChapterFailed(f"the site was not built: {', '.join(failures)} failed, see above")
@@ -580,11 +581,12 @@ def build_site(root: Path, executed: Path, folder: Path, *, force: bool = False)
     result = subprocess.run(
         command,
         cwd=root,
-        env=os.environ | {"PARAMSPEC_EXECUTED": str(executed)},
+        env=os.environ | {"PARAMSPEC_EXECUTED": str(executed), "PYTHONIOENCODING": "utf-8"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
     )
     if result.returncode or not (aside / "_build" / "html" / "index.html").is_file():
         print(result.stdout, file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +13,7 @@ from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
 from paramspec.errors import InputError
+from paramspec.markup import print_with_replacements, printable
 from paramspec.plain import integer, number
 
 if TYPE_CHECKING:
@@ -189,7 +191,8 @@ def questions(
     asked = specwiki.load_questions(file, concepts=concept)
     if export_lm_eval is not None:
         task = specwiki.export_lm_eval(export_lm_eval, asked)
-        print(f"{task}: lm_eval --model hf --tasks specwiki --include_path {task.parent} ...")
+        place = shlex.quote(str(task.parent))
+        print(f"{task}: lm_eval --model hf --tasks specwiki --include_path {place} ...")
     elif show is not None:
         print(specwiki.describe(specwiki.find(asked, show)))
     elif concept is not None:
@@ -429,7 +432,7 @@ def finetune(
         f"loss {losses[0]:.2f} to {losses[-1]:.2f} nats a token; "
         f"optimizer state {_bytes(record['optimizer_bytes'])}"
     )
-    print(f"Measure it: paramspec pss {out}/")
+    print(f"Measure it: paramspec pss {shlex.quote(f'{out}/')}")
 
 
 def _names(text: str) -> list[str]:
@@ -498,7 +501,6 @@ def plan(
 def _print_plan(planned: Plan) -> None:
     """A table of models, one of chapters, the training of micro models, and the totals."""
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
 
     console, on = _console(), f"on {_article(planned.gpu)} at {100 * planned.utilisation:.3g} %"
@@ -512,7 +514,7 @@ def _print_plan(planned: Plan) -> None:
     table.add_column("on disk")
     for model in planned.models:
         table.add_row(
-            escape(model.model),
+            model.model,
             _count(model.parameters),
             _bytes(model.disk),
             _bytes(model.memory),
@@ -572,7 +574,6 @@ def _hours(hours: float) -> str:
 
 def _print_study(study: Study) -> None:
     """A table a model: accuracies and PSS with intervals at each mask and ratio, and the peaks."""
-    from rich.markup import escape
     from rich.table import Table
 
     from paramspec.pss import peak_pss, summarize
@@ -583,7 +584,7 @@ def _print_study(study: Study) -> None:
     for model, part in summarize(study.pss).groupby("model", sort=False):
         protocol, concepts = part["protocol"].iloc[0], part["concepts"].iloc[0]
         table = Table(
-            title=f"{escape(model)}: {concepts} concepts, protocol {protocol}",
+            title=f"{model}: {concepts} concepts, protocol {protocol}",
             caption="in brackets: 95 % bootstrap intervals over concepts; floor: sampling alone",
         )
         table.add_column("mask")
@@ -596,42 +597,46 @@ def _print_study(study: Study) -> None:
         console.print(table)
     for row in peak_pss(study.pss).to_dict("records"):
         console.print(
-            f"{escape(row['model'])}, mask {row['mask']}: "
+            f"{row['model']}, mask {row['mask']}: "
             f"peak PSS pooled {_interval(row, 'peak_pooled')} at ratio {row['ratio']:g}, "
-            f"per concept {_interval(row, 'peak_per_concept')}",
-            highlight=False,
+            f"per concept {_interval(row, 'peak_per_concept')}"
         )
 
 
 def _interval(row: dict[str, float], name: str) -> str:
-    return f"{row[name]:.3f} \\[{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"
+    return f"{row[name]:.3f} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"
 
 
 def _console() -> Console:
-    """In a pipe there is no width to fit into, and a cut cell helps nobody."""
+    """Texts as they stand: in a name, `[bold]` and `:cat:` are no markup.
+
+    In a pipe there is no width to fit into, and a cut cell helps nobody.
+    """
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 200)
+    width = None if sys.stdout.isatty() else 200
+    return Console(width=width, markup=False, emoji=False, highlight=False)
 
 
 def _fail(error: Exception, status: int) -> None:
-    print(f"paramspec: error: {error}", file=sys.stderr)
+    print(f"paramspec: error: {printable(error)}", file=sys.stderr)
     raise typer.Exit(status)
 
 
 def main() -> None:
     """Run the command line; bad input is one line on standard error and exit status 2."""
+    print_with_replacements()
     try:
         status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except InputError as error:
-        print(f"paramspec: error: {error}", file=sys.stderr)
+        print(f"paramspec: error: {printable(error)}", file=sys.stderr)
         status = 2
     except TyperException as error:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         if isinstance(error.__cause__, ValidationError):  # its message leaves the value out
             message = message.replace("Value error, ", "")
             message += f": {error.__cause__.errors()[0]['input']!r}"
-        print(f"paramspec: error: {message} (see --help)", file=sys.stderr)
+        print(f"paramspec: error: {printable(message)} (see --help)", file=sys.stderr)
         status = 2
     except (KeyboardInterrupt, typer.Abort):
         print("paramspec: interrupted; finished work is kept", file=sys.stderr)

@@ -7,7 +7,8 @@ figures.curves(summary, base)       # chapter 3
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,6 +16,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
 
 CHANCE = 0.25
@@ -51,6 +53,27 @@ def use_book_style() -> None:
             "font.size": 11,
         }
     )
+    pd.set_option("display.html.use_mathjax", False)  # a table's texts, too, are as they stand
+
+
+def as_written(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """`@as_written`: each text of the figure as it stands, for `$` in a name is no mathematics."""
+
+    @functools.wraps(draw)
+    def drawn(*tables: object, **options: object) -> Figure:
+        with plt.rc_context({"text.parse_math": False}):
+            figure = draw(*tables, **options)
+        # Some labels of ticks are made as late as the figure is shown.
+        for text in figure.findobj(Text):
+            text.set_parse_math(False)
+        return figure
+
+    return drawn
+
+
+def _label(name: str) -> str:
+    """A name in a legend, from which matplotlib leaves out labels that begin with an underscore."""
+    return f"\u200a{name}" if name.startswith("_") else name  # a hair space
 
 
 def _with_interval(axes: Axes, x: object, table: pd.DataFrame, value: str, **style: object) -> None:
@@ -74,6 +97,7 @@ def _ratio_axis(axes: Axes, ratios: list[float]) -> np.ndarray:
     return places
 
 
+@as_written
 def promoted_share(table: pd.DataFrame) -> Figure:
     """How much of each MLP output the largest terms of its sum carry.
 
@@ -89,6 +113,7 @@ def promoted_share(table: pd.DataFrame) -> Figure:
         axes.plot(part["vectors"], part["error"], color=colour, linewidth=1.2)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_ylim(-0.03, None)
     axes.set_xlabel("value vectors kept, those with the largest terms first")
     axes.set_ylabel("missing part of\nthe MLP's output")
@@ -97,6 +122,7 @@ def promoted_share(table: pd.DataFrame) -> Figure:
     return figure
 
 
+@as_written
 def overlap(table: pd.DataFrame, domains: list[str], expected: float) -> Figure:
     """How far the value vectors of two concepts are the same: a heat map, concepts by domain.
 
@@ -130,6 +156,7 @@ def overlap(table: pd.DataFrame, domains: list[str], expected: float) -> Figure:
     return figure
 
 
+@as_written
 def accuracy_by(table: pd.DataFrame) -> Figure:
     """Accuracy with its 95 % interval, a row per group.
 
@@ -151,9 +178,10 @@ def accuracy_by(table: pd.DataFrame) -> Figure:
     for axes, kind in zip(panels[:, 0], kinds, strict=True):
         part = table[table["by"] == kind].iloc[::-1]
         names = [f"{row.group}  (n = {row.n})" for row in part.itertuples()]
+        places = np.arange(len(part))  # two groups may have one name
         axes.errorbar(
             part["accuracy"],
-            names,
+            places,
             xerr=[part["accuracy"] - part["low"], part["high"] - part["accuracy"]],
             fmt="o",
             color=GENERAL,
@@ -161,6 +189,7 @@ def accuracy_by(table: pd.DataFrame) -> Figure:
             markersize=5,
         )
         axes.axvline(CHANCE, color="0.5", linestyle="--", linewidth=1)
+        axes.set_yticks(places, names)
         axes.set_title(f"by {kind}")
         axes.margins(y=0.6 / len(part))
         axes.tick_params(axis="y", length=0, labelsize=9)
@@ -170,6 +199,7 @@ def accuracy_by(table: pd.DataFrame) -> Figure:
     return figure
 
 
+@as_written
 def curves(summary: pd.DataFrame) -> Figure:
     """C(k) and G(k) over the mask ratio: a panel for each kind of mask.
 
@@ -204,6 +234,7 @@ def curves(summary: pd.DataFrame) -> Figure:
     return figure
 
 
+@as_written
 def pss_over_ratio(summary: pd.DataFrame) -> Figure:
     """PSS pooled, PSS per concept and the difference in differences, each mask a line.
 
@@ -246,6 +277,7 @@ def pss_over_ratio(summary: pd.DataFrame) -> Figure:
     return figure
 
 
+@as_written
 def protocols(summary: pd.DataFrame) -> Figure:
     """The gap G(k) - C(k) that masking opens, over G(0), for each protocol.
 
@@ -266,6 +298,7 @@ def protocols(summary: pd.DataFrame) -> Figure:
     return figure
 
 
+@as_written
 def depth(table: pd.DataFrame) -> Figure:
     """Where in depth a concept's vectors lie, when all layers compete.
 
@@ -290,6 +323,7 @@ def depth(table: pd.DataFrame) -> Figure:
     return figure
 
 
+@as_written
 def general_change(table: pd.DataFrame) -> Figure:
     """C7: what masking does to unrelated questions, in accuracy, a bar for each mask and ratio.
 
@@ -356,6 +390,7 @@ def _bars(axes: Axes, x: pd.Series, table: pd.DataFrame, value: str, **style: ob
     axes.plot(x, table[value], **(style | marker))
 
 
+@as_written
 def against_accuracy(table: pd.DataFrame, y: str = "peak_pss", label: str = "peak PSS") -> Figure:
     """Peak PSS over accuracy, a point a model with both intervals; in grey, random masks.
 
@@ -370,7 +405,14 @@ def against_accuracy(table: pd.DataFrame, y: str = "peak_pss", label: str = "pea
     for family, part in table.groupby(table["family"].fillna("other"), sort=False):
         colour = _family_colour(family)
         style = {"color": colour, "marker": "o", "markersize": 7, "zorder": 3}
-        _bars(axes, part["accuracy"], part, y, label=FAMILY_TITLES.get(family, family), **style)
+        _bars(
+            axes,
+            part["accuracy"],
+            part,
+            y,
+            label=_label(FAMILY_TITLES.get(family, family)),
+            **style,
+        )
         axes.hlines(
             part[y], part["accuracy_low"], part["accuracy_high"], color=colour, lw=0.8, alpha=0.35
         )
@@ -389,6 +431,7 @@ def against_accuracy(table: pd.DataFrame, y: str = "peak_pss", label: str = "pea
     return figure
 
 
+@as_written
 def forest(table: pd.DataFrame, published: float | None = None) -> Figure:
     """Correlation coefficients with two intervals each, a row a reading of the claim.
 
@@ -422,6 +465,7 @@ def _null_band(axes: Axes, table: pd.DataFrame) -> None:
     axes.fill_between(table.index, low, high, **style)
 
 
+@as_written
 def generations(table: pd.DataFrame) -> Figure:
     """Peak PSS over the generations of each family, with the band of random masks.
 
@@ -458,6 +502,7 @@ def generations(table: pd.DataFrame) -> Figure:
     return figure
 
 
+@as_written
 def along(table: pd.DataFrame, x: str, label: str, *, log: bool = False) -> Figure:
     """Accuracy and peak PSS over something that models differ in, a line a run or family.
 
@@ -471,7 +516,7 @@ def along(table: pd.DataFrame, x: str, label: str, *, log: bool = False) -> Figu
     for run in runs:
         part = table[table["run"] == run].sort_values(x)
         colour = _family_colour(part["family"].iloc[0])
-        title = FAMILY_TITLES.get(run, run)
+        title = _label(FAMILY_TITLES.get(run, run))
         for axes, value in zip(panels, ("accuracy", "peak_pss"), strict=True):
             axes.plot(part[x], part[value], color=colour, lw=1.3, label=title)
             _bars(axes, part[x], part, value, color=colour, marker="o", markersize=5)
@@ -493,6 +538,7 @@ def along(table: pd.DataFrame, x: str, label: str, *, log: bool = False) -> Figu
     return figure
 
 
+@as_written
 def tiers(table: pd.DataFrame) -> Figure:
     """Accuracy, PSS and difference in differences by frequency tier, a line a group of models.
 
@@ -512,7 +558,7 @@ def tiers(table: pd.DataFrame) -> Figure:
             part = table[table["group"] == group].set_index("tier").loc[order]
             x = np.arange(3) + 0.08 * (shift - (len(groups) - 1) / 2)
             colour = _COLOURS[shift]
-            axes.plot(x, part[value], color=colour, lw=1.2, label=group)
+            axes.plot(x, part[value], color=colour, lw=1.2, label=_label(group))
             _bars(axes, x, part, value, color=colour, marker="o", markersize=5)
         axes.set_xticks(range(3), order)
         axes.set_title(title)
@@ -542,6 +588,7 @@ METHOD_TITLES = {
 }
 
 
+@as_written
 def by_method(table: pd.DataFrame, labels: Mapping[str, str]) -> Figure:
     """Each measure of each model, a row a way of training, with 95 % intervals.
 
@@ -592,6 +639,7 @@ def by_method(table: pd.DataFrame, labels: Mapping[str, str]) -> Figure:
     return figure
 
 
+@as_written
 def over_training(
     table: pd.DataFrame,
     x: str,
@@ -647,6 +695,7 @@ def over_training(
     return figure
 
 
+@as_written
 def made_up(table: pd.DataFrame) -> Figure:
     """Semantic entropy and local dimension over accuracy: a colour a method, a marker a model.
 
@@ -706,6 +755,7 @@ GROWTH_TITLES = {
 }
 
 
+@as_written
 def times_as_long(table: pd.DataFrame) -> Figure:
     """How many times as long as the engine each contender takes, a panel a work and precision.
 
@@ -743,6 +793,7 @@ def times_as_long(table: pd.DataFrame) -> Figure:
     return figure
 
 
+@as_written
 def growth(table: pd.DataFrame) -> Figure:
     """Seconds along each axis, a panel an axis, beside what the needed operations would take.
 

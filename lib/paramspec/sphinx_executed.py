@@ -23,6 +23,7 @@ from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
 from paramspec import book
+from paramspec.markup import in_markdown
 
 LOGGER = logging.getLogger(__name__)
 
@@ -125,8 +126,8 @@ class ExecutedChapters(SphinxDirective):
             shown = commit.astext()
             if isinstance(commit, nodes.reference):
                 shown = f"[{shown}]({commit['refuri']})"
-            cells = [record["executed"], record["profile"], shown]
-            cells += [str(record["seconds"]), record["machine"]]
+            cells = [in_markdown(record["executed"]), in_markdown(record["profile"]), shown]
+            cells += [str(record["seconds"]), in_markdown(record["machine"])]
             rows.append(f"| {link} | " + " | ".join(cells) + " |")
         return self.parse_text_to_nodes("\n".join(rows))
 

@@ -1,0 +1,206 @@
+"""Names and texts are data: on a terminal, in a figure, on a page, in a file no part is markup."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from markdown_it import MarkdownIt
+
+from paramspec import figures
+from paramspec.cli import main
+from paramspec.markup import in_markdown, printable
+from paramspec.specwiki import Question, describe, find, load_questions
+from toy_study import save_questions, save_toy, toy_questions
+
+# Each is special to something that shows it: rich, matplotlib, Markdown, HTML, a legend.
+NAMES = [
+    "[bold]a[/bold]",
+    "$x_1$ $\\frac$",
+    "_b_",
+    "*c* :cat: `d`",
+    "e|f <b>g</b>",
+    "{h} {i}`j` #k",
+]
+
+
+def paramspec(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    """The command in a process of its own; its output as bytes."""
+    return subprocess.run(
+        [sys.executable, "-m", "paramspec.cli", *words],
+        env=os.environ | environment,
+        capture_output=True,
+        timeout=300,
+    )
+
+
+# A terminal
+
+
+@pytest.mark.parametrize("encoding", ["ascii:strict", "cp1252"])
+def test_what_a_terminal_cannot_print_is_replaced(encoding):
+    done = paramspec("questions", "--show", "london/landmark", PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stderr) == (0, b"")
+    shown = describe(find(load_questions(), "london/landmark")) + "\n"
+    assert "Gröna Lund" in shown  # which ASCII lacks
+    assert done.stdout == shown.encode(encoding.partition(":")[0], "replace")
+
+
+def test_tables_are_printed_on_a_terminal_of_ascii():
+    done = paramspec("models", "--set", "zoo", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"zoo-llama" in done.stdout
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_an_error_is_one_line_whatever_the_path(encoding):
+    name = b"caf\xe9 \xe6\x9d\xb1\n\x1b[31m[bold].jsonl"
+    done = paramspec("questions", "--questions", os.fsdecode(name), PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.startswith(b"paramspec: error: caf")
+    assert done.stderr.count(b"\n") == 1
+    assert b"[bold].jsonl: no such file" in done.stderr
+    assert b"\x1b" not in done.stderr
+
+
+def test_a_line_stays_one_line():
+    assert printable("a\nb\x1bc\udce9 é 東") == r"a\nb\x1bc\udce9 é 東"
+
+
+# The command's tables
+
+
+def renamed(questions: list[Question], names: list[str]) -> list[Question]:
+    """The questions, on concepts of these names."""
+    concepts = list(dict.fromkeys(question.concept for question in questions))
+    new = dict(zip(concepts, names, strict=True))
+    return [q.model_copy(update={"concept": new[q.concept]}) for q in questions]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_of_any_name_goes_through_the_command_and_a_figure(
+    tmp_path, monkeypatch, capsys, name
+):
+    monkeypatch.chdir(tmp_path)
+    save_toy(Path(name.replace("/", "")))
+    model = name.replace("/", "")
+    save_questions(Path("own.jsonl"), renamed(toy_questions(6), NAMES))
+    words = ["pss", f"./{model}", "--questions", "own.jsonl", "--ratios", "0.3"]
+    words += [
+        "--controls",
+        "1",
+        "--general",
+        "5",
+        "--out",
+        f"out {model}",
+        "--store",
+        f"in {model}",
+    ]
+    monkeypatch.setattr(sys, "argv", ["paramspec", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    shown = capsys.readouterr().out
+    assert not ended.value.code, shown
+    assert f"{model}: 6 concepts" in shown
+    assert f"{model}, mask concept: peak PSS" in shown
+    assert "[0." in shown  # an interval
+    pss = pd.read_parquet(f"out {model}/pss.parquet")
+    assert set(pss["model"]) == {model}
+    assert set(pss["concept"]) == set(NAMES)
+
+
+def test_the_registry_s_table_is_of_texts(monkeypatch, capsys):
+    from paramspec import models
+
+    spec = models.load_registry()["smollm2-135m"].model_copy(update={"id": "[red]x[/red] :cat:"})
+    monkeypatch.setattr(models, "models_in", lambda chosen: [spec])
+    monkeypatch.setattr(sys, "argv", ["paramspec", "models"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "[red]x[/red] :cat:" in capsys.readouterr().out
+
+
+# Figures
+
+
+def with_interval(name: str) -> dict[str, list[float]]:
+    rows = len(NAMES)
+    return {name: [0.3] * rows, f"{name}_low": [0.2] * rows, f"{name}_high": [0.4] * rows}
+
+
+def drawn_figures() -> dict[str, tuple[object, list[str]]]:
+    """Figures that show names, and the names that each has to show."""
+    rows = range(1, len(NAMES) + 1)
+    models = pd.DataFrame(
+        {"model": NAMES, "run": NAMES, "family": NAMES, "shown": NAMES, "x": [*map(float, rows)]}
+        | with_interval("accuracy")
+        | with_interval("peak_pss")
+    )
+    groups = pd.DataFrame({"by": "domain", "group": NAMES, "n": 4} | with_interval("accuracy"))
+    groups = groups.rename(columns={"accuracy_low": "low", "accuracy_high": "high"})
+    square = pd.DataFrame(np.eye(len(NAMES)), index=NAMES, columns=NAMES)
+    tiers = pd.concat(
+        [models.assign(group=models["model"], tier=t) for t in ("high", "medium", "low")]
+    )
+    tiers = tiers.assign(**{f"peak_did{end}": 0.1 for end in ("", "_low", "_high")})
+    methods = pd.DataFrame(
+        {"model": NAMES, "method": "FT-PV", "measure": "m", "value": 0.5, "low": 0.4, "high": 0.6}
+    )
+    return {
+        "accuracy_by": (figures.accuracy_by(groups), [f"{name}  (n = 4)" for name in NAMES]),
+        "overlap": (figures.overlap(square, NAMES, 0.1), NAMES),
+        "along": (figures.along(models, "x", "x"), NAMES),
+        "against_accuracy": (figures.against_accuracy(models), NAMES),
+        "tiers": (figures.tiers(tiers), NAMES),
+        "by_method": (figures.by_method(methods, {"m": "m"}), NAMES),
+    }
+
+
+def test_figures_show_names_as_they_stand(recwarn):
+    from matplotlib import pyplot as plt
+    from matplotlib.text import Text
+
+    for title, (figure, names) in drawn_figures().items():
+        figure.canvas.draw()  # mathematics that is none would raise
+        texts = [text for text in figure.findobj(Text) if text.get_visible()]
+        named = [text for text in texts if "$" in text.get_text()]
+        assert named, title
+        assert not any(text.get_parse_math() for text in named), title
+        shown = {text.get_text().strip("\u200a") for text in texts}
+        assert set(names) <= shown, title
+        for legend in figure.legends:
+            listed = [text.get_text().strip("\u200a") for text in legend.get_texts()]
+            assert title == "by_method" or set(names) & set(listed) in (set(), set(names))
+        plt.close(figure)
+    assert not [one for one in recwarn if "lyph" in str(one.message)]
+
+
+# Pages
+
+
+@pytest.mark.parametrize(
+    "name", [*NAMES, "a--b ... \"c\" 'd'", "1. x", "- y", "% z", "a\n\nb", "&amp;"]
+)
+def test_markdown_shows_a_name_as_it_stands(name):
+    reader = MarkdownIt("commonmark").enable("table")
+    said = f"In {in_markdown(name)}, it rises."
+    [paragraph, inline, _] = reader.parse(said)
+    assert paragraph.type == "paragraph_open"
+    assert {child.type for child in inline.children} == {"text"}
+    shown = "".join(child.content for child in inline.children)
+    assert shown == f"In {' '.join(name.split())}, it rises."
+    cell = reader.render(f"| a | b |\n|---|---|\n| {in_markdown(name)} | c |")
+    assert len(re.findall("<td>", cell)) == 2
+
+
+def test_a_table_on_a_page_is_of_texts():
+    figures.use_book_style()
+    shown = pd.DataFrame({"model": ["$a$ <b>"]})._repr_html_()
+    assert "&lt;b&gt;" in shown
+    assert "tex2jax_ignore" in shown
