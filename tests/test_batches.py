@@ -113,8 +113,8 @@ def measure(batch_tokens, every=1):
             ).sums
         else:
             found = torch.cat(score_options(
-                view, requests[::every], keeps, engine=Engine(name, ""), row_tokens=1,
-                batch_tokens=batch_tokens,
+                view, requests[::every], keeps, row_tokens=1, batch_tokens=batch_tokens,
+                engine=Engine(name, "", prepacked=False),  # whether it packs, free memory decides
             ))
         results.append(found)
         fails.append(list(failed))

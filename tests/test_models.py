@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -582,11 +583,35 @@ def test_dtype_and_device_are_checked_before_anything_is_read(monkeypatch):
     assert models._dtype("auto", torch.device("cpu")) == torch.float32
 
 
-def test_weights_go_to_one_gpu_if_they_fit_and_to_all_if_not(monkeypatch):
-    free = {0: 10_000, 1: 20_000}
+@pytest.fixture
+def gpus(monkeypatch):
+    """Two GPUs of 10,000 and 20,000 bytes: what models hold there, and what torch keeps of it."""
+    gpus = SimpleNamespace(size=[10_000, 20_000], held=[0, 0], kept=[0, 0])
+
+    def free(index):
+        return gpus.size[index] - gpus.held[index] - gpus.kept[index], gpus.size[index]
+
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (free[index], 99_999))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", free)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: gpus.kept.__setitem__(slice(2), [0, 0]))
+    return gpus
+
+
+@pytest.mark.parametrize("needed", [9_000, 9_001, 27_000])
+def test_a_second_model_finds_the_room_that_the_first_has_left(gpus, needed):
+    """torch keeps freed memory for itself, and the driver counts that as used."""
+    cuda = torch.device("cuda")
+    first = models._device_map(needed, cuda)
+    gpus.kept = [min(needed, size) for size in gpus.size]  # it was there, and is gone
+    assert models._device_map(needed, cuda) == first
+    gpus.held = [5_000, 0]  # what is still in use is not free
+    assert models._device_map(4_500, cuda) == {"device_map": {"": 0}}
+    assert models._device_map(4_501, cuda)["device_map"] == "auto"
+
+
+def test_weights_go_to_one_gpu_if_they_fit_and_to_all_if_not(gpus):
+    """A tenth of each is left for what a forward pass needs."""
     cuda, second = torch.device("cuda"), torch.device("cuda:1")
     assert models._device_map(9_000, cuda) == {"device_map": {"": 0}}
     assert models._device_map(9_001, second) == {"device_map": {"": 1}}

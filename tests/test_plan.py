@@ -9,7 +9,7 @@ import math
 import socket
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import jupytext
 import myst_nb
@@ -259,12 +259,16 @@ def asked_by(chapter: str, values: dict[str, object], monkeypatch) -> list[tuple
 
         return call
 
+    def not_trained(*_):  # whatever lies in the results of this checkout
+        raise InputError("a micro model, not trained yet")
+
     stand_ins = {
         "measure_pss": note("pss"),
         "score_questions": note("answers"),
         "concept_coefficients": note("coefficients"),
         "load_model": lambda name: SimpleNamespace(name=name),
         "value_vector_scores": lambda *_: torch.arange(12.0),
+        "describe_models": not_trained,
     }
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(paramspec, name, stand_in, raising=False)
@@ -272,15 +276,36 @@ def asked_by(chapter: str, values: dict[str, object], monkeypatch) -> list[tuple
     names = paramspec.expand_models(values.get("models", [values.get("model")]))
     families = [getattr(paramspec.find_spec(name), "family", None) for name in names]
     space = {"about": pd.DataFrame({"model": names, "family": families})}
+    unmeasured = set(stand_ins)  # names that hold what was not measured, or what hangs on it
     for cell in jupytext.read(REPOSITORY / "book" / f"{chapter}.md").cells:
-        parameters = "parameters" in cell.metadata.get("tags", [])
         for statement in ast.parse(cell.source).body if cell.cell_type == "code" else []:
-            # What needs the tables that were not measured fails, and asks nothing.
-            with contextlib.suppress(*([] if parameters else [Exception])):
+            used, bound = names_in(statement)
+            try:
                 exec(compile(ast.Module([statement], []), chapter, "exec"), space)
-        if parameters:
+            except Exception:
+                if not used & unmeasured:
+                    raise
+            if used & unmeasured:
+                modules = {name for name in bound if isinstance(space.get(name), ModuleType)}
+                unmeasured |= bound - modules
+        if "parameters" in cell.metadata.get("tags", []):
             space |= values
     return calls
+
+
+def names_in(statement: ast.stmt) -> tuple[set[str], set[str]]:
+    """What a statement reads, and what it gives a name to or adds to."""
+    used, bound = set(), set()
+    for node in ast.walk(statement):
+        if isinstance(node, ast.Name):
+            (used if isinstance(node.ctx, ast.Load) else bound).add(node.id)
+        if isinstance(node, ast.Attribute):
+            used.add(node.attr)
+        if isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.value, ast.Name):
+            bound.add(node.value.id)  # as rows.append(...), table["x"] = ...
+        if isinstance(node, ast.FunctionDef):
+            bound.add(node.name)
+    return used, bound
 
 
 CALLS = ("measure_pss(", "score_questions(", "concept_coefficients(")

@@ -11,7 +11,7 @@ import torch
 from paramspec import scoring
 from paramspec.errors import InputError
 from paramspec.generation import answer_matches
-from paramspec.hooks import mask_value_vectors, value_vector_view
+from paramspec.hooks import value_vector_view
 from paramspec.rows import Engine, Item, Request
 from paramspec.scoring import choose, choose_engine, score_one_at_a_time, score_options
 from toys import FAMILIES, toy_model
@@ -275,8 +275,34 @@ def test_squad_exact_match():
     assert not answer_matches("", ["Paris"])
 
 
-def test_the_mask_is_gone_when_scoring_fails():
+def hooked(view):
+    """Modules that hooks or another forward were put on."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks")
+    return [
+        module
+        for module in view.model.modules()
+        if "forward" in vars(module) or any(getattr(module, kind) for kind in kinds)
+    ]
+
+
+@pytest.mark.parametrize("engine", [PACKED, replace(PACKED, branches=True), Engine("plain", "")])
+def test_the_model_is_as_it_was_when_scoring_fails(engine):
+    """It fails after the last layer, with every mask in place."""
     view = value_vector_view(toy_model("llama"))
-    with pytest.raises(InputError), mask_value_vectors(view, torch.ones(1, 1, 1).bool()):
-        pass
-    assert not any(module._forward_pre_hooks for module in view.modules)
+    requests = [Request(item, mask) for mask in range(3) for item in random_items(5)]
+    before = [score_one_at_a_time(view, request.item) for request in requests[:5]]
+    assert hooked(view) == []
+    masked = []
+
+    def fail(*_):
+        masked.append(set(hooked(view)) >= set(view.modules))
+        raise KeyError("half way")
+
+    handle = view.model.model.norm.register_forward_hook(fail)
+    with pytest.raises(KeyError, match="half way"):
+        score_options(view, requests, random_masks(view, 3), engine=engine)
+    handle.remove()
+    assert masked == [True]
+    assert hooked(view) == []
+    for request, score in zip(requests, before, strict=False):
+        assert torch.equal(score_one_at_a_time(view, request.item), score)

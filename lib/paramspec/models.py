@@ -1108,6 +1108,7 @@ def _device_map(needed: int, place: torch.device) -> dict:
                 f"{memory / 1e9:.0f} GB; use a GPU, bfloat16 or a smaller model"
             )
         return {}
+    torch.cuda.empty_cache()  # what models before this one have left, the driver counts as used
     free = {
         index: int(0.9 * torch.cuda.mem_get_info(index)[0])
         for index in range(torch.cuda.device_count())
