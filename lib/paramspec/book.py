@@ -740,14 +740,11 @@ def _versions() -> dict[str, str]:
 
 def _machine() -> str:
     """Return the machine in a few words: processor, cores, memory, GPUs; never its name."""
+    from paramspec.limits import cores, memory  # half a second
+
     models = re.findall(r"^model name\s*: (.*)", _read(Path("/proc/cpuinfo")), re.M)
     parts = [models[0] if models else platform.processor() or platform.machine()]
-    parts.append(
-        f"{len(os.sched_getaffinity(0)) if sys.platform == 'linux' else os.cpu_count()} cores"
-    )
-    with contextlib.suppress(ValueError, OSError, AttributeError):
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        parts.append(f"{memory / 2**30:.0f} GiB")
+    parts += [f"{cores()} cores", f"{memory() / 2**30:.0f} GiB"]
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         names = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")

@@ -42,6 +42,7 @@ from pydantic import (
 )
 
 from paramspec.errors import InputError
+from paramspec.limits import memory
 from paramspec.plain import read_yaml
 from paramspec.quiet import quiet_transformers
 from paramspec.specwiki import Question, load_questions
@@ -1099,13 +1100,10 @@ def _device_map(needed: int, place: torch.device) -> dict:
     import torch
 
     if place.type == "cpu":
-        import psutil
-
-        memory = psutil.virtual_memory().total
-        if needed > memory:
+        if needed > memory():
             raise InputError(
-                f"device 'cpu': the weights need {needed / 1e9:.0f} GB, this machine has "
-                f"{memory / 1e9:.0f} GB; use a GPU, bfloat16 or a smaller model"
+                f"device 'cpu': the weights need {needed / 1e9:.0f} GB, this process may use "
+                f"{memory() / 1e9:.0f} GB; use a GPU, bfloat16 or a smaller model"
             )
         return {}
     torch.cuda.empty_cache()  # what models before this one have left, the driver counts as used

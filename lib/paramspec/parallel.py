@@ -17,7 +17,6 @@ import concurrent.futures
 import contextlib
 import logging
 import multiprocessing
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ import joblib
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from paramspec.errors import InputError
+from paramspec.limits import cores
 
 ANSWER_WITHIN = 10  # seconds that a scheduler has, and then a worker of it
 
@@ -36,7 +36,7 @@ def workers(jobs: int = 0, scheduler: str | None = None) -> Iterator[None]:
 
     Args:
         jobs: processes side by side; 0 for one a GPU, or without a GPU one a core; 1 for none
-            beside this one. The machine's cores are shared out among them.
+            beside this one. The cores that this process may use are shared out among them.
         scheduler: address of a Dask scheduler, as `tcp://host:8786`; its workers do the work, one
             unit each at a time, and `jobs` means nothing.
 
@@ -50,11 +50,27 @@ def workers(jobs: int = 0, scheduler: str | None = None) -> Iterator[None]:
             yield
         return
     count = jobs or _devices()
-    threads = max(1, _cores() // count)
-    with joblib.parallel_config(
-        backend="loky", n_jobs=count, inner_max_num_threads=threads if count > 1 else None
+    threads = max(1, cores() // count)
+    with (
+        joblib.parallel_config(
+            backend="loky", n_jobs=count, inner_max_num_threads=threads if count > 1 else None
+        ),
+        _at_most(threads) if count == 1 else contextlib.nullcontext(),
     ):
         yield
+
+
+@contextlib.contextmanager
+def _at_most(threads: int) -> Iterator[None]:
+    """Torch takes a thread for each core of the host, whatever share of them this process has."""
+    import torch
+
+    own = torch.get_num_threads()
+    torch.set_num_threads(min(own, threads))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own)
 
 
 def hand_out(
@@ -102,7 +118,7 @@ def begin_work() -> None:
 
     siblings = _dask_siblings()
     if siblings is not None:
-        torch.set_num_threads(max(1, _cores() // siblings))
+        torch.set_num_threads(max(1, cores() // siblings))
     elif torch.cuda.device_count() > 1:
         number = multiprocessing.current_process().name.rpartition("-")[2]
         torch.cuda.set_device(int(number) % torch.cuda.device_count() if number.isdigit() else 0)
@@ -121,7 +137,7 @@ def worker_count() -> int:
         InputError: if a cluster has lost all of its workers.
     """
     try:
-        return joblib.effective_n_jobs()
+        return joblib.effective_n_jobs(None)  # of what is active, where -1 would be every core
     except TimeoutError as error:
         raise InputError(
             "the Dask cluster has no worker any more; start `dask worker` again: what is finished "
@@ -210,14 +226,7 @@ def _line(error: Exception) -> str:
 def _devices() -> int:
     import torch
 
-    return torch.cuda.device_count() or _cores()
-
-
-def _cores() -> int:
-    """Those that this process may use, which on a cluster are fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return torch.cuda.device_count() or cores()
 
 
 def _dask_worker() -> object | None:

@@ -18,14 +18,12 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -34,6 +32,7 @@ from paramspec import book
 from paramspec.batches import BATCH_TOKENS
 from paramspec.errors import InputError
 from paramspec.hooks import unverified_view, value_vector_view
+from paramspec.limits import cores, memory
 from paramspec.masks import prompt_batches, sorted_prompts
 from paramspec.models import (
     checkpoint_files,
@@ -505,8 +504,8 @@ def find_gpu(name: str) -> Gpu:
     Raises:
         InputError: if none is called so, or several.
     """
-    cores = os.cpu_count() or 1
-    cpu = Gpu("cpu", cores * CORE, psutil.virtual_memory().total, f"{cores} cores, AVX2 at 3 GHz")
+    count = cores()
+    cpu = Gpu("cpu", count * CORE, memory(), f"{count} cores, AVX2 at 3 GHz")
 
     def plain(text: str) -> str:
         return re.sub(r"[^a-z0-9]", "", text.lower())

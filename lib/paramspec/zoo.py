@@ -595,7 +595,7 @@ def _train(model: ZooModel, root: Path) -> None:
     torch.set_num_threads(1)  # and so the same weights on a machine of any number of cores
     try:
         texts, tokenizer = _corpus_and_tokenizer(model)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             network = AutoModelForCausalLM.from_config(architecture(recipe))
         for record in _optimize(network, tokenizer, texts, recipe):
