@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+from importlib.metadata import version
 
 import numpy as np
 import pandas as pd
@@ -10,7 +12,7 @@ import pytest
 import torch
 from scipy import stats
 
-from paramspec import causal, masks
+from paramspec import causal, masks, provenance
 from paramspec.causal import (
     MEASURES,
     Evaluation,
@@ -291,6 +293,42 @@ def test_a_rerun_trains_and_asks_nothing(model, questions, runs, store, study, m
         pd.testing.assert_frame_equal(one[columns], other[columns])
     assert set(again.pss["model"]) == set(again.pss["run"])
     assert all(torch.equal(study.vectors[r.name], again.vectors[f"again {r.name}"]) for r in flat)
+
+
+def test_each_part_of_a_run_says_what_computed_it(model, questions, tmp_path, monkeypatch):
+    """Trained on one machine, asked one more thing on another; a third one has all in the store."""
+    asked = Evaluation(others=10)
+    store = Store(tmp_path)
+    measure_runs(str(model), questions, [Run("x", TRAINING, asked)], store=store)
+    monkeypatch.setattr(provenance, "hardware", lambda: {"cpu": "another", "gpus": []})
+    more = asked.model_copy(update={"stated": 2})
+    measure_runs(str(model), questions, [Run("x", TRAINING, more)], store=store)
+    monkeypatch.setattr(provenance, "hardware", lambda: {"cpu": "a third", "gpus": []})
+    study = measure_runs(str(model), questions, [Run("x", TRAINING, more)], store=store)
+    cpus = {}
+    for record in study.computed:
+        assert record["versions"]["torch"] == version("torch")
+        assert record["tokenizer"]["eos"]["token"] == "</s>"
+        for unit in record["units"]:
+            assert unit["run"] == "x"
+            cpus[unit["unit"]] = record["hardware"]["cpu"]
+    assert cpus.pop("texts") == "another"
+    assert set(cpus) == {"training", "answers", "curve"}
+    assert not {"another", "a third"} & set(cpus.values())
+
+
+def test_other_versions_train_and_ask_anew(model, questions, tmp_path, monkeypatch):
+    run = Run("x", TRAINING, Evaluation())
+    measure_runs(str(model), questions, [run], store=Store(tmp_path))
+    real, trained = importlib.metadata.version, []
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: {"torch": "999.0"}.get(name) or real(name)
+    )
+    train = causal.train
+    monkeypatch.setattr(causal, "train", lambda *a, **k: trained.append(1) or train(*a, **k))
+    study = measure_runs(str(model), questions, [run], store=Store(tmp_path))
+    assert trained == [1]
+    assert {record["versions"]["torch"] for record in study.computed} == {"999.0"}
 
 
 def test_one_more_question_trains_nothing(model, questions, store, study, monkeypatch):

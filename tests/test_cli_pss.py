@@ -144,9 +144,11 @@ def test_run_json_says_what_was_measured_on_what(first, place):
     assert (model["layers"], model["width"], model["dtype"]) == (3, 48, "float32")
     assert model["seconds"] > 0
     assert (model["units"], model["units_from_store"]) == (1, 0)
-    for name in ("torch", "transformers", "numpy", "paramspec"):
-        assert run["versions"][name] == importlib.metadata.version(name)
-    assert run["hardware"]["cpu"]
+    for record in model["computed"]:
+        for name in ("torch", "transformers", "tokenizers", "numpy", "paramspec"):
+            assert record["versions"][name] == importlib.metadata.version(name)
+        assert record["hardware"]["cpu"]
+    assert [token["token"] for token in model["tokenizer"]["kept"]] == []
     assert run["scoring_version"] >= 1
 
 

@@ -7,6 +7,7 @@ taken one text at a time, plain transformers to read what was written, and proce
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import json
 import math
 import re
@@ -567,7 +568,7 @@ def check_record(out, record, base):
     assert written == record
     assert set(record) == {
         *("run", "status", "steps", "losses", "vectors", "parameters", "optimizer_bytes"),
-        *("seconds", "versions"),
+        *("seconds", "computed"),
     }
     assert record["run"]["digest"] == base
     assert record["run"]["training"] == choices().model_dump(mode="json")
@@ -578,7 +579,11 @@ def check_record(out, record, base):
     assert record["parameters"] == 3 * 6 * HIDDEN
     assert record["optimizer_bytes"] == 8 * record["parameters"]
     assert record["seconds"] > 0
-    assert set(record["versions"]) == {"paramspec", "torch", "transformers"}
+    (computed,) = record["computed"]
+    assert computed["versions"]["torch"] == importlib.metadata.version("torch")
+    assert (computed["digest"], computed["device"]) == (base, "cpu")
+    assert computed["hardware"]["cpu"]
+    assert "kept" in computed["tokenizer"]
 
 
 # Killed
@@ -665,12 +670,14 @@ def test_a_killed_run_continues_to_the_same_bytes(place, killed, tmp_path, capfd
 
 
 def same_run(out, whole):
-    """The same files, byte for byte; of the record, all but the seconds."""
+    """The same files, byte for byte; of the record, all but the seconds and who computed it."""
     ours, theirs = contents(out), contents(whole)
     first, second = (json.loads(files.pop("finetune.json")) for files in (ours, theirs))
     assert ours == theirs
     assert first.pop("seconds") > 0
     assert second.pop("seconds") > 0
+    assert len(second.pop("computed")) == 1
+    assert first.pop("computed")
     assert first == second
 
 
@@ -861,6 +868,12 @@ def test_statements_that_cannot_be_trained_on(place, tmp_path, capfd, changes, m
 def test_a_directory_that_holds_something_else(place, tmp_path, capfd):
     out = tmp_path / "out"
     shutil.copytree(place / "whole", out)
+    record = json.loads((out / "finetune.json").read_text())
+    record["run"]["torch"] = "1.0.0"  # its vectors are those of another torch
+    (out / "finetune.json").write_text(json.dumps(record))
+    told = refused(capfd, place, *LONG, out=out)
+    assert "holds another run (torch 1.0.0, not " in told
+    shutil.copy(place / "whole" / "finetune.json", out)
     told = refused(capfd, place, *LONG, "--share", "0.25", out=out)
     assert told.startswith(f"{out}: holds another run (share 0.125, not 0.25); choose another")
     assert "(method FT-PV, not FT-RV)" in refused(capfd, place, *LONG, out=out, method="FT-RV")

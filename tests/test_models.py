@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -813,6 +814,67 @@ def test_cached_model_loads_with_no_network(saved, cache):
     assert (pinned.digest, pinned.name) == (loaded.digest, f"org/toy@{COMMIT}")
 
 
+MOVED = "f" * 40
+
+
+def test_a_branch_that_moved_is_told_and_the_cached_commit_recorded(hub, cache):
+    """The cache has commit A at `main`, the hub commit B: A is measured, and both are named."""
+    snapshot = fill_cache(cache, hub.files)
+    hub.head = MOVED
+    with pytest.warns(UserWarning, match=MOVED) as caught:
+        loaded = load_model("org/toy")
+    (told,) = [str(one.message) for one in caught]
+    assert told == (
+        f"org/toy: the cached commit {COMMIT} is used, the hub is at {MOVED}; update with "
+        f"`hf download org/toy --revision main`, or keep it as org/toy@{COMMIT}"
+    )
+    assert (loaded.commit, find_checkpoint("org/toy").commit) == (COMMIT, COMMIT)
+    assert find_checkpoint("org/toy").path == snapshot
+    assert hub.fetched == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_model(f"org/toy@{COMMIT}").commit == COMMIT  # pinned: nothing to ask
+
+
+def test_a_branch_that_stands_is_not_spoken_of(hub, saved):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_model("org/toy").commit == COMMIT
+        assert load_model("org/toy").commit == COMMIT
+    assert load_model(str(saved)).commit is None
+
+
+@pytest.mark.parametrize("network", ["closed", "offline", "hanging"])
+def test_without_an_answer_the_cached_commit_is_named(network, saved, cache, monkeypatch):
+    from huggingface_hub import HfApi, constants
+
+    monkeypatch.setattr(models, "HUB_SECONDS", 0.2)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:9/{network}")
+    asked = []
+    if network == "offline":
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    if network == "hanging":
+        stop = threading.Event()
+        monkeypatch.setattr(
+            HfApi, "model_info", lambda *_, **__: asked.append(1) or stop.wait(60) or 1 / 0
+        )
+    for repo in ("org/toy", "org/other"):
+        fill_cache(cache, saved, repo=repo)
+        with pytest.warns(UserWarning, match=COMMIT) as caught:
+            assert load_model(repo).commit == COMMIT
+        (told,) = [str(one.message) for one in caught]
+        assert told == f"{repo}: the hub does not answer; the cached commit {COMMIT} is used"
+    assert len(asked) == (network == "hanging")  # and not again for each model of a run
+    if network == "hanging":
+        stop.set()
+
+
+def test_listing_what_is_on_disk_asks_no_hub(saved, cache, monkeypatch):
+    fill_cache(cache, saved, repo="Qwen/Qwen2-7B")
+    monkeypatch.setattr(models, "_branch_head", lambda *_: pytest.fail("asked"))
+    assert models.is_on_disk(load_registry()["qwen2-7b"])
+
+
 def test_cached_branch_is_found_by_its_name(saved, cache):
     fill_cache(cache, saved, revision="step10")
     assert load_model("org/toy@step10").digest == load_model(str(saved)).digest
@@ -881,6 +943,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     files: Path
     fetched: list[str]
+    head: str  # the commit that `main` is at
 
     def log_message(self, *_):
         pass
@@ -897,7 +960,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if "/revision/" in path:
             if path.rsplit("/", 1)[1] not in ("main", COMMIT):
                 return self.answer(404, b"none", {"X-Error-Code": "RevisionNotFound"})
-            return self.answer(200, json.dumps({"id": "org/toy", "sha": COMMIT}).encode())
+            return self.answer(200, json.dumps({"id": "org/toy", "sha": self.head}).encode())
         if "/tree/" in path:
             sizes = [
                 {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f"{f.name:0>40}"}
@@ -924,7 +987,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def hub(toy, cache, monkeypatch):
     from huggingface_hub import constants
 
-    Hub.files, Hub.fetched = toy, []
+    Hub.files, Hub.fetched, Hub.head = toy, [], COMMIT
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_address[1]}"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import pickle
+import platform
 import signal
 import subprocess
 import sys
 import time
 import warnings
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -17,7 +21,10 @@ from disks import read_only, small_disk
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from paramspec import provenance
+from paramspec import store as store_module
 from paramspec.errors import InputError
+from paramspec.provenance import NUMBER_LIBRARIES, number_versions
 from paramspec.store import Store, require_writable, writing_to
 
 KEY = {"model": "ab" * 32, "dtype": "float32", "choices": {"ratios": [0.01, 0.05], "seed": 0}}
@@ -51,7 +58,65 @@ def test_what_was_put_is_found_and_nothing_else(store):
     path = store.put(KEY, write)
     assert store.get(KEY) == path
     assert (path / "numbers.bin").read_bytes() == CONTENT
-    assert json.loads((path / "key.json").read_text()) == KEY
+    assert json.loads((path / "key.json").read_text()) == {**KEY, "versions": number_versions()}
+
+
+def pretend(monkeypatch, **changed):
+    """Other versions of some libraries, as a process that starts with them has them."""
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: changed.get(name) or real(name))
+
+
+@pytest.mark.parametrize("name", NUMBER_LIBRARIES)
+def test_another_version_of_what_computes_is_another_key(store, monkeypatch, name):
+    path = store.put(KEY, write)
+    pretend(monkeypatch, **{name: "999.1"})
+    other = Store(store.root)
+    assert other.get(KEY) is None
+    assert other.put(KEY, write) != path
+    assert other.record(KEY)["versions"][name] == "999.1"
+    monkeypatch.undo()
+    again = Store(store.root)
+    assert again.get(KEY) == path
+    assert again.record(KEY)["versions"][name] == importlib.metadata.version(name)
+
+
+def test_what_a_build_is_for_is_in_the_record_and_not_in_the_key(store, monkeypatch):
+    """A key has the device; 2.13.0+cpu and 2.13.0+cu130 are one release."""
+    pretend(monkeypatch, torch="2.13.0+cu130")
+    path = Store(store.root).put(KEY, write)
+    pretend(monkeypatch, torch="2.13.0")
+    assert Store(store.root).get(KEY) == path
+    assert Store(store.root).record(KEY)["versions"]["torch"] == "2.13.0+cu130"
+
+
+def test_versions_that_change_no_number_do_not_matter(store, monkeypatch):
+    path = store.put(KEY, write)
+    pretend(monkeypatch, pandas="999", paramspec="999", pyarrow="999")
+    assert Store(store.root).get(KEY) == path
+
+
+def test_a_record_is_that_of_the_process_that_computed(store, monkeypatch):
+    store.put(KEY, write, {"engine": "packed"})
+    monkeypatch.setattr(store_module, "computed", lambda **_: pytest.fail("recorded anew"))
+    monkeypatch.setattr(provenance, "hardware", lambda: {"cpu": "another"})
+    record = Store(store.root).record(KEY)
+    assert record["engine"] == "packed"
+    assert record["hardware"]["threads"] == torch.get_num_threads()
+    assert record["hardware"]["cpu"] != "another"
+    assert record["versions"]["python"] == platform.python_version()
+    assert abs(datetime.now(UTC) - datetime.fromisoformat(record["date"])).days == 0
+    assert store.record({"another": "key"}) == {}
+
+
+def test_a_worker_with_other_versions_puts_nothing(store, monkeypatch):
+    """The key says what the run began with: a result of other versions would not be its own."""
+    handed = pickle.dumps(store)
+    pretend(monkeypatch, transformers="4.57.1")
+    began = store.versions["transformers"]
+    with pytest.raises(InputError, match=f"^transformers 4.57.1: the run began with .* {began};"):
+        pickle.loads(handed).put(KEY, write)
+    assert everything(store) == []
 
 
 def test_the_order_of_a_key_does_not_matter(store):

@@ -17,7 +17,7 @@ import pytest
 import torch
 from disks import small_disk
 
-from paramspec import sweep
+from paramspec import provenance, sweep
 from paramspec.errors import InputError
 from paramspec.hooks import value_vector_view
 from paramspec.masks import load_masks, record_concepts
@@ -27,6 +27,7 @@ from paramspec.scoring import encode, score_one_at_a_time
 from paramspec.specwiki import questions_digest
 from paramspec.store import Store
 from paramspec.sweep import concept_coefficients, measure_pss, score_questions, write_study
+from paramspec.tokens import tokenizer_facts
 from toy_study import CONCEPTS, save_toy, toy_loaded, toy_questions, toy_tokenizer
 
 SMALL = Choices(ratios=(0.1, 0.3), general=5)
@@ -396,14 +397,91 @@ def test_the_four_files_hold_the_study(store, tmp_path):
         assert record["questions"] == {"digest": questions_digest(questions), "count": 30}
         assert record["choices"] == json.loads(SMALL.model_dump_json())
         assert record["models"][0]["digest"] == model.digest
-    assert run["versions"]["torch"] == importlib.metadata.version("torch")
-    assert run["hardware"]["threads"] == torch.get_num_threads()
+    assert not {"versions", "hardware"} & run.keys()  # those of units alone
     record = run["models"][0]
+    assert record["tokenizer"] == tokenizer_facts(model.tokenizer)
+    pss, coefficients = record["computed"]
+    assert pss["units"] == [{"unit": "pss", "concepts": [name]} for name in CONCEPTS[:3]]
+    assert coefficients["units"] == [{"unit": "coefficients"}]
+    for computed in record["computed"]:
+        assert computed["versions"]["torch"] == importlib.metadata.version("torch")
+        assert computed["hardware"]["threads"] == torch.get_num_threads()
+        assert (computed["device"], computed["commit"]) == ("cpu", None)
+        assert computed["first"] <= computed["last"]
     assert (record["name"], record["layers"], record["width"]) == ("toy", 3, 48)
     assert (record["units"], record["units_from_store"]) == (3, 0)
     assert record["evaluations"] == len(details)
-    assert record["engine"]["name"] == "packed"
+    assert pss["engine"]["name"] == "packed"
     assert record["seconds"] >= 0
+
+
+def pretend(monkeypatch, **changed):
+    """Other versions of some libraries, as a process that starts with them has them."""
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: changed.get(name) or real(name))
+
+
+def records(study):
+    """What computed each concept's unit."""
+    return {
+        unit["concepts"][0]: record
+        for record in study.run["models"][0]["computed"]
+        for unit in record["units"]
+        if unit["unit"] == "pss"
+    }
+
+
+def test_an_upgrade_computes_anew_and_each_unit_names_its_own(store, monkeypatch):
+    model, questions = toy_loaded(), toy_questions(2)
+    first = measure_pss([model], questions, SMALL, store=store)
+    pretend(monkeypatch, torch="999.0")
+    newer = measure_pss([model], questions, SMALL, store=Store(store.root))
+    assert reused(newer) == [0]
+    assert {r["versions"]["torch"] for r in records(newer).values()} == {"999.0"}
+    monkeypatch.undo()
+    monkeypatch.setattr("paramspec.sweep.SHARD", 1)
+    again = measure_pss([model], questions, SMALL, store=Store(store.root))
+    assert reused(again) == [2]
+    assert again.run["models"][0]["computed"] == first.run["models"][0]["computed"]
+
+
+def test_units_of_two_machines_are_told_apart(store, monkeypatch):
+    """The second half is computed elsewhere; a third machine, where all is stored, is not named."""
+    model, questions = toy_loaded(), toy_questions(4)
+    measure, here = sweep.measure_concepts, provenance.hardware()["cpu"]
+
+    def elsewhere(*arguments, **options):
+        if "gamma" in arguments[4]:
+            monkeypatch.setattr(provenance, "hardware", lambda: {"cpu": "another", "gpus": []})
+            pretend(monkeypatch, pandas="999", torch="2.13.0+cu130")
+        return measure(*arguments, **options)
+
+    monkeypatch.setattr(sweep, "measure_concepts", elsewhere)
+    measure_pss([model], questions, SMALL, store=store)
+    monkeypatch.setattr(provenance, "hardware", lambda: {"cpu": "a third", "gpus": []})
+    study = measure_pss([model], questions, SMALL, store=store)
+    assert reused(study) == [4]
+    cpus = {name: record["hardware"]["cpu"] for name, record in records(study).items()}
+    assert cpus["alpha"] == cpus["beta"] == here
+    assert cpus["gamma"] == cpus["delta"] == "another"
+    assert records(study)["gamma"]["versions"]["torch"] == "2.13.0+cu130"
+    assert "a third" not in json.dumps(study.run)
+
+
+def test_answers_and_coefficients_say_what_computed_them(store):
+    model, questions = toy_loaded(), toy_questions(2)
+    score_questions(replace(model, commit="c" * 40), questions, store=store)
+    concept_coefficients(model, questions, store=store)
+    found = {}
+    for path in store.root.glob("v*/*/*/computed.json"):
+        key = json.loads((path.parent / "key.json").read_text())
+        found[key["unit"]] = json.loads(path.read_text())
+    assert set(found) == {"answers", "coefficients"}
+    assert (found["answers"]["commit"], found["coefficients"]["commit"]) == ("c" * 40, None)
+    for record in found.values():
+        assert record["tokenizer"] == tokenizer_facts(model.tokenizer)
+        assert record["versions"]["transformers"] == importlib.metadata.version("transformers")
+        assert record["hardware"]["cpu"]
 
 
 def test_several_models_stand_in_one_study(store):

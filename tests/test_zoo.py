@@ -86,7 +86,7 @@ def network_of(model: zoo.ModelRecipe, seed: int = 0) -> torch.nn.Module:
 
 def stored(directory: Path) -> dict[str, bytes]:
     """The files of a model, without those that tell of its training and of its storing."""
-    ours = ("training.json", "key.json", "checksums.json")
+    ours = ("training.json", "key.json", "checksums.json", "computed.json")
     return {file.name: file.read_bytes() for file in directory.iterdir() if file.name not in ours}
 
 

@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -73,12 +72,19 @@ from paramspec.models import (
     place_and_dtype,
 )
 from paramspec.parallel import begin_work, hand_out, on_this_machine, worker_count
+from paramspec.provenance import group_records, read_computed, unit_record
 from paramspec.pss import Choices, count_masks, measure_concepts
 from paramspec.rows import Engine, Request
 from paramspec.scoring import SCORING_VERSION, choose_engine, encode, score_options
 from paramspec.specwiki import Question, questions_digest
 from paramspec.store import Store
-from paramspec.sweep import Identity, answer_row, elsewhere, require_shared, watching
+from paramspec.sweep import (
+    Identity,
+    answer_row,
+    elsewhere,
+    require_shared,
+    watching,
+)
 from paramspec.trends import Draws, resample_models
 
 TRAINED = "vectors.safetensors"
@@ -263,6 +269,8 @@ class CausalStudy(NamedTuple):
         curves: `step`, `loss` (of its batch), `accuracy` on the trained concepts where measured,
             the original's at step 0 and the run's at the last.
         vectors: by run, int32 `[n, 2]`, the (layer, value vector) that it trained.
+        computed: what trained and measured each part of each run: distinct records, as
+            `provenance.group_records` gives.
     """
 
     runs: pd.DataFrame
@@ -273,6 +281,7 @@ class CausalStudy(NamedTuple):
     curves: pd.DataFrame
     samples: pd.DataFrame
     vectors: dict[str, Tensor]
+    computed: list[dict[str, object]]
 
 
 def measure_runs(
@@ -373,7 +382,6 @@ class _Plan:
             "finetune_version": FINETUNE_VERSION,
             "scoring_version": SCORING_VERSION,
             "evaluation_version": EVALUATION_VERSION,
-            "torch": version("torch"),
         }
 
 
@@ -476,6 +484,7 @@ class _Model(NamedTuple):
 def _measure_run(plan: _Plan, model: _Model, run: Run) -> None:
     own = _own(run, plan.questions)
     record: dict[str, object] = {}
+    made, trained = unit_record(model.loaded, model.engine), None
     vectors = torch.empty(0, 2, dtype=torch.int32)
     missing = [
         part for part in run.evaluation.parts() if plan.store.get(plan.part_key(run, part)) is None
@@ -490,6 +499,7 @@ def _measure_run(plan: _Plan, model: _Model, run: Run) -> None:
         plan.store.put(
             plan.part_key(run, part),
             lambda folder: table.to_parquet(folder / f"{part}.parquet", index=False),
+            made,
         )
 
     with ExitStack() as stack:
@@ -500,6 +510,7 @@ def _measure_run(plan: _Plan, model: _Model, run: Run) -> None:
             )
             release_memory()  # an optimizer's worth of it
             record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+            trained = read_computed(path)
             vectors = stack.enter_context(_replaced(model.view, path))
         for part in missing:
             if part == "curve":
@@ -511,7 +522,7 @@ def _measure_run(plan: _Plan, model: _Model, run: Run) -> None:
         save_file({"vectors": vectors}, folder / TRAINED)
         (folder / RECORD).write_text(json.dumps(record), encoding="utf-8")
 
-    plan.store.put(plan.key(run), write)
+    plan.store.put(plan.key(run), write, made | {"trained": trained})
 
 
 def _curve(losses: Sequence[float], accuracy: Sequence[tuple[int, float]]) -> pd.DataFrame:
@@ -563,7 +574,6 @@ def _trained(
         "training": training.model_dump(mode="json"),
         "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
         "finetune_version": FINETUNE_VERSION,
-        "torch": version("torch"),
     }
     if training.rule in ("score", "other"):  # which look at other concepts' statements
         key["questions"] = questions_digest(questions)
@@ -608,7 +618,7 @@ def _trained(
         save_file({"vectors": vectors.contiguous(), "values": values}, folder / TRAINED)
         (folder / RECORD).write_text(json.dumps(record), encoding="utf-8")
 
-    return store.put(key, write)
+    return store.put(key, write, unit_record(loaded))
 
 
 @torch.no_grad()
@@ -842,7 +852,7 @@ def _hash(seed: int, text: str) -> bytes:
 
 
 def _collect(plan: _Plan, runs: Sequence[Run]) -> CausalStudy:
-    rows, vectors, tables = [], {}, {name: [] for name in TABLES}
+    rows, vectors, tables, records = [], {}, {name: [] for name in TABLES}, []
     for run in runs:
         path = plan.store.get(plan.key(run))
         lost = InputError(
@@ -871,12 +881,15 @@ def _collect(plan: _Plan, runs: Sequence[Run]) -> CausalStudy:
             }
         )
         vectors[run.name] = load_file(path / TRAINED)["vectors"]
+        trained = read_computed(path).get("trained")
+        records += [({"unit": "training", "run": run.name}, trained)] if trained else []
         for name, parts in tables.items():
             if name in run.evaluation.parts():
                 found = plan.store.get(plan.part_key(run, name))
                 if found is None:
                     raise lost
                 parts.append(pd.read_parquet(found / f"{name}.parquet").assign(run=run.name))
+                records.append(({"unit": name, "run": run.name}, read_computed(found)))
     for table in tables["pss"]:
         table["model"] = table["run"]  # stored under another run's name, perhaps
     _close_curves(tables["curve"], tables["answers"], runs)
@@ -893,6 +906,7 @@ def _collect(plan: _Plan, runs: Sequence[Run]) -> CausalStudy:
         joined["curve"],
         joined["samples"],
         vectors,
+        group_records(records),
     )
 
 

@@ -23,7 +23,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -52,6 +51,7 @@ from paramspec.masks import (
     top_vectors,
 )
 from paramspec.models import LoadedModel, load_model
+from paramspec.provenance import computed, number_versions, unit_record
 from paramspec.pss import check_seed
 from paramspec.quiet import quiet_transformers
 from paramspec.specwiki import Question
@@ -569,8 +569,8 @@ def finetune(
     Returns:
         What `finetune.json` says: the run (model digest, training, digest of the texts), `status`,
         `steps`, `losses`, `vectors` trained, `parameters` trained, `optimizer_bytes`, `seconds`
-        (of the call that ended it), `versions`; of a run that diverged, also the `problem` and
-        the step `kept`.
+        (of the call that ended it), `computed`, a record (see `provenance`) of each process that
+        worked for it; of a run that diverged, also the `problem` and the step `kept`.
 
     Raises:
         InputError: for a bad choice, or if `out` holds another run or other files, before any
@@ -588,6 +588,7 @@ def finetune(
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "training": training.model_dump(mode="json"),
         "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
+        **number_versions(),
     }
     record = _read_record(out)
     if record is not None and record["run"] != run:
@@ -609,7 +610,7 @@ def finetune(
         "vectors": len(vectors),
         "parameters": len(vectors) * view.hidden,
         "optimizer_bytes": optimizer_bytes(len(vectors), view.hidden),
-        "versions": {name: version(name) for name in ("paramspec", "torch", "transformers")},
+        "computed": [*(record or {}).get("computed", []), computed(**unit_record(loaded))],
     }
     _write_record(out, record)
     done = 0

@@ -24,6 +24,8 @@ import importlib.metadata
 import json
 import math
 import re
+import threading
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -94,6 +96,8 @@ HUB_FILES = (
     INDEX,
     *TOKENIZER_FILES,
 )
+COMMIT = re.compile(r"[0-9a-f]{40}")
+HUB_SECONDS = 3  # that the hub is given to say where a branch is
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -197,6 +201,7 @@ class LoadedModel:
         digest: SHA-256 of the files the model was read from; see `digest_files`.
         dtype: of the weights.
         device: where token ids go; the first of them when the model is spread over several.
+        commit: of the hub's repository, or None of a model that is not from there.
     """
 
     model: PreTrainedModel
@@ -206,6 +211,7 @@ class LoadedModel:
     digest: str
     dtype: torch.dtype
     device: torch.device
+    commit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -215,6 +221,12 @@ class Checkpoint:
     name: str
     spec: ModelSpec | None
     path: Path
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of the hub's repository, after which the cache names a snapshot."""
+        cached = self.path.parent.name == "snapshots"
+        return self.path.name if cached and COMMIT.fullmatch(self.path.name) else None
 
 
 @functools.cache
@@ -507,6 +519,7 @@ def load_model(
         digest=digest_files(checkpoint_files(checkpoint.path)),
         dtype=kind,
         device=network.get_input_embeddings().weight.device,
+        commit=checkpoint.commit,
     )
 
 
@@ -747,6 +760,8 @@ def _hub_snapshot(
     with contextlib.suppress(InputError, errors.LocalEntryNotFoundError):
         path = fetch(local=True)
         if (path / "config.json").is_file() and _has_vocabulary(path) and files == HUB_FILES:
+            if download and not COMMIT.fullmatch(revision):
+                _tell_of_branch(source, path.name)
             return path
     if not download:
         raise InputError(f"{name}: not in the hub cache {constants.HF_HUB_CACHE}; download it")
@@ -777,6 +792,54 @@ def _hub_snapshot(
             f"it failed ({type(cause).__name__}: {_line(cause)}); connect to the network, or copy "
             "the model here and name its directory"
         ) from error
+
+
+def _tell_of_branch(source: HubSource, cached: str) -> None:
+    """Warn where the cached commit of a branch is not the hub's, or the hub does not say so."""
+    from huggingface_hub import constants
+
+    head = _branch_head(source.repo, source.revision, constants.ENDPOINT)
+    if head is None:
+        warnings.warn(
+            f"{source.label}: the hub does not answer; the cached commit {cached} is used",
+            stacklevel=2,
+        )
+    elif head != cached:
+        warnings.warn(
+            f"{source.label}: the cached commit {cached} is used, the hub is at {head}; update "
+            f"with `hf download {source.repo} --revision {source.revision}`, or keep it as "
+            f"{source.repo}@{cached}",
+            stacklevel=2,
+        )
+
+
+SILENT: set[str] = set()  # hubs that have not answered: not asked again for each model of a run
+
+
+@functools.cache
+def _branch_head(repo: str, revision: str, endpoint: str) -> str | None:
+    """The commit that the hub has at a branch, or None where it does not say so within seconds."""
+    from huggingface_hub import HfApi, errors
+
+    found: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            info = HfApi(endpoint).model_info(repo, revision=revision, timeout=HUB_SECONDS)
+            found.append(info.sha)
+        except errors.HfHubHTTPError:  # an answer: it is gone, or private
+            found.append(None)
+        except Exception:  # no network, in any of its forms
+            SILENT.add(endpoint)
+
+    if endpoint not in SILENT:
+        # A name server that does not answer knows no timeout: the thread is left behind.
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(2 * HUB_SECONDS)
+        if not found:
+            SILENT.add(endpoint)
+    return found[0] if found else None
 
 
 # Reading a directory

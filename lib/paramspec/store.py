@@ -6,7 +6,9 @@
     with store.turn(key): ...                 # one process at a time
 
 A key is a mapping of everything that a result depends on (digests of the model and of the
-questions, every choice, the scoring version); its SHA-256 names the directory. A result is written
+questions, every choice, the scoring version); the store adds the versions of the libraries that can
+change a number (see `provenance`), and its SHA-256 names the directory. Beside a result stands
+`computed.json`, the record of the process that computed it. A result is written
 beside its place and renamed into it, so that a reader sees all of it or nothing. What is read is
 held against checksums; a damaged result is set aside, with a warning, and computed again. Any
 number of processes, also of several machines, may use one store at once; `turn` keeps two of them
@@ -32,6 +34,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from paramspec.errors import InputError
+from paramspec.provenance import COMPUTED, computed, note_use, number_versions, read_computed
 
 STORE_VERSION = 1
 OLD = 24 * 3600  # seconds after which an unfinished result is certain to be a dead process's
@@ -46,6 +49,7 @@ class Store:
 
     def __init__(self, root: str | os.PathLike) -> None:
         self.root = Path(root)
+        self.versions = number_versions()  # goes to workers, which must have the same
         for folder in self.root.glob("v*"):
             found = re.fullmatch(r"v(\d+)", folder.name)
             if found and int(found[1]) > STORE_VERSION:
@@ -61,6 +65,7 @@ class Store:
             return None
         problem = _damage(path)
         if problem is None:
+            note_use(path)
             return path
         aside = path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}")
         with contextlib.suppress(OSError):  # another worker was first
@@ -70,20 +75,39 @@ class Store:
         )
         return None
 
-    def put(self, key: Mapping[str, object], write: Callable[[Path], None]) -> Path:
+    def record(self, key: Mapping[str, object]) -> dict[str, object]:
+        """`store.record(key)`: what computed a result, see `provenance`; empty if there is none."""
+        found = read_computed(self._path(key))
+        if found:
+            note_use(self._path(key))
+        return found
+
+    def put(
+        self,
+        key: Mapping[str, object],
+        write: Callable[[Path], None],
+        record: Mapping[str, object] | None = None,
+    ) -> Path:
         """`path = store.put(key, write)`: let `write` fill a new directory, then publish it.
 
+        Args:
+            record: what `computed.json` says of the unit beside this process, see `provenance`.
+
         Raises:
-            InputError: if the disk is full or the store cannot be written; what is in the store
-                stays as it was.
+            InputError: if the disk is full or the store cannot be written, or if this process has
+                other versions than the one that opened the store; what is in the store stays as
+                it was.
         """
         path = self._path(key)
+        self._require_versions()
         with writing_to(self.root):
             path.parent.mkdir(parents=True, exist_ok=True)
             scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=path.parent))
             try:
                 write(scratch)
-                (scratch / "key.json").write_text(_canonical(key))
+                (scratch / "key.json").write_text(_canonical(self._whole(key)))
+                text = json.dumps(computed(**(record or {})), ensure_ascii=False, indent=1)
+                (scratch / COMPUTED).write_text(text + "\n", encoding="utf-8")
                 sums = {file.name: _digest(file) for file in sorted(scratch.iterdir())}
                 (scratch / "checksums.json").write_text(json.dumps(sums, indent=1))
                 self._publish(scratch, path)
@@ -150,8 +174,20 @@ class Store:
             if _damage(path) is not None:
                 raise
 
+    def _require_versions(self) -> None:
+        for name, here in number_versions().items():
+            there = self.versions.get(name)
+            if here != there:
+                raise InputError(
+                    f"{name} {here}: the run began with {name} {there}; install the same version "
+                    "on every machine that works for it"
+                )
+
+    def _whole(self, key: Mapping[str, object]) -> dict[str, object]:
+        return {**key, "versions": self.versions}
+
     def _path(self, key: Mapping[str, object]) -> Path:
-        name = hashlib.sha256(_canonical(key).encode()).hexdigest()
+        name = hashlib.sha256(_canonical(self._whole(key)).encode()).hexdigest()
         return self.root / f"v{STORE_VERSION}" / name[:2] / name
 
 

@@ -15,14 +15,12 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -54,6 +52,7 @@ from paramspec.parallel import (
     on_this_machine,
     worker_count,
 )
+from paramspec.provenance import group_records, read_computed, unit_record
 from paramspec.pss import (
     DETAIL_COLUMNS,
     PSS_COLUMNS,
@@ -75,9 +74,7 @@ from paramspec.scoring import (
 from paramspec.specwiki import Question, questions_digest
 from paramspec.store import Store, writing_to
 
-VERSIONS = ("paramspec", "torch", "transformers", "numpy")
 COEFFICIENTS = "coefficients.safetensors"
-RECORD = "record.json"
 SHARD = 4  # concepts of a unit: seconds to minutes of work, so that little is lost by a crash
 TASKS = 2  # of a worker, were all models as large as the largest: uneven ones even out
 # Weights whose computation takes as long as what is done beside it: of 0.35 M weights, an
@@ -136,13 +133,12 @@ def measure_pss(
                 "it was written; check the disk, and run again: what is whole is kept"
             )
         parts += [_load(path) for path in paths]
-        runs.append(_run_record(plan, paths, computed[plan.name], questions, choices))
+        recorded = store.record(_coefficients_key(plan.identity, questions, choices))
+        runs.append(_run_record(plan, paths, recorded, computed[plan.name], questions, choices))
     run = {
         "questions": {"digest": questions_digest(questions), "count": len(questions)},
         **method_key(choices),
         "models": runs,
-        "versions": {name: version(name) for name in VERSIONS},
-        "hardware": hardware(),
     }
     return Study(
         pd.concat([part.pss for part in parts], ignore_index=True),
@@ -190,7 +186,11 @@ def score_questions(
         table = pd.DataFrame(
             [answer_row(question, score) for question, score in zip(questions, scores, strict=True)]
         )
-        path = store.put(key, lambda folder: table.to_parquet(folder / "answers.parquet"))
+        path = store.put(
+            key,
+            lambda folder: table.to_parquet(folder / "answers.parquet"),
+            unit_record(model, engine),
+        )
     return pd.read_parquet(path / "answers.parquet")
 
 
@@ -211,19 +211,27 @@ def concept_coefficients(
     """
     choices = choices or Choices()
     store = store or Store("results/store")
-    key = result_basis(identity_of(loaded), questions) | {
-        "unit": "coefficients",
-        "position": choices.position,
-        "batch_tokens": choices.batch_tokens,
-    }
+    key = _coefficients_key(identity_of(loaded), questions, choices)
     with store.turn(key):
         path = store.get(key)
         if path is None:
             recorded = _record(loaded, questions, choices)
             tensors = {"sums": recorded.sums, "counts": recorded.counts}
-            path = store.put(key, lambda folder: save_file(tensors, folder / COEFFICIENTS))
+            path = store.put(
+                key, lambda folder: save_file(tensors, folder / COEFFICIENTS), unit_record(loaded)
+            )
     concepts = tuple(dict.fromkeys(question.concept for question in questions))
     return ConceptCoefficients(concepts, **load_file(path / COEFFICIENTS))
+
+
+def _coefficients_key(
+    identity: Identity, questions: Sequence[Question], choices: Choices
+) -> dict[str, object]:
+    return result_basis(identity, questions) | {
+        "unit": "coefficients",
+        "position": choices.position,
+        "batch_tokens": choices.batch_tokens,
+    }
 
 
 def _record(
@@ -264,32 +272,17 @@ def write_study(study: Study, out: Path) -> None:
     All are written before the first of them replaces its predecessor: a full disk leaves the
     results that were there.
     """
-    choices = {
-        key: value for key, value in study.run.items() if key not in ("hardware", "versions")
-    }
     with writing_to(out):
         out.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".partial-", dir=out) as name:
             scratch = Path(name)
             study.pss.to_parquet(scratch / "pss.parquet", index=False)
             study.details.to_parquet(scratch / "details.parquet", index=False)
-            save_masks(scratch / "masks.safetensors", study.masks, choices)
+            save_masks(scratch / "masks.safetensors", study.masks, study.run)
             text = json.dumps(study.run, indent=2, ensure_ascii=False) + "\n"
             (scratch / "run.json").write_text(text, encoding="utf-8")
             for file in list(scratch.iterdir()):
                 file.replace(out / file.name)
-
-
-def hardware() -> dict[str, object]:
-    """`hardware()`: what a run was computed on."""
-    cpu = platform.processor() or platform.machine()
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                cpu = line.partition(":")[2].strip()
-                break
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {"cpu": cpu, "threads": torch.get_num_threads(), "gpus": gpus}
 
 
 def _refuse_thin(questions: Sequence[Question], choices: Choices) -> None:
@@ -553,19 +546,13 @@ def _measure_units(
                 engine=engine,
                 progress=progress,
             )
-            record = {
-                "engine": {"name": engine.name, "reason": engine.reason},
-                "device": str(loaded.device),
+            seconds = time.perf_counter() - began
+            record = unit_record(loaded, engine) | {
                 "layers": view.layers,
                 "width": view.width,
-                "seconds": time.perf_counter() - began,
+                "seconds": seconds,
             }
-
-            def write(folder: Path, measured=measured, record=record) -> None:
-                _save(measured, folder)
-                (folder / RECORD).write_text(json.dumps(record), encoding="utf-8")
-
-            store.put(key, write)
+            store.put(key, lambda folder, measured=measured: _save(measured, folder), record)
             computed += 1
     return plan.name, computed
 
@@ -586,26 +573,35 @@ def _load_planned(plan: _Plan) -> LoadedModel:
 def _run_record(
     plan: _Plan,
     paths: Sequence[Path],
+    coefficients: dict[str, object],
     computed: int,
     questions: Sequence[Question],
     choices: Choices,
 ) -> dict[str, object]:
-    records = [json.loads((path / RECORD).read_text(encoding="utf-8")) for path in paths]
-    # Machines differ in what they can do: a study may hold units of several.
-    engines = {record["engine"]["name"]: record["engine"]["reason"] for record in records}
+    """Of one model; see `provenance`. What all its units say alike is said once."""
+    records = [read_computed(path) for path in paths]
+    units = [
+        ({"unit": "pss", "concepts": shard}, record)
+        for shard, record in zip(plan.shards, records, strict=True)
+    ]
+    trained = read_computed(plan.model.path) if isinstance(plan.model, Checkpoint) else {}
+    for name, record in (("coefficients", coefficients), ("training", trained)):
+        units += [({"unit": name}, record)] if record else []
+    alike = ("model", "digest", "dtype", "tokenizer", "layers", "width")
+    own = [(label, {k: v for k, v in r.items() if k not in alike}) for label, r in units]
     concepts = [concept for shard in plan.shards for concept in shard]
     return {
         "name": plan.name,
         "digest": plan.identity.digest,
         "dtype": str(plan.identity.dtype).removeprefix("torch."),
-        "device": ", ".join(sorted({record["device"] for record in records})),
-        "engine": {"name": ", ".join(engines), "reason": "; ".join(engines.values())},
+        "tokenizer": records[0]["tokenizer"],
         "layers": records[0]["layers"],
         "width": records[0]["width"],
         "evaluations": evaluations(choices, questions, concepts),
         "units": len(paths),
         "units_from_store": len(paths) - computed,
         "seconds": round(sum(record["seconds"] for record in records), 1),
+        "computed": group_records(own),
     }
 
 

@@ -21,7 +21,6 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
@@ -488,10 +487,11 @@ def train_zoo(models: Sequence[ZooModel], *, root: Path = ROOT) -> None:
             diverges. What is trained by then is kept.
     """
     root = root.resolve()
+    store = Store(root)
     missing = {
         model.recipe.model_dump_json(): model
         for model in models
-        if Store(root).get(_key(model.recipe, model.at)) is None
+        if store.get(_key(model.recipe, model.at)) is None
     }
     if not missing:
         return
@@ -516,15 +516,15 @@ def trained(model: ZooModel, *, train: bool = True, root: Path = ROOT) -> Path:
     Raises:
         InputError: if it is not trained and `train` is False.
     """
-    key = _key(model.recipe, model.at)
-    path = Store(root).get(key)
+    key, store = _key(model.recipe, model.at), Store(root)
+    path = store.get(key)
     if path is None and not train:
         raise InputError(
             f"model {model.name!r}: a micro model, not trained yet; `paramspec pss` trains it"
         )
     if path is None:
         _train(model, root)
-        path = Store(root).get(key)
+        path = store.get(key)
     return path
 
 
@@ -561,8 +561,6 @@ def _key(recipe: ModelRecipe, step: int) -> dict[str, object]:
         "recipe": recipe.model_copy(update={"checkpoints": ()}).model_dump(mode="json"),
         "step": step,
         "corpus": _corpus_digest(tuple(recipe.concepts.items())),
-        "torch": version("torch"),
-        "transformers": version("transformers"),
     }
 
 
@@ -591,7 +589,7 @@ def _train(model: ZooModel, root: Path) -> None:
 
     from paramspec.batches import release_memory
 
-    recipe, threads = model.recipe, torch.get_num_threads()
+    recipe, threads, store = model.recipe, torch.get_num_threads(), Store(root)
     torch.set_num_threads(1)  # and so the same weights on a machine of any number of cores
     try:
         texts, tokenizer = _corpus_and_tokenizer(model)
@@ -606,7 +604,8 @@ def _train(model: ZooModel, root: Path) -> None:
                 tokenizer.save_pretrained(folder)
                 (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
-            Store(root).put(_key(recipe, record["step"]), save)
+            made = {"model": model.name, "device": "cpu", "seconds": record["seconds"]}
+            store.put(_key(recipe, record["step"]), save, made)
     except _Diverged as error:
         raise InputError(
             f"{model.name}: {error}; give a lower learning_rate than {recipe.learning_rate}"

@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +30,6 @@ from typing import NamedTuple
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it
 
-import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -44,11 +42,11 @@ from paramspec.hooks import ValueVectorView, value_vector_view
 from paramspec.masks import keep_tensor, record_concepts, top_vectors, value_vector_scores
 from paramspec.models import LoadedModel, load_model
 from paramspec.plan import cost_of
+from paramspec.provenance import hardware, versions
 from paramspec.pss import Choices, asked_questions
 from paramspec.rows import Engine, Request
 from paramspec.scoring import choose, choose_engine, encode
 from paramspec.specwiki import load_questions
-from paramspec.sweep import hardware
 
 ENGINE, HOOKS, LM_EVAL, NNSIGHT = "paramspec", "hooks", "lm-eval", "nnsight"
 SHARED, UNSHARED, STOCK = "as is", "nothing shared between questions", "stock linear layers"
@@ -269,26 +267,17 @@ def measure_peak(ways: Sequence[Multiplication], repeats: int = 3) -> tuple[floa
 
 def describe(given: argparse.Namespace) -> dict[str, object]:
     """`describe(given)`: machine, versions, commit and settings."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        versions[name] = "not installed"
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
+    found = {"python": platform.python_version()} | dict.fromkeys(PACKAGES, "not installed")
     line = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     done = subprocess.run(line, cwd=Path(__file__).parent, capture_output=True, text=True)
-    machine = hardware() | {
-        "cores": psutil.cpu_count(),
-        "memory": psutil.virtual_memory().total,
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "bf16": has_bf16(),
-    }
+    machine = hardware() | {"bf16": has_bf16()}
     settings = {
         name: asdict(value) if name == "sizes" else str(value) if name == "out" else value
         for name, value in vars(given).items()
     }
     return {
         "machine": machine,
-        "versions": versions,
+        "versions": found | versions(*PACKAGES),
         "commit": done.stdout.strip() or None,
         "settings": settings,
     }
