@@ -762,8 +762,8 @@ def test_ratios_are_sorted_unique_and_without_zero():
     [
         ({"ratios": "0.1,1.5"}, r"ratio 1\.5: expected a share of value vectors, from 0 to 1"),
         ({"ratios": "-0.1"}, r"ratio -0\.1: expected"),
-        ({"ratios": "nan"}, r"ratio nan: expected"),
-        ({"ratios": "inf"}, r"ratio inf: expected"),
+        ({"ratios": "nan"}, r"ratios 'nan': expected"),
+        ({"ratios": "inf"}, r"ratios 'inf': expected"),
         ({"ratios": "0.1;0.2"}, r"ratios '0\.1;0\.2': expected numbers from 0 to 1 separated"),
         ({"ratios": "5%"}, r"ratios '5%': expected numbers"),
         ({"ratios": ""}, r"ratios '': expected numbers"),

@@ -14,9 +14,14 @@ import pytest
 from markdown_it import MarkdownIt
 
 from paramspec import figures
-from paramspec.cli import main
+from paramspec.cli import _names, main
+from paramspec.errors import InputError
 from paramspec.markup import in_markdown, printable
+from paramspec.masks import load_masks
+from paramspec.models import expand_models, find_checkpoint, find_spec
+from paramspec.pss import mask_name, read_mask_name
 from paramspec.specwiki import Question, describe, find, load_questions
+from paramspec.store import require_writable
 from toy_study import save_questions, save_toy, toy_questions
 
 # Each is special to something that shows it: rich, matplotlib, Markdown, HTML, a legend.
@@ -124,6 +129,110 @@ def test_the_registry_s_table_is_of_texts(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main()
     assert "[red]x[/red] :cat:" in capsys.readouterr().out
+
+
+# Names with separators
+
+
+TRICKY = ["nan", "None", "Paris, Texas", "Paris", "a/0.3", "a%2F0.3", "@y", "東 京", "Texas"]
+
+
+def test_what_is_stored_under_a_name_is_found_under_it(tmp_path, monkeypatch, capsys):
+    """Names that pandas, Parquet, the names of masks or an option may take for something else."""
+    monkeypatch.chdir(tmp_path)
+    save_toy(Path("org=1/toy@main"))
+    save_questions(Path("own.jsonl"), renamed(toy_questions(6), TRICKY[:6]))
+    words = ["pss", "org=1/toy@main/", "--questions", "own.jsonl", "--ratios", "0.3,0.1"]
+    words += ["--controls", "1", "--general", "5", "--out", "seed=3/out", "--store", "seed=3/in"]
+    monkeypatch.setattr(sys, "argv", ["paramspec", *words])
+    for _ in range(2):  # measured, then read from the store
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code, capsys.readouterr()
+        pss = pd.read_parquet("seed=3/out/pss.parquet")
+        assert list(dict.fromkeys(pss["concept"])) == TRICKY[:6]
+        assert set(pss["model"]) == {"org=1/toy@main"}
+        masked = pss[pss["mask"] != "none"]
+        masks, _ = load_masks(Path("seed=3/out/masks.safetensors"))
+        columns = ["model", "concept", "ratio", "mask", "seed"]
+        rows = set(masked[columns].itertuples(index=False, name=None))
+        assert len(rows) == len(masked) == len(masks)
+        assert {read_mask_name(name) for name in masks} == rows
+    capsys.readouterr()
+
+
+def test_no_two_masks_have_one_name():
+    parts = ["a", "a/b", "b", "b/c", "a/b/c", "%", "%2F", "%252F", "/", "a%2Fb", "0.1/other/0"]
+    keys = {
+        (model, concept, ratio, kind, seed)
+        for model in parts
+        for concept in parts
+        for ratio in (0.1, 0.1 + 1e-16, 0.1 + 1e-13, 1.0, 1e-5)
+        for kind in ("concept", "other")
+        for seed in (0, 1)
+    }
+    assert len({mask_name(*key) for key in keys}) == len(keys)
+    assert all(read_mask_name(mask_name(*key)) == key for key in keys)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("Paris", ["Paris"]),
+        ("Paris, Texas", ["Paris, Texas"]),  # the concept of that name goes first
+        ("Texas,Paris", ["Texas", "Paris"]),
+        (" nan , None,", ["nan", "None"]),
+        ("@y", ["@y"]),
+        ("elsewhere", ["elsewhere"]),  # which is refused by name, later
+        (",", []),
+        ("@names.txt", ["Paris, Texas", "@y", "東 京", "a/0.3"]),
+    ],
+)
+def test_concepts_of_an_option(tmp_path, monkeypatch, text, names):
+    monkeypatch.chdir(tmp_path)
+    lines = "\ufeffParis, Texas\r\n@y\n\n 東 京 \na/0.3"
+    Path("names.txt").write_bytes(lines.encode())
+    assert _names(text, set(TRICKY)) == names
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("Texas,Paris, Texas", "'Paris, Texas' is one concept; give names with commas in a file"),
+        ("nan,Paris, Texas,None", "'Paris, Texas' is one concept"),
+        ("Paris, London", "'London': no question on it; correct the name in 'Paris, London'"),
+        ("@nowhere", "concepts @nowhere: cannot be read"),
+    ],
+)
+def test_concepts_that_may_mean_two_things_are_refused(tmp_path, monkeypatch, text, told):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=re.escape(told)) as error:
+        _names(text, set(TRICKY))
+    assert ("as @FILE" in str(error.value)) == (not text.startswith("@"))
+
+
+def test_a_directory_is_found_whatever_it_is_called(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["a.yaml", "b.yaml:llama-1", "org/name@main", "zoo-llama-1", "c=d", "e:f", "[g]*?"]
+    for name in names:
+        Path(name).mkdir(parents=True)
+        found = find_checkpoint(f"./{name}")
+        assert (found.path, found.spec) == (Path(name), None)
+        assert expand_models([f"./{name}"]) == [f"./{name}"]
+        assert find_spec(f"./{name}") is None
+    # Results are told apart by the name: this one is the registry's.
+    assert find_checkpoint("./zoo-llama-1").name == "./zoo-llama-1"
+    assert find_checkpoint("a.yaml/").name == find_checkpoint("./a.yaml").name == "a.yaml"
+
+
+def test_a_path_that_no_file_can_name_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = os.fsdecode(b"caf\xe9")
+    os.mkdir(name)
+    for use in (find_checkpoint, lambda path: require_writable(Path(path))):
+        with pytest.raises(InputError, match="not UTF-8; rename it") as error:
+            use(name)
+        assert printable(error.value).startswith("caf\\udce9: ")
 
 
 # Figures

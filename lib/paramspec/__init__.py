@@ -71,6 +71,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
             "parse_choices",
             "peak_pss",
             "pss_rows",
+            "read_mask_name",
             "sampling_floor",
             "summarize",
             "verdict",

@@ -337,7 +337,10 @@ def finetune(
         ),
     ],
     concepts: Annotated[
-        str, typer.Option(help="Concepts separated by commas, as 'France,gold', or @FILE of lines.")
+        str,
+        typer.Option(
+            help="One concept; several separated by commas, as 'France,gold'; or @FILE of lines."
+        ),
     ],
     out: Annotated[
         Path, typer.Option(help="The model's directory: new, empty, or that of the same run.")
@@ -393,9 +396,10 @@ def finetune(
     from paramspec.finetune import parse_training
     from paramspec.specwiki import load_questions
 
+    asked = load_questions(questions)
     training = parse_training(
         method=method,
-        concepts=_names(concepts),
+        concepts=_names(concepts, {question.concept for question in asked}),
         share=share,
         rule=rule,
         layers=None if layers is None else _numbers(layers),
@@ -407,7 +411,6 @@ def finetune(
     )
     if save_every < 1:
         raise InputError(f"save_every {save_every}: expected at least 1 step")
-    asked = load_questions(questions)
     # No bar before there is a step: a refusal is one line.
     with tqdm(desc=f"{method} of {model}", unit="step", delay=0.01) as bar:
 
@@ -435,15 +438,38 @@ def finetune(
     print(f"Measure it: paramspec pss {shlex.quote(f'{out}/')}")
 
 
-def _names(text: str) -> list[str]:
-    """Concepts of an option: separated by commas, or a line each in a file after an @."""
-    if not text.startswith("@"):
-        return [name.strip() for name in text.split(",") if name.strip()]
-    try:
-        lines = Path(text[1:]).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise InputError(f"concepts {text}: cannot be read ({error}); name a text file") from error
-    return [line.strip() for line in lines if line.strip()]
+def _names(text: str, known: set[str]) -> list[str]:
+    """Concepts of an option: one of that whole name; or the lines of a file, after an @; or several
+    separated by commas, of which none is part of a concept's name.
+
+    Raises:
+        InputError: for a file that cannot be read, and where commas may stand within a name.
+    """
+    if text in known:
+        return [text]
+    if text.startswith("@"):
+        try:
+            lines = Path(text[1:]).read_text(encoding="utf-8-sig").split("\n")
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"concepts {text}: cannot be read ({error}); name a text file"
+            ) from error
+        lines = [line.removesuffix("\r") for line in lines]
+        return [line if line in known else line.strip() for line in lines if line.strip()]
+    parts = text.split(",")
+    names = [part.strip() for part in parts if part.strip()]
+    file = "give names with commas in a file, a line each, as @FILE"
+    for name in sorted(concept for concept in known if "," in concept):
+        size = name.count(",") + 1
+        for first in range(len(parts) - size + 1):
+            if ",".join(parts[first : first + size]).strip() == name:
+                raise InputError(f"concepts {text!r}: {name!r} is one concept; {file}")
+    for name in names if len(names) > 1 else ():
+        if name not in known:
+            raise InputError(
+                f"concept {name!r}: no question on it; correct the name in {text!r}, or {file}"
+            )
+    return names
 
 
 def _numbers(text: str) -> list[int]:

@@ -45,7 +45,7 @@ from pydantic import (
 
 from paramspec.errors import InputError
 from paramspec.limits import memory
-from paramspec.plain import read_yaml
+from paramspec.plain import read_yaml, require_unicode
 from paramspec.quiet import quiet_transformers
 from paramspec.specwiki import Question, load_questions
 from paramspec.zoo import (
@@ -274,7 +274,7 @@ def expand_models(names: Sequence[str]) -> list[str]:
     for name in names:
         if name in get_args(SetName):
             expanded += [spec.id for spec in models_in(name)]
-        elif name.endswith((".yaml", ".yml")):
+        elif name.endswith((".yaml", ".yml")) and not Path(name).is_dir():
             expanded += [m.name for m in load_zoo(Path(name)).values() if "zoo" in m.sets]
         else:
             expanded.append(name)
@@ -288,7 +288,10 @@ def require_distinct(names: Sequence[str]) -> None:
         raise InputError("models: none given; name at least one model, or a set such as 'zoo'")
     for name, count in Counter(names).items():
         if count > 1:
-            raise InputError(f"model {name!r}: given twice; results are told apart by its name")
+            raise InputError(
+                f"model {name!r}: given twice; results are told apart by its name: leave one out, "
+                "or name another directory by its whole path"
+            )
 
 
 def published_config(spec: ModelSpec) -> PreTrainedConfig:
@@ -446,7 +449,7 @@ def _zoo_model(name: str) -> ZooModel:
 def _custom_zoo(model: str) -> ZooModel | None:
     """The model that `FILE.yaml:NAME` means, or None if this is no such name."""
     file, colon, name = model.rpartition(":")
-    if not colon or not file.endswith((".yaml", ".yml")):
+    if not colon or not file.endswith((".yaml", ".yml")) or Path(model).expanduser().exists():
         return None
     known = load_zoo(Path(file).expanduser())
     model = f"{Path(file).expanduser().as_posix()}:{name}"
@@ -537,11 +540,14 @@ def find_checkpoint(model: str, *, download: bool = True) -> Checkpoint:
         return Checkpoint(model, _zoo_spec(found), trained(found, train=download))
     path = Path(model).expanduser()
     if model and path.exists():
-        if path.suffix in (".yaml", ".yml"):
+        if path.suffix in (".yaml", ".yml") and path.is_file():
             raise InputError(f"{model}: a zoo recipe; name a model of it, as {model}:llama-1")
         if path.is_file() and path.suffix != ".gguf":
             raise InputError(f"{model}: a file, but not .gguf; name the directory that holds it")
-        return Checkpoint(path.as_posix() if path.name else path.resolve().name, None, path)
+        require_unicode(path)
+        name = path.as_posix() if path.name else path.resolve().name
+        # A directory is not the registry's model that it is called after.
+        return Checkpoint(f"./{name}" if name in load_registry() else name, None, path)
     if path.suffix == ".gguf":
         raise InputError(f"{model}: no such GGUF file; check the path")
     if source := _hub_source(model):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -83,6 +84,18 @@ def read_yaml(text: str, place: str) -> Any:
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
         problem = " ".join(str(problem).split())
         raise InputError(f"{place}{line}: not YAML ({problem}); mend it") from error
+
+
+def require_unicode(path: Path) -> None:
+    """`require_unicode(out)`: refuse a path that is not UTF-8, which weights and tables can't hold.
+
+    Raises:
+        InputError: naming the path.
+    """
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{path}: a path that is not UTF-8; rename it") from error
 
 
 class _Loader(yaml.SafeLoader):

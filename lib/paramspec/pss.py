@@ -345,8 +345,19 @@ def evaluations(choices: Choices, questions: Sequence[Question], concepts: Seque
 
 
 def mask_name(model: str, concept: str, ratio: float, kind: str, seed: int) -> str:
-    """The name of a mask in `masks.safetensors`: `MODEL/CONCEPT/RATIO/MASK/SEED`."""
-    return f"{model}/{concept}/{ratio:.12g}/{kind}/{seed}"
+    """The name of a mask in `masks.safetensors`: `MODEL/CONCEPT/RATIO/MASK/SEED`.
+
+    A slash in the concept is `%2F`, and `%` is `%25`: two masks never have one name.
+    """
+    concept = concept.replace("%", "%25").replace("/", "%2F")
+    return f"{model}/{concept}/{repr(float(ratio)).removesuffix('.0')}/{kind}/{seed}"
+
+
+def read_mask_name(name: str) -> tuple[str, str, float, str, int]:
+    """`model, concept, ratio, kind, seed = read_mask_name(name)`: what `mask_name` was given."""
+    model, concept, ratio, kind, seed = name.rsplit("/", 4)
+    concept = concept.replace("%2F", "/").replace("%25", "%")
+    return model, concept, float(ratio), kind, int(seed)
 
 
 def _generator(*key: object) -> torch.Generator:

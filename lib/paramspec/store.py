@@ -34,6 +34,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from paramspec.errors import InputError
+from paramspec.plain import require_unicode
 from paramspec.provenance import COMPUTED, computed, note_use, number_versions, read_computed
 
 STORE_VERSION = 1
@@ -105,11 +106,14 @@ class Store:
             scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=path.parent))
             try:
                 write(scratch)
-                (scratch / "key.json").write_text(_canonical(self._whole(key)))
+                whole = _canonical(self._whole(key))
+                (scratch / "key.json").write_text(whole, encoding="utf-8")
                 text = json.dumps(computed(**(record or {})), ensure_ascii=False, indent=1)
                 (scratch / COMPUTED).write_text(text + "\n", encoding="utf-8")
                 sums = {file.name: _digest(file) for file in sorted(scratch.iterdir())}
-                (scratch / "checksums.json").write_text(json.dumps(sums, indent=1))
+                (scratch / "checksums.json").write_text(
+                    json.dumps(sums, indent=1), encoding="utf-8"
+                )
                 self._publish(scratch, path)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -207,6 +211,7 @@ def writing_to(directory: Path) -> Iterator[None]:
 
 def require_writable(directory: Path) -> None:
     """`require_writable(out)`: make the directory now, and fail before any work if it can't be."""
+    require_unicode(directory)
     with writing_to(directory):
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory) as file:
@@ -227,7 +232,7 @@ def _digest(file: Path) -> str:
 def _damage(path: Path) -> str | None:
     """What is wrong with a stored result, or None."""
     try:
-        sums = json.loads((path / "checksums.json").read_text())
+        sums = json.loads((path / "checksums.json").read_text(encoding="utf-8"))
         if not isinstance(sums, dict) or "key.json" not in sums:
             return "checksums.json is damaged"
         for name, expected in sums.items():

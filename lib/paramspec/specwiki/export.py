@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from paramspec.errors import InputError
+from paramspec.plain import require_unicode
 from paramspec.specwiki.schema import Question
 
 
@@ -30,6 +31,7 @@ def export_lm_eval(directory: str | Path, questions: Iterable[Question]) -> Path
         InputError: the directory cannot be written.
     """
     directory = Path(directory)
+    require_unicode(directory)
     data, task = directory / "specwiki.parquet", directory / "specwiki.yaml"
     description = {
         "task": "specwiki",
