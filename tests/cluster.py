@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from distributed import Client
+
 
 @dataclass
 class Cluster:
@@ -42,11 +44,14 @@ def cluster(place: Path, workers: int = 2) -> Iterator[Cluster]:
         start("scheduler", "--host", "127.0.0.1", "--port", "0", *shared)
         options = ["--no-nanny", "--nthreads", "1", "--host", "127.0.0.1"]
         started = [start("worker", *shared, *options) for _ in range(workers)]
-        deadline = time.monotonic() + 30
         while not file.exists():
-            assert time.monotonic() < deadline, (place / "0.log").read_text()
+            assert processes[0].poll() is None, (place / "0.log").read_text()
             time.sleep(0.05)
-        yield Cluster(json.loads(file.read_text())["address"], started)
+        address = json.loads(file.read_text())["address"]
+        with Client(address, timeout=600, set_as_default=False) as client:
+            if workers:
+                client.wait_for_workers(workers, timeout=600)
+        yield Cluster(address, started)
     finally:
         for process in processes:
             process.kill()

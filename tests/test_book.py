@@ -343,11 +343,11 @@ def test_a_failing_chapter_keeps_its_last_good_copy(root: Path) -> None:
 def test_a_killed_run_leaves_the_last_good_copy(root: Path) -> None:
     copy = book.run_chapter("a-small", root=root)
     before = copy.read_bytes()
-    text = CHAPTER + "\n```{code-cell} ipython3\nimport time; time.sleep(120)\n```\n"
+    text = CHAPTER + "\n```{code-cell} ipython3\nimport time; time.sleep(600)\n```\n"
     (root / "book" / "a-small.md").write_text(text)
     line = [sys.executable, "-c", "from paramspec.cli import main; main()", "run", "a-small"]
     with subprocess.Popen(line, cwd=root, start_new_session=True) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while runs(root) < 2 and time.monotonic() < deadline:
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGKILL)  # the run alone: its kernel is in its session too

@@ -61,7 +61,7 @@ def pss_process(place, *options):
         cwd=place,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
 
 
@@ -495,7 +495,7 @@ def test_a_disk_that_fills_up_during_the_run(place, first, tmp_path, capfd):
 
 def test_the_process_itself_ends_with_2_and_one_line(place, first):
     process = subprocess.run(
-        [COMMAND, "pss", "--out", "out"], cwd=place, capture_output=True, text=True, timeout=60
+        [COMMAND, "pss", "--out", "out"], cwd=place, capture_output=True, text=True, timeout=600
     )
     assert process.returncode == 2
     assert process.stdout == ""

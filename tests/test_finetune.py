@@ -641,7 +641,7 @@ def killed(place):
         stderr=subprocess.DEVNULL,
     )
     try:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 600
         while not (out / "unfinished.safetensors").exists() and time.monotonic() < until:
             assert process.poll() is None
             time.sleep(0.002)

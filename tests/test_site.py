@@ -25,6 +25,7 @@ PAGES = [
     p.relative_to(REPOSITORY).with_suffix(".html").as_posix() for p in book.toc_pages(REPOSITORY)
 ]
 WIDTHS = [1280, 390]  # a laptop's and a phone's, in px
+PATIENCE = 600_000  # ms, on a machine that has other things to do
 
 # Resolves when MathJax has drawn what is there, at once on a page without mathematics.
 DRAWN = "window.MathJax?.startup?.promise?.then(() => true) ?? !document.querySelector('.math')"
@@ -80,7 +81,7 @@ def browser() -> Iterator[Browser]:
         pytest.fail(f"no Chromium at {CHROMIUM}: install it, or set CHROMIUM to its path")
     flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags, timeout=PATIENCE)
         yield browser
         browser.close()
 
@@ -88,6 +89,7 @@ def browser() -> Iterator[Browser]:
 def visit(browser: Browser, site: str, page: str, scheme: str) -> tuple[Page, list[str]]:
     """Open a page with every request beyond the site aborted; return it and all that went wrong."""
     context = browser.new_context(color_scheme=scheme)  # type: ignore[arg-type]
+    context.set_default_timeout(PATIENCE)
     wrong: list[str] = []
 
     def gate(route: Any) -> None:

@@ -648,36 +648,28 @@ def test_a_concept_left_without_a_question_is_named(tmp_path):
 # The command line
 
 
-def _paramspec(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from paramspec.cli import main; main()", "questions", *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def test_the_command_counts_and_shows(command):
+    status, out, _ = command("questions")
+    assert status == 0
+    assert re.search(r"all\s+175\s+175\s+175\s+525", out)
+    _, out, _ = command("questions", "--show", ROWS[0]["id"])
+    assert f"* {ROWS[0]['options'][ROWS[0]['answer']]}" in out
+    status, _, error = command("questions", "--show", ROWS[0]["id"] + "x")
+    assert status == 2
+    assert f"did you mean {ROWS[0]['id']}" in error
+    assert len(error.splitlines()) == 1
 
 
-def test_the_command_counts_and_shows():
-    counts = _paramspec()
-    assert counts.returncode == 0
-    assert re.search(r"all\s+175\s+175\s+175\s+525", counts.stdout)
-    shown = _paramspec("--show", ROWS[0]["id"])
-    assert f"* {ROWS[0]['options'][ROWS[0]['answer']]}" in shown.stdout
-    wrong = _paramspec("--show", ROWS[0]["id"] + "x")
-    assert wrong.returncode == 2
-    assert f"did you mean {ROWS[0]['id']}" in wrong.stderr
-    assert len(wrong.stderr.splitlines()) == 1
-
-
-def test_the_command_validates(tmp_path):
+def test_the_command_validates(tmp_path, command):
     path = tmp_path / "mine.jsonl"
     path.write_text(_row(answer=4) + "\n")
-    one = _paramspec("--validate", str(path))
-    assert (one.returncode, one.stdout) == (2, "")
-    assert one.stderr == f"paramspec: error: {path}:1: answer 4, but 4 options (0-3)\n"
+    told = f"paramspec: error: {path}:1: answer 4, but 4 options (0-3)\n"
+    assert command("questions", "--validate", path) == (2, "", told)
     path.write_text(_row(answer=4) + "\n{}\n")
-    two = _paramspec("--validate", str(path))
-    assert two.returncode == 2
-    assert len(two.stdout.splitlines()) == 2
-    assert len(two.stderr.splitlines()) == 1
+    status, out, error = command("questions", "--validate", path)
+    assert (status, len(out.splitlines()), len(error.splitlines())) == (2, 2, 1)
     path.write_text(_row() + "\n")
-    assert _paramspec("--validate", str(path)).returncode == 0
+    assert command("questions", "--validate", path)[0] == 0
 
 
 # Other programs

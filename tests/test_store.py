@@ -183,7 +183,7 @@ from paramspec.store import Store
 def write(directory):
     (directory / "numbers.bin").write_bytes(b"half")
     print("writing", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 Store(sys.argv[1]).put({"model": "killed"}, write)
 """
     process = subprocess.Popen(
@@ -242,7 +242,7 @@ import sys, time
 from paramspec.store import Store
 with Store(sys.argv[1]).turn({"number": 1}) as mine:
     print(mine, flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 

@@ -210,7 +210,7 @@ def stop_at_fourth(tables, directory):
     if len(calls) == 4:
         tables.pss.to_parquet(directory / "pss.parquet")
         print("fourth", flush=True)
-        time.sleep(60)
+        time.sleep(600)
     save(tables, directory)
 
 sweep.SHARD, sweep._save = 1, stop_at_fourth

@@ -1,0 +1,45 @@
+"""What tests share: the order of files, the command in this process, an address of nobody."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+# The longest, longest first: two workers that take a file at a time then end together.
+LONGEST = ("test_site", "test_smollm2", "test_workers", "test_plan", "test_finetune", "test_zoo")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`--no-loadscope-reorder` keeps this order; without it, files of many tests go first."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`status, out, err = command("pss", "toy")`: the command, without a process of its own."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        from paramspec.cli import main
+
+        capfd.readouterr()
+        argv, sys.argv = sys.argv, ["paramspec", *map(str, words)]
+        try:
+            with pytest.raises(SystemExit) as caught:
+                main()
+        finally:
+            sys.argv = argv
+        return caught.value.code or 0, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """A port of this machine where nobody answers, and nobody else can begin to."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # and never listens
+        yield bound.getsockname()[1]
