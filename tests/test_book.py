@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import jupytext
@@ -17,8 +18,9 @@ import papermill
 import pytest
 from myst_nb.core.read import read_myst_markdown_notebook
 
-from paramspec import book
+from paramspec import book, provenance, sphinx_executed
 from paramspec.errors import InputError
+from paramspec.store import Store
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -136,6 +138,57 @@ def test_a_run_executes_once_and_records_where_it_came_from(root: Path) -> None:
     assert copy.stat().st_mtime_ns == before
     book.run_chapter("a-small", profile="tiny", root=root, force=True)
     assert runs(root) == 2
+
+
+MEASURES = (
+    HEADER
+    + """
+# Two results
+
+```{code-cell} ipython3
+:tags: [parameters]
+
+seed: int = 0  # none
+```
+
+```{code-cell} ipython3
+from paramspec.store import Store
+
+store = Store("results/store")
+for unit in ("pss", "answers"):
+    if store.get({"unit": unit}) is None:
+        store.put({"unit": unit}, lambda folder: None, {"device": "cpu"})
+```
+"""
+)
+
+
+def test_a_page_says_what_computed_its_results_and_not_what_read_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of two results was there, of another machine and from a hub's model."""
+    root = make_checkout(tmp_path / "checkout", a_small=MEASURES)
+    token = {"id": 1, "token": "<s>"}
+    facts = {"model": "org/toy", "commit": "c" * 40, "tokenizer": {"kept": [token]}}
+    gone = {"cpu": "Another CPU", "cores": 64, "memory": 2**40, "threads": 8, "gpus": ["A100"]}
+    with monkeypatch.context() as patch:
+        patch.setattr(provenance, "hardware", lambda: gone)
+        store = Store(root / "results" / "store")
+        store.put({"unit": "pss"}, lambda folder: None, facts | {"device": "cuda:0"})
+        store.put({"unit": "never read"}, lambda folder: None, {"device": "cuda:0"})
+    copy = book.run_chapter("a-small", root=root)
+    results = json.loads(copy.read_text())["metadata"]["paramspec"]["results"]
+    first, second = results["computed"]
+    assert (first["units"], first["hardware"], first["device"]) == ({"pss": 1}, gone, "cuda:0")
+    assert (second["units"], second["device"]) == ({"answers": 1}, "cpu")
+    assert second["hardware"]["cpu"] == provenance.hardware()["cpu"]
+    assert results["models"] == {"org/toy": {"commit": "c" * 40, "before": ["<s>"]}}
+    told = sphinx_executed._results(results)
+    assert "1 pss: " in told[0]
+    assert "Another CPU, 64 cores, 1024 GiB, 1 x A100, 8 threads, device cuda:0" in told[0]
+    assert f"torch {version('torch')}" in told[0]
+    assert told[2] == f"org/toy, commit {'c' * 40}: <s> added before each text"
+    assert not list((root / "results" / "unfinished").glob("*.used"))
 
 
 def test_parameters_of_ones_own_leave_the_books_copy_alone(root: Path) -> None:

@@ -7,7 +7,7 @@ import psutil
 import pytest
 import torch
 
-from paramspec import book, limits, models, parallel, plan
+from paramspec import limits, models, parallel, plan, provenance
 from paramspec.errors import InputError
 
 GIB = 2**30
@@ -107,7 +107,7 @@ def test_whoever_asks_is_told_the_limits_and_not_the_host(machine, monkeypatch):
         models._device_map(4 * 10**9, torch.device("cpu"))
     assert "2 cores" in plan.find_gpu("cpu").source
     assert plan.find_gpu("cpu").memory == 3 * GIB
-    assert "2 cores, 3 GiB" in book._machine()
+    assert "2 cores, 3 GiB" in provenance.machine(provenance.hardware())
 
 
 def test_threads_beside_no_other_process_are_as_many_as_the_quota(machine):

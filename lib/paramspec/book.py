@@ -8,7 +8,8 @@
 A chapter is a MyST notebook `book/X.md` (jupytext) whose cell tagged `parameters` holds annotated,
 commented assignments. Papermill executes it, with the repository's root as working directory. Its
 executed copy carries a record under the notebook metadata key `paramspec`: when, how long, commit,
-profile, parameters, digests, versions and machine. A copy is used again only while its key, a
+profile, parameters, digests, versions and machine, and what computed the stored results that it
+rests on, which may be older, and of other machines. A copy is used again only while its key, a
 digest of everything that the result depends on, is unchanged. What a chapter reads beside the
 library and its parameters, its front matter names: `paramspec: {inputs: ["tests/bench/*.py"]}`.
 
@@ -39,6 +40,7 @@ from typing import Any
 from paramspec.errors import InputError
 from paramspec.markup import printable
 from paramspec.plain import read_value, read_yaml
+from paramspec.provenance import USED, hardware, machine, used_results, versions
 
 # The key in a notebook's metadata that holds the record of its execution, and in a chapter's front
 # matter what it reads.
@@ -456,6 +458,8 @@ def run_chapter(
     print(f"{chapter.name}: running, profile {profile}", flush=True)
     start, executed = time.monotonic(), _now()
     scratch = root / "results" / "unfinished" / f"{chapter.name}-{key[:12]}.ipynb"
+    used = scratch.with_suffix(".used").absolute()
+    used.unlink(missing_ok=True)
     notebook = _execute(chapter, values, scratch, root, profile)
     for name in ("input_path", "output_path"):  # papermill notes the whole source, and this machine
         notebook.metadata.papermill.pop(name, None)
@@ -470,11 +474,13 @@ def run_chapter(
         "source_digest": source_digest(text),
         "library_digest": library_digest(),
         "environment_digest": environment_digest(root),
-        "versions": _versions(),
-        "machine": _machine(),
+        "versions": {"python": platform.python_version()} | versions(*VERSIONS),
+        "machine": machine(hardware()),
+        "results": used_results(used),
     }
     _write(notebook, target)
     scratch.unlink(missing_ok=True)
+    used.unlink(missing_ok=True)
     seconds = notebook.metadata[RECORD]["seconds"]
     print(f"{chapter.name}: {seconds} s -> {_shown(target, root)}", flush=True)
     return target
@@ -499,7 +505,7 @@ def _execute(
     _make_folder(scratch.parent)
     place = f"the unfinished notebook is {_shown(scratch, root)}"
     try:
-        with _kernel_environment(profile):
+        with _kernel_environment(profile, scratch.with_suffix(".used").absolute()):
             result = papermill.execute_notebook(
                 notebook,
                 str(scratch).replace("{", "{{").replace("}", "}}"),  # it is a template
@@ -641,10 +647,11 @@ def cell_lines(text: str, cells: list[Any]) -> list[int]:
 
 
 @contextlib.contextmanager
-def _kernel_environment(profile: str) -> Iterator[None]:
+def _kernel_environment(profile: str, used: Path) -> Iterator[None]:
     """Set what a kernel inherits, and undo it.
 
     PARAMSPEC_PROFILE: a chapter says beside a verdict which profile it was reached with.
+    PARAMSPEC_USED: the file `used` gets a line for each stored result that the chapter reads.
     TQDM_DISABLE: every refresh of a bar would be a box on the page. JUPYTER_PREFER_ENV_PATH: the
     kernel `python3` is the one of this environment, not one that the user has at home.
     MPLBACKEND: set by a user, it would keep figures off the page.
@@ -653,6 +660,7 @@ def _kernel_environment(profile: str) -> Iterator[None]:
 
     changed = {
         "PARAMSPEC_PROFILE": profile,
+        USED: str(used),
         "TQDM_DISABLE": "1",
         "JUPYTER_PREFER_ENV_PATH": "1",
         "MPLBACKEND": None,
@@ -725,31 +733,6 @@ def _commit(root: Path) -> dict[str, Any]:
 
     commit = git("rev-parse", "HEAD")
     return {"commit": commit, "dirty": bool(git("status", "--porcelain")) if commit else None}
-
-
-def _versions() -> dict[str, str]:
-    """Return the versions that a reader asks for first."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for name in VERSIONS:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-def _machine() -> str:
-    """Return the machine in a few words: processor, cores, memory, GPUs; never its name."""
-    from paramspec.limits import cores, memory  # half a second
-
-    models = re.findall(r"^model name\s*: (.*)", _read(Path("/proc/cpuinfo")), re.M)
-    parts = [models[0] if models else platform.processor() or platform.machine()]
-    parts += [f"{cores()} cores", f"{memory() / 2**30:.0f} GiB"]
-    if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        names = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")
-        parts += sorted({f"{names.count(n)} x {n}" for n in names if n})
-    return ", ".join(parts)
 
 
 def _now() -> str:

@@ -67,38 +67,35 @@ def versions(*names: str) -> dict[str, str]:
 def hardware() -> dict[str, object]:
     """`hardware()`: `cpu`, `cores`, `memory` (bytes), `gpus`; `threads`, `instructions` with torch.
 
-    Never the machine's name.
+    Cores and memory are those that the process may use. Never the machine's name.
     """
+    from paramspec.limits import cores, memory  # half a second
+
     cpu = None
     with suppress(OSError):
         cpu = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M)
-    affinity = getattr(os, "sched_getaffinity", None)
     found: dict[str, object] = {
         "cpu": cpu[1] if cpu else platform.processor() or platform.machine(),
-        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "cores": cores(),
+        "memory": memory(),
     }
-    with suppress(ValueError, OSError, AttributeError):
-        found["memory"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     torch = sys.modules.get("torch")  # what computes has imported it
+    names: list[str] = []
     if torch is not None:
         found["threads"] = torch.get_num_threads()
         found["instructions"] = torch.backends.cpu.get_cpu_capability()
         names = [torch.cuda.get_device_name(gpu) for gpu in range(torch.cuda.device_count())]
-    else:
-        names = []
-        if shutil.which("nvidia-smi"):
-            query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-            names = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")
-    found["gpus"] = [name for name in names if name]
-    return found
+    elif shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        names = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")
+    return found | {"gpus": [name for name in names if name]}
 
 
 def machine(hardware: Mapping[str, object]) -> str:
     """`machine(hardware())`: in a few words, as "EPYC 7763, 2 cores, 8 GiB, 1 x A100"."""
-    parts = [str(hardware["cpu"]), f"{hardware['cores']} cores"]
-    parts += [f"{hardware['threads']} threads"] if "threads" in hardware else []
-    parts += [f"{hardware['memory'] / 2**30:.0f} GiB"] if "memory" in hardware else []
     gpus = list(hardware["gpus"])
+    parts = [str(hardware["cpu"]), f"{hardware['cores']} cores"]
+    parts.append(f"{hardware['memory'] / 2**30:.0f} GiB")
     return ", ".join(parts + sorted({f"{gpus.count(name)} x {name}" for name in gpus}))
 
 

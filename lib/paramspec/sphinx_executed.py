@@ -24,6 +24,7 @@ from sphinx.util.docutils import SphinxDirective
 
 from paramspec import book
 from paramspec.markup import in_markdown
+from paramspec.provenance import machine
 
 LOGGER = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ def add_note(app: Sphinx, doctree: nodes.document) -> None:
         ("Run time", nodes.Text(f"{record['seconds']} s")),
         ("Machine", nodes.Text(record["machine"])),
         ("Versions", nodes.Text(_pairs(record["versions"], " "))),
+        *[("Results", nodes.Text(text)) for text in _results(record.get("results"))],
     ]:
         body = nodes.field_body("", nodes.paragraph("", "", value))
         fields += nodes.field("", nodes.field_name("", name), body)
@@ -143,6 +145,28 @@ def _commit(record: dict[str, Any], url: str) -> nodes.Node:
 def _parameters(record: dict[str, Any]) -> nodes.Node:
     text = _pairs(record["parameters"], " = ")
     return nodes.literal("", text) if text else nodes.Text("none")
+
+
+def _results(results: dict[str, Any] | None) -> list[str]:
+    """Return a line for each way in which the results of a page were computed, and its models."""
+    if not results:  # the copy is of another version of the library, and stale
+        return []
+    lines = []
+    for group in results["computed"]:
+        counts = ", ".join(f"{count} {unit}" for unit, count in group["units"].items())
+        days = " to ".join(dict.fromkeys(str(group[end])[:10] for end in ("first", "last")))
+        threads = group["hardware"].get("threads")
+        lines.append(
+            f"{counts}: {days}, {machine(group['hardware'])}, {threads} threads, "
+            f"device {group.get('device')}, {_pairs(group['versions'], ' ')}"
+        )
+    alike: dict[tuple[str | None, str], list[str]] = {}
+    for name, facts in results["models"].items():
+        alike.setdefault((facts["commit"], " ".join(facts["before"])), []).append(name)
+    for (commit, before), names in alike.items():
+        at = f", commit {commit}" if commit else ""
+        lines.append(f"{', '.join(names)}{at}: {before or 'nothing'} added before each text")
+    return lines
 
 
 def _pairs(values: dict[str, Any], between: str) -> str:

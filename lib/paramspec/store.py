@@ -117,6 +117,7 @@ class Store:
                 self._publish(scratch, path)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
+        note_use(path)
         return path
 
     def has(self, key: Mapping[str, object]) -> bool:
