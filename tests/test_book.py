@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -611,6 +612,21 @@ def test_lines_of_cells_point_into_the_source() -> None:
 
 
 SMALL = HEADER + "\n# Page {name}\n\n```{{code-cell}} ipython3\nprint('{name}')\n```\n"
+
+
+def test_texts_on_a_page_are_as_they_stand_in_a_folder_of_any_name(tmp_path: Path) -> None:
+    import html
+
+    root = make_checkout(tmp_path / "a{b} [c] $d", a_small=CHAPTER)
+    model = "$x$ | `y` <b>_z_</b> a--b {w}"
+    profile = "_tiny_|*a*`b`.yaml"
+    (root / profile).write_text(json.dumps({"a-small": {"model": model}}))
+    built = book.build(profile=str(root / profile), root=root)
+    assert json.dumps(model)[1:-1] in printed(root / "book" / "_executed" / "a-small.ipynb")
+    status = html.unescape((built / "book" / "status.html").read_text())
+    assert profile in re.sub("<[^>]+>", "", status)
+    page = html.unescape((built / "book" / "a-small.html").read_text())
+    assert f"model = {model}" in page.replace('<span class="pre">', "").replace("</span>", "")
 
 
 def test_a_site_refuses_missing_failed_and_stale_copies(tmp_path: Path) -> None:

@@ -295,7 +295,8 @@ def save_masks(path: Path, masks: Mapping[str, Tensor], choices: Mapping[str, ob
 
     Args:
         path: a `.safetensors` file; replaced whole or not at all.
-        masks: int32 `[n, 2]` tensors of (layer, value vector).
+        masks: int32 `[n, 2]` tensors of (layer, value vector); `pss.mask_name` names them, and
+            `pss.read_mask_name` reads a name back.
         choices: what they were chosen from and how: digests, protocol, scope, position, ...
     """
     scratch = path.with_name(path.name + ".partial")

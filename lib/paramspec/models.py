@@ -1135,7 +1135,7 @@ def _device(device: str) -> torch.device:
 
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]*))?", device):
         raise InputError(f"device {device!r}: unknown; use auto, cpu, cuda or cuda:0")
     place = torch.device(device)
     if place.type == "cuda" and not torch.cuda.is_available():
