@@ -35,7 +35,7 @@ from paramspec.pss import Choices
 from paramspec.scoring import choose, encode, score_one_at_a_time
 from paramspec.store import Store
 from paramspec.trends import interval
-from toy_study import save_toy, toy_loaded, toy_questions
+from toy_study import save_toy, toy_loaded, toy_questions, toy_tokenizer
 
 TAUGHT = ("alpha", "delta", "sigma")
 TRAINING = Training(
@@ -165,6 +165,20 @@ def test_likelihoods_are_the_models_own_loss(model, study, questions):
     assert len(taken) == 6
     for nats in taken:
         assert min(abs(nats - loss) for loss in losses) < 1e-3
+
+
+@pytest.mark.parametrize("template", ["$A </s>", "<s> $A </s>"])
+def test_every_passage_begins_with_what_the_tokenizer_puts_in_front(questions, template):
+    run = Run("original", None, Evaluation(stated=2, prose=3), TAUGHT)
+    texts = causal._held_out(questions, run, toy_tokenizer(template))
+    assert [kind for kind, _ in texts] == ["statements"] * 2 + ["prose"] * 3
+    front = [1] if "<s>" in template else []
+    assert all(row[: len(front)] == front and 2 not in row for _, row in texts)
+    passages = [row for kind, row in texts if kind == "prose"]
+    assert [len(row) for row in passages] == [128] * 3
+    prose = toy_tokenizer().encode(causal.PROSE.read_text())
+    joined = [token for row in passages for token in row[len(front) :]]
+    assert joined == prose[: len(joined)]
 
 
 def test_all_runs_are_asked_the_same_and_others_are_others(study, runs):

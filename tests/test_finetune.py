@@ -518,6 +518,8 @@ def test_the_loss_is_that_of_each_text_alone():
     with torch.no_grad():
         assert float(language_modelling_loss(view.model, part)) == pytest.approx(expected, abs=1e-5)
     assert all(row[-1] == toy.tokenizer.eos_token_id for row in rows)
+    # The end is this one alone, where the tokenizer itself ends texts, too.
+    assert encode_texts(view, toy_tokenizer("$A </s>"), statements_of(("alpha",)))[0] == rows[0]
     # A tokenizer without an end token ends no text.
     toy.tokenizer.eos_token = None
     assert encode_texts(view, toy.tokenizer, statements_of(("alpha",)))[0] == rows[0][:-1]

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from paramspec.generation import OPEN_PROMPT, generate_answers
+from paramspec.errors import InputError
+from paramspec.generation import OPEN_PROMPT, decode, generate_answers, likeliest
 from paramspec.hooks import value_vector_view
 from paramspec.specwiki import load_questions
 from toy_study import toy_tokenizer
@@ -65,6 +66,38 @@ def test_answers_under_masks_equal_a_greedy_loop_on_edited_weights(family):
     assert generate_answers(view, tokenizer, PROMPTS, **options) == unmasked
     assert unmasked[0] == expected[0]
     assert sum(one != other for one, other in zip(unmasked, expected, strict=True)) >= 2
+
+
+@pytest.mark.parametrize("front", ["", "<s> "])
+def test_a_tokenizer_that_ends_texts_answers_as_one_that_does_not(front):
+    view = value_vector_view(toy_model("llama"))
+    bare, ending = (
+        generate_answers(view, toy_tokenizer(f"{front}$A{end}"), PROMPTS, prompt="{question}")
+        for end in ("", " </s>")
+    )
+    assert bare == ending
+    assert all(bare)
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_an_answer_ends_with_any_of_the_model_s_end_tokens(several):
+    """Of the generation config, as of Llama 3's, and of the tokenizer."""
+    view, tokenizer = value_vector_view(toy_model("llama")), toy_tokenizer()
+    ((whole,),) = decode(view, tokenizer, PROMPTS[:1], likeliest, max_new_tokens=6)
+    end = whole.tokens[2]
+    if several:
+        view.model.generation_config.eos_token_id = [2, end]
+    else:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    ((row,),) = decode(view, tokenizer, PROMPTS[:1], likeliest, max_new_tokens=6)
+    assert row.tokens == whole.tokens[: whole.tokens.index(end) + 1]
+
+
+def test_a_model_without_numbers_gives_no_answer():
+    model = toy_model("llama")
+    model.lm_head.weight[5] = torch.nan
+    with pytest.raises(InputError, match=r"^prompt \.\.\.'king of beta': the logits of LlamaForCa"):
+        decode(value_vector_view(model), toy_tokenizer(), PROMPTS[:1], likeliest)
 
 
 def test_an_answer_is_the_first_line_without_space_around_it(monkeypatch):

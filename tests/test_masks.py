@@ -271,6 +271,15 @@ def test_scores_are_the_concepts_mean_minus_the_others(view, position, folds):
         )
 
 
+def test_a_model_without_numbers_chooses_no_vectors():
+    """`topk` would take what is not a number for the highest."""
+    view, questions = value_vector_view(toy_model("llama")), toy_questions(2)
+    word = toy_tokenizer().convert_tokens_to_ids("beta")
+    view.model.model.embed_tokens.weight[word] = torch.inf
+    with pytest.raises(InputError, match=r"^beta/\w+: a coefficient of LlamaForCausalLM is not a"):
+        record_concepts(view, toy_tokenizer(), questions)
+
+
 def test_positions_and_folds_give_different_scores(view):
     """Otherwise the test above could not tell them apart."""
     questions, tokenizer = toy_questions(4), toy_tokenizer()

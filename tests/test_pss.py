@@ -80,8 +80,8 @@ def test_columns_and_types_are_those_of_the_schema(study):
         assert kinds[name] == "float64"
     for name in ("seed", "n_concept", "n_general", "predicted", "predicted_norm"):
         assert kinds[name] == "int64"
-    for name in ("correct", "correct_norm"):
-        assert kinds[name] == "bool"
+    for name in ("correct", "correct_norm"):  # 1/n where the answer ties with others
+        assert kinds[name] == "float64"
     assert not tables.pss.isna().any(axis=None)
 
 
@@ -143,6 +143,28 @@ def test_details_hold_all_outcomes(study):
             for key in [(row.mask_concept, row.question_id)]
         ]
         assert min(moved) > 1e-2
+
+
+def test_what_a_model_cannot_decide_is_shared_by_the_options(study):
+    """Every word is equally likely: sums tie where options have as many words."""
+    questions = toy_questions(3)
+    model = toy_model("llama")
+    model.lm_head.weight.zero_()
+    tables = measured(model, questions, Choices(ratios=(0.1,), general=5))
+    share = {}
+    for question in questions:
+        lengths = [len(option) for option in question.options]
+        longest = [place for place in range(4) if lengths[place] == max(lengths)]
+        share[question.id] = (question.answer in longest) / len(longest)
+    assert {0, 0.5, 1} < set(share.values()) | {0.25}
+    for row in tables.details.itertuples():
+        assert (row.correct, row.correct_norm) == (0.25, share[row.question_id])
+        assert row.predicted == 0
+    own = [np.mean([share[q.id] for q in questions if q.concept == c]) for c in CONCEPTS[:3]]
+    none = tables.pss[tables.pss["mask"] == "none"]
+    np.testing.assert_allclose(none["concept_accuracy"], own)
+    summary = summarize(tables.pss).set_index(["mask", "ratio"])
+    assert summary.loc[("none", 0), "concept_accuracy"] == pytest.approx(np.mean(own))
 
 
 def test_accuracies_are_shares_of_the_details(study):

@@ -7,13 +7,25 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from paramspec import scoring
 from paramspec.errors import InputError
 from paramspec.generation import answer_matches
 from paramspec.hooks import value_vector_view
 from paramspec.rows import Engine, Item, Request
-from paramspec.scoring import choose, choose_engine, score_one_at_a_time, score_options
+from paramspec.scoring import (
+    choose,
+    choose_engine,
+    encode,
+    mark,
+    score_one_at_a_time,
+    score_options,
+)
+from toy_study import toy_questions, toy_tokenizer
 from toys import FAMILIES, toy_model
 
 # Families whose attention is biased by distances that `position_ids` does not set.
@@ -262,6 +274,102 @@ def test_a_question_longer_than_the_context_is_refused():
         score_options(view, [Request(named, 0)], [None])
 
 
+@pytest.mark.parametrize(("template", "front"), [("$A </s>", ()), ("<s> $A </s>", (1,))])
+def test_a_tokenizer_that_ends_texts_gives_the_tokens_of_one_that_does_not(template, front):
+    for question in toy_questions(4):
+        item = encode(toy_tokenizer(template), question)
+        bare = encode(toy_tokenizer(), question)
+        assert item == replace(bare, context=front + bare.context)
+
+
+def asking(**changed):
+    return toy_questions(1)[0].model_copy(update=changed)
+
+
+def test_options_of_the_same_tokens_are_refused_by_name():
+    polish = ("Łódź", "Gdańsk", "Kraków", "Wrocław")  # all of them unknown words
+    with pytest.raises(InputError) as error:
+        encode(toy_tokenizer(), asking(options=polish))
+    assert str(error.value).startswith(
+        "alpha/age: options 'Łódź', 'Gdańsk', 'Kraków', 'Wrocław' are the same tokens to this "
+        "tokenizer (<pad>), so the model cannot tell them apart; "
+    )
+    with pytest.raises(InputError, match=r"alpha/age: options 'old Łódź', 'old Gdańsk' are the sa"):
+        encode(toy_tokenizer(), asking(options=("old Łódź", "ash", "old Gdańsk", "bee")))
+    item = encode(toy_tokenizer(), asking(options=("ash", "Łódź", "old Gdańsk", "bee")))
+    assert len(set(item.options)) == 4  # one unknown word differs from all others
+
+
+def test_a_text_that_the_tokenizer_cannot_read_is_refused_with_its_question():
+    with pytest.raises(InputError, match=r"^alpha/age: text '.*</s>.*' in it as a special token"):
+        encode(toy_tokenizer(), asking(cloze="the age of </s>"))
+    with pytest.raises(InputError, match=r"^alpha/age: text .*</s>"):
+        encode(toy_tokenizer(), asking(options=("ash", "</s>", "bee", "cow")))
+
+
+def spelling(*merges):
+    """A letter a token, but for merges that words do not limit, as in SuperBPE."""
+    letters = sorted(set("the age of alphabcdw 1960Ty"))
+    words = [*letters, *("".join(pair) for pair in merges)]
+    backend = Tokenizer(BPE({word: n for n, word in enumerate(words)}, list(merges)))
+    backend.decoder = Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def test_the_split_is_at_the_length_of_the_prompt_where_the_space_joins_the_prompt():
+    question = asking(cloze="the age", options=("a", "b", "cd", "d"))
+    plain = encode(spelling(("g", "e")), question)
+    joined = encode(spelling(("g", "e"), ("ge", " ")), question)
+    assert [len(option) for option in plain.options] == [2, 2, 3, 2]
+    assert joined.context == plain.context  # of the prompt alone, as the harness has it
+    assert [len(option) for option in joined.options] == [1, 1, 2, 1]
+
+
+def test_an_option_whose_letters_join_the_prompt_is_refused():
+    tokenizer = spelling(("e", " "), ("e ", "c"))
+    for option in ("cd", "c"):
+        question = asking(cloze="the age", options=("a", "b", option, "d"))
+        with pytest.raises(InputError, match=rf"^alpha/age: .*option '{option}'"):
+            encode(tokenizer, question)
+
+
+@pytest.mark.parametrize("answer", range(4))
+def test_a_tie_is_shared_by_those_that_tie(answer):
+    question = asking(options=("ab", "abcd", "abcde", "abcd"), answer=answer)
+    marked = mark([-2.0, -4.0, -3.0, -2.0], question)
+    assert (marked["predicted"], marked["predicted_norm"]) == (0, 3)
+    assert marked["correct"] == (0.5, 0, 0, 0.5)[answer]  # options 0 and 3 have -2
+    assert marked["correct_norm"] == (0, 0, 0, 1)[answer]
+    even = mark([-2.0, -4.0, -5.0, -4.0], question)
+    assert (even["predicted"], even["predicted_norm"]) == (0, 0)
+    assert (even["correct"], even["correct_norm"]) == (float(answer == 0), 0.25)
+
+
+def test_rounding_breaks_no_tie_and_makes_none():
+    question = asking(options=("ab", "abcdef", "abcde", "abcd"), answer=1)
+    third = float(np.float32(-1.1)) / 3  # a sum is rounded to float32, whatever its length
+    scores = [float(np.float32(third * n)) for n in (2, 6, 9, 9)]
+    assert mark(scores, question)["correct_norm"] == 0.5
+    assert mark([-20.0, -19.9999, -30.0, -30.0], question)["correct"] == 1
+
+
+def test_what_is_no_number_is_never_a_choice():
+    for score in ([-1.0, np.nan, -2.0, -3.0], [np.nan] * 4):
+        with pytest.raises(InputError, match=r"log-likelihoods \[.*nan.*not all are numbers"):
+            mark(score, asking())
+        with pytest.raises(InputError, match="not all are numbers"):
+            choose(score, asking().options)
+
+
+def test_a_model_without_numbers_is_told_with_the_question():
+    model = toy_model("llama")
+    item = replace(random_items(1)[0], name="france/capital")
+    model.lm_head.weight[item.options[2][0]] = torch.inf
+    view = value_vector_view(model)
+    with pytest.raises(InputError, match=r"^france/capital: a log-likelihood of LlamaForCausalLM"):
+        score_options(view, [Request(item, 0)], [None])
+
+
 def test_choice_by_sum_and_by_characters():
     # lm-evaluation-harness: acc = argmax(sum), acc_norm = argmax(sum / characters).
     assert choose([-4.0, -6.0], ["ab", "abcdef"]) == (0, 1)
@@ -273,6 +381,11 @@ def test_squad_exact_match():
     assert answer_matches("A U.S.", ["USA", "US"])
     assert not answer_matches("Paris, France", ["Paris"])
     assert not answer_matches("", ["Paris"])
+    # Of some aliases, normalisation leaves nothing, and nothing is no answer.
+    for alias in ("A", "The", "#"):
+        assert not answer_matches("", [alias])
+        assert not answer_matches("an", [alias])
+        assert answer_matches(f" {alias.lower()} ", ["Paris", alias])
 
 
 def hooked(view):

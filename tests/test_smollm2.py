@@ -26,6 +26,7 @@ from paramspec.models import load_model
 from paramspec.rows import Request
 from paramspec.scoring import choose, choose_engine, encode, score_one_at_a_time, score_options
 from paramspec.specwiki import load_questions
+from paramspec.tokens import token_ids, tokenizer_facts
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,20 @@ def test_log_likelihoods_are_those_of_lm_evaluation_harness(smollm2, view):
     for question, ours, theirs in zip(questions, actual, expected, strict=True):
         lengths = np.array([len(option) for option in question.options])
         assert choose(ours, question.options) == (theirs.argmax(), (theirs / lengths).argmax())
+
+
+def test_questions_are_read_as_the_tokenizer_reads_them(smollm2):
+    """All of SpecWiki: what is done for other tokenizers changes no token of this one."""
+    questions = load_questions()
+    texts = [q.cloze for q in questions] + [
+        f"{q.cloze} {option}" for q in questions for option in q.options
+    ]
+    assert token_ids(smollm2.tokenizer, texts) == smollm2.tokenizer(texts)["input_ids"]
+    assert tokenizer_facts(smollm2.tokenizer)["kept"] == []
+    for question in questions[::500]:
+        item = encode(smollm2.tokenizer, question)
+        for option, tokens in zip(question.options, item.options, strict=True):
+            assert smollm2.tokenizer.decode(tokens) == f" {option}"
 
 
 def test_packed_rows_under_several_masks_equal_one_option_at_a_time(smollm2, view):

@@ -513,6 +513,22 @@ def test_unmasked_answers_equal_scoring_one_option_at_a_time(store):
         assert (row.concept, row.tier, row.fold) == (question.concept, question.tier, question.fold)
 
 
+@pytest.mark.parametrize("front", ["", "<s> "])
+def test_a_tokenizer_that_ends_texts_measures_as_one_that_does_not(store, tmp_path, front):
+    """Coefficients and scores, at the prompt's last token too."""
+    studies = []
+    for name, template in (("bare", f"{front}$A"), ("ending", f"{front}$A </s>")):
+        path = save_toy(tmp_path / name, template=template)
+        choices = SMALL.model_copy(update={"position": "last"})
+        studies.append(measure_pss([str(path)], toy_questions(3), choices, store=store))
+    bare, ending = studies
+    assert bare.run["models"][0]["digest"] != ending.run["models"][0]["digest"]
+    for one, other in ((bare.pss, ending.pss), (bare.details, ending.details)):
+        pd.testing.assert_frame_equal(one.drop(columns="model"), other.drop(columns="model"))
+    masks = zip(bare.masks.values(), ending.masks.values(), strict=True)
+    assert all(torch.equal(one, other) for one, other in masks)
+
+
 @pytest.mark.parametrize("position", ["mean", "last"])
 def test_stored_coefficients_are_those_recorded(store, position):
     model, questions = toy_loaded(), toy_questions(4)

@@ -32,6 +32,7 @@ from paramspec.models import find_spec, load_model
 from paramspec.parallel import workers
 from paramspec.specwiki import QUESTIONS, TIERS, load_questions
 from paramspec.store import Store
+from paramspec.tokens import token_ids
 from paramspec.zoo import (
     architecture,
     corpus,
@@ -435,6 +436,15 @@ def test_the_tokenizer_gives_every_text_back():
         assert tokens[0] == 0
         assert not {0, 1} & set(tokens[1:])
         assert tokenizer.decode(tokens, skip_special_tokens=True) == text
+    asked = [
+        text
+        for question in load_questions()
+        for text in (question.cloze, *(f"{question.cloze} {o}" for o in question.options))
+    ]
+    assert token_ids(tokenizer, asked) == tokenizer(asked)["input_ids"]
+    (marked,) = token_ids(tokenizer, ["a <s>b</s>"])
+    assert marked[0] == 0
+    assert not {0, 1} & set(marked[1:])
     again = train_tokenizer(texts, 1000)
     assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
 

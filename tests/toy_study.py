@@ -174,10 +174,10 @@ def planted_model(
     return model, home
 
 
-def save_toy(path: Path, family: str = "llama", seed: int = 0) -> Path:
+def save_toy(path: Path, family: str = "llama", seed: int = 0, template: str = "$A") -> Path:
     """A directory that `load_model` reads: a random model of `toys.py` and the toy tokenizer."""
     toy_model(family, seed).save_pretrained(path)
-    toy_tokenizer().save_pretrained(path)
+    toy_tokenizer(template).save_pretrained(path)
     return path
 
 

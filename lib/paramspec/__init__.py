@@ -84,6 +84,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
         ],
         "specwiki": ["Question", "export_lm_eval", "load_questions", "questions_digest"],
         "store": ["Store"],
+        "tokens": ["token_ids"],
         "trends": [
             "balance_tiers",
             "contrast",

@@ -78,19 +78,14 @@ from paramspec.rows import Engine, Request
 from paramspec.scoring import SCORING_VERSION, choose_engine, encode, score_options
 from paramspec.specwiki import Question, questions_digest
 from paramspec.store import Store
-from paramspec.sweep import (
-    Identity,
-    answer_row,
-    elsewhere,
-    require_shared,
-    watching,
-)
+from paramspec.sweep import Identity, answer_row, elsewhere, require_shared, watching
+from paramspec.tokens import front_tokens, token_ids
 from paramspec.trends import Draws, resample_models
 
 TRAINED = "vectors.safetensors"
 RECORD = "record.json"
 TABLES = ("answers", "generated", "texts", "pss", "curve", "samples")
-EVALUATION_VERSION = 1  # raised whenever a change of this file could move what is stored
+EVALUATION_VERSION = 2  # raised whenever a change of this file could move what is stored
 PROSE = Path(__file__).with_name("prose.txt")  # prose.md says whose it is
 PASSAGE_TOKENS = 128
 
@@ -785,17 +780,19 @@ def _held_out(
         for text in question.statements[:1]
     ]
     stated = sorted(dict.fromkeys(stated), key=lambda text: _hash(asked.seed, text))
-    texts = [("statements", tokenizer.encode(text)) for text in stated[: asked.stated]]
+    texts = [("statements", row) for row in token_ids(tokenizer, stated[: asked.stated])]
     if asked.prose:
-        tokens = tokenizer.encode(PROSE.read_text(encoding="utf-8"))
-        passages = len(tokens) // PASSAGE_TOKENS
+        front = front_tokens(tokenizer)
+        tokens = token_ids(tokenizer, [PROSE.read_text(encoding="utf-8")])[0][len(front) :]
+        size = PASSAGE_TOKENS - len(front)
+        passages = len(tokens) // size
         if asked.prose > passages:
             raise InputError(
                 f"prose {asked.prose}: {PROSE.name} holds {passages} passages of {PASSAGE_TOKENS} "
                 "of the model's tokens; ask for fewer"
             )
         texts += [
-            ("prose", tokens[number * PASSAGE_TOKENS : (number + 1) * PASSAGE_TOKENS])
+            ("prose", [*front, *tokens[number * size : (number + 1) * size]])
             for number in range(asked.prose)
         ]
     return texts
@@ -827,6 +824,11 @@ def _likelihoods(plan: _Plan, model: _Model, run: Run, own: Sequence[Question]) 
     ):
         for (index, _), value in zip(batch, values, strict=True):
             nats[index] = value
+    if not np.isfinite(nats).all():
+        raise InputError(
+            f"{model.loaded.name}: a log-likelihood of held-out texts is not a finite number; the "
+            "weights are damaged, or their dtype overflows: try float32"
+        )
     return pd.DataFrame(
         {
             "kind": [kind for kind, _ in texts],

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class InputError(ValueError):
     """Bad input, told in one line that names the value, the place and the remedy.
 
     The command line prints the message without a traceback and exits with status 2.
     """
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """`with naming("smollm2-135m"): ...`: an InputError within begins with the name."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error

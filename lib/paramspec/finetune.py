@@ -56,6 +56,7 @@ from paramspec.pss import check_seed
 from paramspec.quiet import quiet_transformers
 from paramspec.specwiki import Question
 from paramspec.store import require_writable, writing_to
+from paramspec.tokens import token_ids
 
 Method = Literal["FT-FV", "FT-PV", "FT-CV", "FT-RV"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -64,7 +65,7 @@ RULES: tuple[Rule, ...] = get_args(Rule)
 
 RECORD = "finetune.json"  # beside the weights: what they were trained on, and how
 STATE = "unfinished.safetensors"  # what a killed run continues from
-FINETUNE_VERSION = 1  # raised whenever a change could move a trained weight
+FINETUNE_VERSION = 2  # raised whenever a change could move a trained weight
 
 
 class Training(BaseModel):
@@ -342,7 +343,7 @@ def encode_texts(
 ) -> list[list[int]]:
     """`rows = encode_texts(view, tokenizer, statements)`: tokens of each text, and its end."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    rows = [[*tokenizer.encode(text, verbose=False), *end] for text in texts]
+    rows = [[*row, *end] for row in token_ids(tokenizer, texts)]
     for text, row in zip(texts, rows, strict=True):
         if len(row) < 2:
             raise InputError(f"statement {text!r}: no token to predict; write a sentence")

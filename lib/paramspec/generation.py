@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from paramspec.errors import InputError
 from paramspec.hooks import ValueVectorView, mask_rows, refuse_too_long, unembed_only
 from paramspec.specwiki import normalise
+from paramspec.tokens import token_ids
 
 # Raised whenever a change could move an answer or a sample of one; part of their keys.
-GENERATION_VERSION = 1
+GENERATION_VERSION = 2
 MAX_NEW_TOKENS = 12
 
 # Three examples show that a bare answer is wanted; without them, models answer in sentences, or
@@ -127,10 +129,11 @@ def decode(
         The copies of each prompt.
 
     Raises:
-        InputError: if a prompt and its answer are longer than the model's context.
+        InputError: if a prompt and its answer are longer than the model's context, if the
+            tokenizer cannot read a prompt, or if the model gives no numbers.
     """
     keeps = [None] * len(prompts) if keeps is None else keeps
-    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    encoded = token_ids(tokenizer, prompts)
     refuse_too_long(view, max(map(len, encoded), default=0) + max_new_tokens)
     masked = any(keep is not None for keep in keeps)
     shared = 0 if masked else _shared_beginning(encoded)
@@ -149,12 +152,20 @@ def decode(
         logits, states = (each.repeat_interleave(copies, dim=0) for each in (logits, states))
         rows = [(index, copy) for index in part for copy in range(copies)]  # those that go on
         for _ in range(max_new_tokens):
+            log_probabilities = logits.log_softmax(-1)
+            for (index, _), row in zip(rows, log_probabilities, strict=True):
+                if row.isnan().any():
+                    raise InputError(
+                        f"prompt ...{prompts[index][-60:]!r}: the logits of "
+                        f"{type(view.model).__name__} are not numbers; the weights are damaged, or "
+                        "their dtype overflows: try float32"
+                    )
             tokens = []
             for index, group in itertools.groupby(rows, key=lambda row: row[0]):
                 going = [copy for _, copy in group]
                 own = logits[len(tokens) : len(tokens) + len(going)]
                 tokens += pick(index, going, own).tolist()
-            chosen = logits.log_softmax(-1)[range(len(rows)), tokens].tolist()
+            chosen = log_probabilities[range(len(rows)), tokens].tolist()
             for place, (index, copy) in enumerate(rows):
                 answer = answers[index][copy]
                 answer.tokens.append(tokens[place])
@@ -228,5 +239,12 @@ def _has_ended(
 
 
 def answer_matches(answer: str, aliases: Sequence[str]) -> bool:
-    """`answer_matches("The Paris.", ["Paris"])`: SQuAD's exact match against any alias."""
-    return normalise(answer) in {normalise(alias) for alias in aliases}
+    """`answer_matches("The Paris.", ["Paris"])`: SQuAD's exact match against any alias.
+
+    Of an alias that is an article or a sign (blood group A, C#'s #), normalisation leaves nothing:
+    it is compared as it is, lest an empty answer be right.
+    """
+    if said := normalise(answer):
+        return said in {normalise(alias) for alias in aliases}
+    said = answer.strip().casefold()
+    return bool(said) and said in {alias.strip().casefold() for alias in aliases}

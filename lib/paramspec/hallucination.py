@@ -218,9 +218,11 @@ def _embedder():
     from sentence_transformers import SentenceTransformer
 
     with quiet_transformers():
-        return SentenceTransformer(
+        embedder = SentenceTransformer(
             str(wheel_file(EMBEDDINGS).parent), device="cpu", local_files_only=True
         )
+    embedder.tokenizer.split_special_tokens = True  # `[SEP]` in an answer is its characters
+    return embedder
 
 
 def entailment_judge(model: str, *, device: str = "cpu", batch_size: int = 64) -> Judge:
@@ -242,7 +244,12 @@ def entailment_judge(model: str, *, device: str = "cpu", batch_size: int = 64) -
         for start in range(0, len(texts), batch_size):
             premises, hypotheses = zip(*texts[start : start + batch_size], strict=True)
             batch = tokenizer(
-                list(premises), list(hypotheses), padding=True, truncation=True, return_tensors="pt"
+                list(premises),
+                list(hypotheses),
+                padding=True,
+                truncation=True,
+                split_special_tokens=True,
+                return_tensors="pt",
             ).to(network.device)
             found += (network(**batch).logits.argmax(-1) == entailment).tolist()
         return found

@@ -36,6 +36,7 @@ from paramspec.hooks import (
     unembed_only,
 )
 from paramspec.specwiki import Question
+from paramspec.tokens import token_ids
 
 Scope = Literal["layer", "model"]
 
@@ -159,7 +160,14 @@ def _record_texts(
             unembed_only(view.model, torch.zeros(1, 2, dtype=torch.long)),
         ):
             view.model(input_ids=tokens, attention_mask=attention_mask, use_cache=False)
-        return recorded.coefficients.cpu()
+        coefficients = recorded.coefficients.cpu()
+        for row, (_, index) in zip(coefficients, batch, strict=True):
+            if not row.isfinite().all():
+                raise InputError(
+                    f"{names[index]}: a coefficient of {type(view.model).__name__} is not a finite "
+                    "number; the weights are damaged, or their dtype overflows: try float32"
+                )
+        return coefficients
 
     batches = in_batches(
         prompt_batches(prompts, batch_tokens),
@@ -196,7 +204,7 @@ def sorted_prompts(
 ) -> list[tuple[list[int], int]]:
     """`sorted_prompts(tokenizer, clozes)`: tokens and index of each text, the longest first."""
     return sorted(
-        ((tokenizer.encode(text), index) for index, text in enumerate(texts)),
+        ((row, index) for index, row in enumerate(token_ids(tokenizer, texts))),
         key=lambda pair: -len(pair[0]),
     )
 

@@ -44,8 +44,8 @@ from paramspec.plain import number
 from paramspec.rows import ROW_TOKENS, Engine, Item, Request
 from paramspec.scoring import (
     SCORING_VERSION,
-    choose,
     encode,
+    mark,
     score_options,
 )
 from paramspec.specwiki import TIERS, Question
@@ -194,10 +194,10 @@ DETAIL_COLUMNS = {
     "seed": "of the mask's random draw",
     "option_logprobs": "log-likelihood of each option, nats",
     "option_tokens": "tokens of each option",
-    "predicted": "option with the highest log-likelihood",
-    "predicted_norm": "option with the highest log-likelihood per character",
-    "correct": "predicted is the answer (acc)",
-    "correct_norm": "predicted_norm is the answer (acc_norm)",
+    "predicted": "option with the highest log-likelihood, the first of those that tie",
+    "predicted_norm": "the same of the log-likelihood per character",
+    "correct": "1 if predicted is the answer, 0 if not, 1/n if it is one of n that tie (acc)",
+    "correct_norm": "the same of predicted_norm (acc_norm)",
 }
 
 
@@ -373,7 +373,6 @@ def generator_of(key: str) -> torch.Generator:
 
 def _detail(name: str, protocol: str, row: tuple, request: Request, score: Tensor) -> tuple:
     question, role, concept, mask = row
-    choice = choose(score.tolist(), question.options)
     return (
         name,
         protocol,
@@ -385,10 +384,7 @@ def _detail(name: str, protocol: str, row: tuple, request: Request, score: Tenso
         mask.seed,
         score.tolist(),
         [len(option) for option in request.item.options],
-        choice.by_sum,
-        choice.by_characters,
-        choice.by_sum == question.answer,
-        choice.by_characters == question.answer,
+        *mark(score.tolist(), question).values(),
     )
 
 

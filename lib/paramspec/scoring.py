@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from paramspec.batches import BATCH_TOKENS, in_batches
-from paramspec.errors import InputError
+from paramspec.errors import InputError, naming
 from paramspec.hooks import (
     ValueVectorView,
     mask_rows,
@@ -58,9 +58,13 @@ from paramspec.rows import (
     round_up,
 )
 from paramspec.specwiki import Question
+from paramspec.tokens import token_ids
 
 # Raised whenever a change could move a score; part of every result's key.
-SCORING_VERSION = 3
+SCORING_VERSION = 4
+
+# Two scores are a tie if they differ by no more than this share of them: by float32's rounding.
+TIE = 1e-6
 
 # Logits that are in memory at once, of each place that is read off.
 VOCABULARY_BLOCK = 4096
@@ -71,17 +75,41 @@ def encode(tokenizer: PreTrainedTokenizerBase, question: Question) -> Item:
 
     The prompt and an option are encoded together and then split at the length of the prompt
     alone, as lm-evaluation-harness does, so that the space belongs to the option.
+
+    Raises:
+        InputError: if the tokenizer cannot read a text (see `token_ids`), if an option has no
+            tokens of its own, or if two options have the same ones.
     """
-    context = tokenizer.encode(question.cloze)
-    options = []
-    for option in question.options:
-        whole = tokenizer.encode(f"{question.cloze} {option}")
+    texts = [question.cloze, *(f"{question.cloze} {option}" for option in question.options)]
+    with naming(question.id):
+        context, *wholes = token_ids(tokenizer, texts)
+    named: dict[tuple[int, ...], list[str]] = {}
+    for option, whole in zip(question.options, wholes, strict=True):
         if len(whole) <= len(context):
             raise InputError(
                 f"{question.id}: option {option!r} adds no token to the cloze {question.cloze!r}"
             )
-        options.append(tuple(whole[len(context) :]))
-    return Item(tuple(context), tuple(options), question.id)
+        before = whole[: len(context)]
+        # Either side may have the space between them, but no letter may be on the wrong one.
+        if before != context and _spelled(tokenizer, before) != _spelled(tokenizer, context):
+            raise InputError(
+                f"{question.id}: the tokenizer joins the end of the cloze with the start of option "
+                f"{option!r}, which cannot be scored by itself then; word one of them differently"
+            )
+        named.setdefault(tuple(whole[len(context) :]), []).append(option)
+    for tokens, alike in named.items():
+        if len(alike) > 1:
+            shown = " ".join(map(str, tokenizer.convert_ids_to_tokens(list(tokens))))
+            raise InputError(
+                f"{question.id}: options {', '.join(map(repr, alike))} are the same tokens to this "
+                f"tokenizer ({shown}), so the model cannot tell them apart; leave the question "
+                "out, or use a model whose tokenizer has these characters"
+            )
+    return Item(tuple(context), tuple(named), question.id)
+
+
+def _spelled(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    return tokenizer.decode(tokens, clean_up_tokenization_spaces=False).rstrip()
 
 
 class Choice(NamedTuple):
@@ -92,10 +120,45 @@ class Choice(NamedTuple):
 
 
 def choose(log_likelihoods: Sequence[float], options: Sequence[str]) -> Choice:
-    """`choose([-3.1, -2.0, ...], question.options)`: the predicted option, both ways."""
+    """`choose([-3.1, -2.0, ...], question.options)`: the predicted option, both ways.
+
+    Of options that tie, the first.
+
+    Raises:
+        InputError: if a log-likelihood is not a number.
+    """
+    by_sum, by_characters = _best(log_likelihoods, options)
+    return Choice(by_sum[0], by_characters[0])
+
+
+def mark(log_likelihoods: Sequence[float], question: Question) -> dict[str, float]:
+    """`mark(score.tolist(), question)`: the predicted options, and whether they are right.
+
+    Returns:
+        `predicted` and `predicted_norm`, from `choose`; `correct` and `correct_norm`, 1 where that
+        option is the answer and 0 where it is not; where the answer ties with others, its share of
+        them: 1/n of n options.
+    """
+    by_sum, by_characters = _best(log_likelihoods, question.options)
+    return {
+        "predicted": by_sum[0],
+        "predicted_norm": by_characters[0],
+        "correct": (question.answer in by_sum) / len(by_sum),
+        "correct_norm": (question.answer in by_characters) / len(by_characters),
+    }
+
+
+def _best(log_likelihoods: Sequence[float], options: Sequence[str]) -> tuple[list[int], list[int]]:
+    """The options with the highest sum, and those with the highest sum over characters."""
     sums = np.asarray(log_likelihoods, dtype=float)
+    if np.isnan(sums).any():
+        raise InputError(f"log-likelihoods {sums.tolist()}: not all are numbers")
     characters = np.array([len(option) for option in options], dtype=float)
-    return Choice(int(sums.argmax()), int((sums / characters).argmax()))
+    by_sum, by_characters = (
+        np.flatnonzero(values >= values.max() - TIE * abs(values.max())).tolist()
+        for values in (sums, sums / characters)
+    )
+    return by_sum, by_characters
 
 
 # --- scoring ------------------------------------------------------------------------------------
@@ -160,11 +223,13 @@ def score_options(
             engine.branches,
             lambda batch: _forward(view, faster, head, batch, keeps, engine),
         )
-    if not np.isfinite([value for score in scores for value in score]).all():
-        raise InputError(
-            f"{type(view.model).__name__}: a log-likelihood is not a finite number; the weights "
-            "are damaged, or their dtype overflows: try float32"
-        )
+    for request, score in zip(requests, scores, strict=True):
+        if not np.isfinite(score).all():
+            place = f"{request.item.name}: " if request.item.name else ""
+            raise InputError(
+                f"{place}a log-likelihood of {type(view.model).__name__} is not a finite number; "
+                "the weights are damaged, or their dtype overflows: try float32"
+            )
     return [torch.tensor(score) for score in scores]
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from paramspec.batches import BATCH_TOKENS
-from paramspec.errors import InputError
+from paramspec.errors import InputError, naming
 from paramspec.hooks import down_projections, value_vector_view
 from paramspec.masks import ConceptCoefficients, load_masks, record_concepts, save_masks
 from paramspec.models import (
@@ -66,9 +66,9 @@ from paramspec.pss import (
 from paramspec.rows import ROW_TOKENS, Request
 from paramspec.scoring import (
     SCORING_VERSION,
-    choose,
     choose_engine,
     encode,
+    mark,
     score_options,
 )
 from paramspec.specwiki import Question, questions_digest
@@ -173,7 +173,10 @@ def score_questions(
     }
     path = store.get(key)
     if path is None:
-        with tqdm(total=len(questions), desc=model.name, unit="question") as bar:
+        with (
+            naming(model.name),
+            tqdm(total=len(questions), desc=model.name, unit="question") as bar,
+        ):
             scores = score_options(
                 view,
                 [Request(encode(model.tokenizer, question), 0) for question in questions],
@@ -250,7 +253,6 @@ def _record(
 
 
 def answer_row(question: Question, score: Tensor) -> dict[str, object]:
-    choice = choose(score.tolist(), question.options)
     return {
         "question_id": question.id,
         "concept": question.concept,
@@ -259,10 +261,7 @@ def answer_row(question: Question, score: Tensor) -> dict[str, object]:
         "relation": question.relation,
         "fold": question.fold,
         "option_logprobs": score.tolist(),
-        "predicted": choice.by_sum,
-        "predicted_norm": choice.by_characters,
-        "correct": choice.by_sum == question.answer,
-        "correct_norm": choice.by_characters == question.answer,
+        **mark(score.tolist(), question),
     }
 
 
@@ -534,18 +533,20 @@ def _measure_units(
                 loaded = _load_planned(plan)
                 view = value_vector_view(loaded.model)
                 engine = choose_engine(view)
-                coefficients = concept_coefficients(loaded, questions, choices, store=store)
-            measured = measure_concepts(
-                loaded.name,
-                view,
-                loaded.tokenizer,
-                questions,
-                shard,
-                choices,
-                coefficients,
-                engine=engine,
-                progress=progress,
-            )
+                with naming(plan.name):
+                    coefficients = concept_coefficients(loaded, questions, choices, store=store)
+            with naming(plan.name):
+                measured = measure_concepts(
+                    loaded.name,
+                    view,
+                    loaded.tokenizer,
+                    questions,
+                    shard,
+                    choices,
+                    coefficients,
+                    engine=engine,
+                    progress=progress,
+                )
             seconds = time.perf_counter() - began
             record = unit_record(loaded, engine) | {
                 "layers": view.layers,

@@ -11,10 +11,12 @@ stands nothing, whatever the tokenizer adds: a text that has ended cannot be con
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from paramspec.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PROBE = "The year 1960"  # shows what a tokenizer adds to a text, whatever the text
 
@@ -28,8 +30,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
     """
     if not texts:
         return []
-    before, _ = added_tokens(tokenizer)
-    kept = _once(before)
+    front = front_tokens(tokenizer)
     special = {
         token.content: number
         for number, token in tokenizer.added_tokens_decoder.items()
@@ -46,7 +47,17 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
                     f"text {_short(text)}: the tokenizer reads {token!r} in it as a special token; "
                     "reword the text, or use another model"
                 )
-    return [[*kept, *row] for row in rows]
+    return [[*front, *row] for row in rows]
+
+
+def front_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """`front_tokens(tokenizer)`: what stands in front of each text, `[1]` for a BOS.
+
+    It is what the tokenizer adds there, but without repeats: a BOS that is added twice is a fault
+    of the tokenizer's files.
+    """
+    before, _ = added_tokens(tokenizer)
+    return list(dict.fromkeys(before))
 
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -87,7 +98,7 @@ def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
         "size": len(tokenizer),
         "added_before": [named(number) for number in before],
         "added_after": [named(number) for number in after],
-        "kept": [named(number) for number in _once(before)],
+        "kept": [named(number) for number in front_tokens(tokenizer)],
         "bos": named(tokenizer.bos_token_id),
         "eos": named(tokenizer.eos_token_id),
         "unk": named(tokenizer.unk_token_id),
@@ -105,11 +116,6 @@ def _read(
         verbose=False,  # about lengths, which are compared with the model's context
     )
     return read["input_ids"]
-
-
-def _once(before: Sequence[int]) -> list[int]:
-    """Without repeats: a BOS that is added twice is a fault of the tokenizer's files."""
-    return list(dict.fromkeys(before))
 
 
 def _short(text: str) -> str:

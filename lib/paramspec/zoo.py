@@ -42,6 +42,7 @@ from paramspec.plain import read_yaml
 from paramspec.quiet import quiet_transformers
 from paramspec.specwiki import TIERS, Question, load_questions
 from paramspec.store import Store
+from paramspec.tokens import token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -669,7 +670,7 @@ def _optimize(
 
 
 def _encoded(tokenizer: PreTrainedTokenizerFast, texts: Mapping[str, float]) -> list[list[int]]:
-    return [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in texts]
+    return [[*row, tokenizer.eos_token_id] for row in token_ids(tokenizer, list(texts))]
 
 
 def _batches(
