@@ -503,3 +503,24 @@ def test_the_process_itself_ends_with_2_and_one_line(place, first):
     assert process.returncode == 2
     assert process.stdout == ""
     assert process.stderr == "paramspec: error: Missing argument 'MODEL...'. (see --help)\n"
+
+
+def test_a_warning_is_one_line(place, tmp_path):
+    """A damaged result is set aside: told as an error is, without a line of code."""
+    options = (
+        "--ratios",
+        "0.1",
+        "--out",
+        str(tmp_path / "out"),
+        "--store",
+        str(tmp_path / "store"),
+    )
+    assert pss_process(place, *options).returncode == 0
+    (unit,) = (tmp_path / "store").glob("v*/*/*/pss.parquet")
+    unit.write_bytes(b"")
+    told = pss_process(place, *options).stderr
+    (line,) = [line for line in told.splitlines() if "set aside" in line]
+    assert line.startswith(
+        f"paramspec: warning: {unit.parent}: pss.parquet is damaged; set aside as"
+    )
+    assert "warnings.warn" not in told

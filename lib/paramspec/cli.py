@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -649,9 +650,17 @@ def _fail(error: Exception, status: int) -> None:
     raise typer.Exit(status)
 
 
+def _format_warning(message, category, filename, lineno, line=None) -> str:
+    """Ours in one line, as errors are; a library's as Python shows it."""
+    if Path(filename).is_relative_to(Path(__file__).parent):
+        return f"paramspec: warning: {printable(message)}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
+
+
 def main() -> None:
     """Run the command line; bad input is one line on standard error and exit status 2."""
     print_with_replacements()
+    before, warnings.formatwarning = warnings.formatwarning, _format_warning
     try:
         status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except InputError as error:
@@ -667,6 +676,8 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         print("paramspec: interrupted; finished work is kept", file=sys.stderr)
         status = 130
+    finally:
+        warnings.formatwarning = before
     sys.exit(status)
 
 
