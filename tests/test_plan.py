@@ -406,6 +406,14 @@ def test_a_model_s_flops_are_those_of_its_passes(offline, recipe, family):
     assert planned.parameters == micro.recipe.parameters
 
 
+def test_a_recipe_of_any_name_is_planned(offline, recipe, monkeypatch):
+    odd = recipe.with_name("a@1: b.yaml")
+    recipe.rename(odd)
+    monkeypatch.chdir(odd.parent)
+    for given in ("./a@1: b.yaml:llama-1", "a@1: b.yaml:llama-1@2"):
+        assert [row.model for row in small([given]).training] == ["a@1: b.yaml:llama-1"]
+
+
 def test_micro_models_that_are_not_trained_are_counted_by_run(offline, recipe):
     name = f"{recipe.as_posix()}:llama-1"
     planned = small([f"{name}@2", name]).training

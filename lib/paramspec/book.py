@@ -271,10 +271,11 @@ def _check_type(parameter: Parameter, value: Any, place: str) -> Any:
         return TypeAdapter(annotation).validate_python(value, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
+        hint = "; quote a text" if first["type"] == "string_type" else ""
         at = "".join(f"[{step}]" for step in first["loc"] if isinstance(step, int))
         raise InputError(
             f"{place}: parameter {parameter.name}{at} must be {parameter.annotation}, "
-            f"not {value!r} ({first['msg'].lower()})"
+            f"not {value!r} ({first['msg'].lower()}{hint})"
         ) from error
     except (NameError, SyntaxError, TypeError) as error:
         raise InputError(

@@ -690,7 +690,7 @@ class _Known:
 
     def _look_up(self, name: str) -> _Subject:
         spec = find_spec(name)
-        micro = _micro(name) if spec is not None and spec.source.kind == "zoo" else None
+        micro = _micro(spec.id) if spec is not None and spec.source.kind == "zoo" else None
         try:
             checkpoint = find_checkpoint(name, download=False)
             disk = sum(path.stat().st_size for path in checkpoint_files(checkpoint.path).values())
@@ -811,14 +811,14 @@ class _Known:
         runs: dict[str, ZooModel] = {}
         for subject in (self.subject(name) for name in names):
             if subject.micro is not None and not subject.on_disk:
-                last = subject.micro.model_copy(update={"step": None})
+                name = subject.micro.name.removesuffix(f"@{subject.micro.step}")
+                last = subject.micro.model_copy(update={"step": None, "name": name})
                 runs.setdefault(last.recipe.model_dump_json(), last)
         found = []
         for model in runs.values():
             tokens = tokens_to_train(model)
             spent = 6 * model.recipe.parameters * tokens
-            name = model.name.partition("@")[0]
-            found.append(Training(name, tokens, spent, spent / (CORE * utilisation) / 3600))
+            found.append(Training(model.name, tokens, spent, spent / (CORE * utilisation) / 3600))
         return found
 
 
