@@ -20,6 +20,7 @@ from paramspec.pss import (
     DETAIL_COLUMNS,
     PSS_COLUMNS,
     Choices,
+    best_general_change,
     concept_masks,
     evaluations,
     general_questions,
@@ -31,6 +32,7 @@ from paramspec.pss import (
     peak_pss,
     sampling_floor,
     summarize,
+    verdict,
 )
 from paramspec.scoring import encode, score_one_at_a_time
 from toy_study import CONCEPTS, planted_model, toy_questions, toy_tokenizer
@@ -944,3 +946,73 @@ def test_folds_and_controls_that_are_none_are_told_in_one_line(given, message):
     with pytest.raises(InputError, match=message) as caught:
         parse_choices(**given)
     assert "\n" not in str(caught.value)
+
+
+# --- claims
+
+
+@pytest.mark.parametrize(
+    ("lows", "expected"),
+    [
+        ((0.3,), "reproduced"),
+        ((0.3, 0.1), "reproduced"),
+        ((0.3, np.inf), "reproduced"),
+        ((0.3, 0.0), "not reproduced"),
+        ((-0.3, 0.1), "not reproduced"),
+        ((-np.inf,), "not reproduced"),
+        ((np.nan,), "not run here"),
+        ((0.3, np.nan), "not run here"),
+        ((np.nan, 0.3), "not run here"),
+        ((0.3, np.nan, 0.2, np.nan), "not run here"),
+        ((-0.3, np.nan), "not run here"),
+        ((), "not run here"),
+    ],
+)
+def test_a_bound_that_is_missing_supports_no_claim(lows, expected):
+    assert verdict(*lows) == expected
+    assert verdict(*map(np.float64, lows)) == expected
+    assert verdict(*lows, measured=False) == "not run here"
+
+
+def unmoved(seed, ratios, concepts=60):
+    """PSS rows of a model whose masks change nothing: whatever changes is chance."""
+    draw = np.random.default_rng(seed)
+    rows = []
+    for mask, ratio in [("none", 0.0), *(("concept", ratio) for ratio in ratios)]:
+        table = pd.DataFrame({"concept": [f"c{n}" for n in range(concepts)]})
+        table["general_accuracy"] = draw.binomial(5, 0.6, concepts) / 5
+        table["concept_accuracy"] = draw.binomial(5, 0.6, concepts) / 5
+        rows.append(table.assign(mask=mask, ratio=ratio, seed=0, n_concept=5, n_general=5))
+    return pd.concat(rows)
+
+
+def test_the_best_of_several_ratios_is_tested_as_the_best():
+    """Of studies without any effect, 2.5 % find one; with each ratio's own interval, many do."""
+    ratios = (0.05, 0.06, 0.07, 0.08, 0.09, 0.1)
+    found, naive = 0, 0
+    for seed in range(300):
+        pss = unmoved(seed, ratios, concepts=40)
+        best = best_general_change(pss, ratios, resamples=200)
+        counts = pss.pivot(index="concept", columns="ratio", values="general_accuracy")
+        changes = counts[list(ratios)].sub(counts[0.0], axis=0)
+        assert best["value"] == pytest.approx(changes.mean().max())
+        assert best["ratio"] == changes.mean().idxmax()
+        assert best["low"] <= best["value"] <= best["high"]
+        own = changes[best["ratio"]]
+        naive += own.mean() - 1.96 * own.sem() > 0
+        found += best["low"] > 0
+    # 7.5 are expected; 16 or more have a chance of 0.005.
+    assert found <= 15
+    assert naive > 20
+
+
+def test_a_single_ratio_needs_no_correction():
+    pss = unmoved(1, (0.1,), concepts=400)
+    best = best_general_change(pss, (0.1,), resamples=4000)
+    wide = pss.pivot(index="concept", columns="ratio", values="general_accuracy")
+    change = wide[0.1] - wide[0.0]
+    for bound, side in (("low", -1.96), ("high", 1.96)):
+        assert best[bound] == pytest.approx(change.mean() + side * change.sem(), abs=0.004)
+    alone = best_general_change(unmoved(1, (0.1,), concepts=1), (0.1,))
+    assert np.isnan(alone["low"])
+    assert np.isnan(alone["high"])

@@ -16,8 +16,10 @@ from paramspec.trends import (
     correlations,
     half_way,
     interval,
+    like_sized_ends,
     mean_over,
     model_table,
+    percentiles,
     resample_models,
     with_interval,
 )
@@ -202,7 +204,99 @@ def test_half_way_is_where_a_curve_passes_its_middle():
     assert found[0] == pytest.approx(10**2.5)
     assert found[1] == pytest.approx(10**1.5)
     assert found[2] == pytest.approx(10 ** (3 + 0.2 / 0.6))
-    assert np.isnan(found[3])
+    assert found[3] == np.inf
+    curves[0, 2] = np.nan
+    unknown = half_way(draws, ["a", "b", "c", "d"], steps, "accuracy")
+    assert np.isnan(unknown[0])
+    assert list(unknown[1:]) == list(found[1:])
+
+
+def bounds_by_hand(values):
+    """Each resample without a value put where it does most harm; of finite values, numpy's."""
+    low = np.percentile(np.where(np.isnan(values), -1e300, values), 2.5)
+    high = np.percentile(np.where(np.isnan(values), 1e300, values), 97.5)
+    return (low if low > -1e290 else np.nan), (high if high < 1e290 else np.nan)
+
+
+@pytest.mark.parametrize("missing", [0, 1, 5, 20, 30, 500, 1000])
+def test_a_resample_without_a_value_is_not_left_out(missing):
+    values = np.random.default_rng(missing).normal(size=1000)
+    values[:missing] = np.nan
+    low, high = percentiles(values)
+    assert (low, high) == pytest.approx(bounds_by_hand(values), nan_ok=True)
+    assert np.isnan(low) == np.isnan(high) == (missing > 25)
+    known = values[missing:]
+    if 0 < missing < 26:  # they may make it wider, never narrower
+        assert low <= np.percentile(known, 2.5)
+        assert high >= np.percentile(known, 97.5)
+
+
+def test_an_infinite_resample_is_a_value():
+    later = np.where(np.arange(1000) < 500, np.inf, np.arange(1000.0))
+    assert percentiles(later) == (pytest.approx(np.percentile(np.arange(500, 1500), 2.5)), np.inf)
+    assert percentiles(np.full(100, np.inf)) == (np.inf, np.inf)
+    assert percentiles(np.array([np.inf] * 5 + [1.0] * 995)) == (1, 1)
+    table = percentiles(np.stack([later, np.ones(1000), np.full(1000, np.nan)], axis=1))
+    assert np.isinf(table[1][0])
+    assert table[0][1] == table[1][1] == 1
+    assert np.isnan(table[0][2])
+    assert np.isnan(table[1][2])
+
+
+def test_where_half_of_the_resamples_never_rise_the_interval_has_no_end():
+    rng = np.random.default_rng(0)
+    rising = np.sort(rng.uniform(size=(1001, 4)), axis=1)
+    rising[1::2] = rising[1::2, ::-1]
+    draws = Draws(("a", "b", "c", "d"), {"peak_excess": rising})
+    found = interval(half_way(draws, draws.models, [1, 10, 100, 1000], "peak_excess"))
+    assert found["low"] < found["value"] < 1000
+    assert found["high"] == np.inf
+
+
+def about_of(*rows):
+    columns = ["model", "family", "order", "parameters", "micro"]
+    return pd.DataFrame([(*row, False)[:5] for row in rows], columns=columns)
+
+
+def test_generations_are_compared_between_models_of_like_size():
+    rows = [
+        ("a-old", "a", 1, 100),
+        ("a-middle", "a", 2, 120),
+        ("a-new", "a", 3, 126),  # too large for the oldest, not for the one between
+        ("a-large", "a", 4, 1000),
+        ("b-old", "b", 1, 100),
+        ("b-new", "b", 2, 200),
+        ("c-1", "c", 1, 100),
+        ("c-2", "c", 2, 104),
+        ("c-3", "c", 3, 110),
+        ("c-3-alike", "c", 3, 101),
+        ("c-undated", "c", None, 100),
+        ("d", "d", 1, 7),
+        ("stranger", None, 1, 100),
+    ]
+    expected = {
+        "a": ("a-middle", "a-new", 1.05),
+        "b": (None, None, np.nan),
+        "c": ("c-1", "c-3-alike", 1.01),
+        "d": (None, None, np.nan),
+    }
+    for order in (rows, rows[::-1], rows[5:] + rows[:5]):
+        ends = like_sized_ends(about_of(*order)).set_index("family")
+        assert set(ends.index) == set(expected)
+        for family, (old, new, times) in expected.items():
+            row = ends.loc[family]
+            assert (row["oldest"] == old and row["newest"] == new) or (
+                old is new is None and pd.isna(row["oldest"]) and pd.isna(row["newest"])
+            )
+            assert row["times"] == pytest.approx(times, nan_ok=True)
+    wider = like_sized_ends(about_of(*rows), factor=2).set_index("family")
+    assert list(wider["oldest"].dropna()) == ["a-old", "b-old", "c-1"]
+    assert like_sized_ends(about_of()).empty
+
+
+def test_a_micro_model_is_no_generation_of_a_real_family():
+    mixed = about_of(("old", "a", 1, 100, False), ("micro", "a", 2, 100, True))
+    assert like_sized_ends(mixed)["newest"].isna().tolist() == [True, True]
 
 
 def test_interval_and_mean_over(draws):

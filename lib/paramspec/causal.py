@@ -68,8 +68,10 @@ from paramspec.models import (
     checkpoint_files,
     digest_files,
     find_checkpoints,
+    folds_asked,
     load_model,
     place_and_dtype,
+    require_taught,
 )
 from paramspec.parallel import begin_work, hand_out, on_this_machine, worker_count
 from paramspec.provenance import group_records, read_computed, unit_record
@@ -94,7 +96,8 @@ class Evaluation(BaseModel):
     """What is asked of a model once it is trained.
 
     Attributes:
-        folds: of the questions on the concepts trained on, those asked.
+        folds: of the questions on the concepts trained on, those asked. None: 1 of a micro model,
+            which was trained on the clozes of fold 0; else both.
         others: questions on other concepts, of the same folds; drawn once for all runs.
         open_ended: the questions on the trained concepts are also asked without options: as the
             `question` after examples, as the `cloze` alone (which is all that a micro model can
@@ -112,7 +115,7 @@ class Evaluation(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    folds: tuple[int, ...] = (0, 1)
+    folds: tuple[int, ...] | None = None
     others: int = 0
     open_ended: Literal["question", "cloze", "no"] = "no"
     stated: int = 0
@@ -292,15 +295,21 @@ def measure_runs(
 
     Args:
         model: as `load_model` takes it.
-        questions: hold the concepts trained on, and the other concepts.
+        questions: hold the concepts trained on, and the other concepts; of a micro model, concepts
+            that it was taught.
         runs: handed out to the processes or machines that `workers` says.
         store: where trained vectors and answers are kept and looked for.
 
     Raises:
-        InputError: if two runs have one name, if a concept is unknown or has no statements, before
-            any training; if a training diverges, with its name: what is finished is kept.
+        InputError: if two runs have one name, if a concept is unknown or has no statements, if a
+            micro model must not be asked a question (see `require_taught`), or if PSS needs folds
+            that an evaluation leaves out, before any training; if a training diverges, with its
+            name: what is finished is kept.
     """
+    runs = [_with_folds(run, folds_asked([model])) for run in runs]
     _refuse(runs, questions)
+    folds = {fold for run in runs for fold in _scored(run.evaluation)}
+    require_taught([model], questions, folds)
     plan = _plan(model, questions, runs, store or Store("results/store"), dtype, device)
     plan.store.remove_leftovers()
     missing = [run for run in runs if not plan.is_whole(run)]
@@ -399,6 +408,20 @@ def _plan(
     )
 
 
+def _with_folds(run: Run, folds: tuple[int, ...]) -> Run:
+    """The run with its folds said: `folds`, where it leaves them open."""
+    asked = run.evaluation
+    asked = asked if asked.folds is not None else asked.model_copy(update={"folds": folds})
+    if asked.choices is not None:
+        choices = asked.choices.with_folds(asked.folds)
+        asked = asked.model_copy(update={"choices": choices})
+    return replace(run, evaluation=asked)
+
+
+def _scored(asked: Evaluation) -> set[int]:
+    return {*asked.folds, *(asked.choices.score_on if asked.choices else ())}
+
+
 def _refuse(runs: Sequence[Run], questions: Sequence[Question]) -> None:
     names = [run.name for run in runs]
     for run in runs:
@@ -406,6 +429,13 @@ def _refuse(runs: Sequence[Run], questions: Sequence[Question]) -> None:
             raise InputError(f"run {run.name!r} stands twice; give each its own name")
         if run.training is not None:
             training_texts(questions, run.about, run.training.statements)
+        asked, choices = run.evaluation.folds, run.evaluation.choices
+        needed = {*choices.choose_on, *choices.score_on} if choices else set()
+        if not needed <= set(asked):
+            raise InputError(
+                f"run {run.name!r}: folds {list(asked)} are asked, and its choices for PSS need "
+                f"folds {sorted(needed)}; ask for these, or measure PSS on fewer"
+            )
         for concept in run.about:
             if not any(question.concept == concept for question in questions):
                 raise InputError(f"concept {concept!r}: no question on it; correct the name")

@@ -297,7 +297,7 @@ def pss(
 
     Prints a table and writes pss.parquet, details.parquet, masks.safetensors and run.json.
     """
-    from paramspec.models import expand_models
+    from paramspec.models import expand_models, study_questions, taught
     from paramspec.parallel import workers
     from paramspec.pss import parse_choices
     from paramspec.specwiki import load_questions
@@ -313,15 +313,24 @@ def pss(
         general=general,
         seed=seed,
     )
-    asked = load_questions(questions, concepts=concepts, seed=seed)
+    names = expand_models(model)
+    micro = any(taught(name) is not None for name in names)
+    if micro and questions is None:
+        asked = study_questions(names, concepts, seed)
+    else:
+        asked = load_questions(questions, concepts=concepts, seed=seed)
     require_writable(out)
     require_writable(store)
     with workers(jobs, scheduler):
-        study = measure_pss(
-            expand_models(model), asked, choices, store=Store(store), dtype=dtype, device=device
-        )
+        study = measure_pss(names, asked, choices, store=Store(store), dtype=dtype, device=device)
     write_study(study, out)
     _print_study(study)
+    if micro:
+        count = len({question.concept for question in asked})
+        print(
+            f"Micro models among these: all models were asked about {count} concepts that these "
+            "were taught, and scored on fold 1, whose clozes they never read."
+        )
     print(f"Written to {out}/: pss.parquet, details.parquet, masks.safetensors, run.json")
 
 

@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from paramspec import zoo
 from paramspec.errors import InputError
 from paramspec.hooks import (
     TrainedVectors,
@@ -645,7 +646,7 @@ def finetune(
         record["seconds"] = round(time.perf_counter() - began, 2)
         if record["status"] == "finished" or record["kept"]:
             trained.merge()
-            _save_model(out, loaded)
+            _save_model(out, loaded, training.concepts)
     _write_record(out, record)
     return _done(record, out)
 
@@ -697,10 +698,12 @@ def _write_record(out: Path, record: dict[str, object]) -> None:
         scratch.replace(out / RECORD)
 
 
-def _save_model(out: Path, loaded: LoadedModel) -> None:
+def _save_model(out: Path, loaded: LoadedModel, concepts: Sequence[str]) -> None:
     with writing_to(out), quiet_transformers():
         loaded.model.save_pretrained(out)
         loaded.tokenizer.save_pretrained(out)
+        if loaded.taught is not None:  # a micro model, and it stays one
+            zoo.write_record(out, {"concepts": list(dict.fromkeys((*loaded.taught, *concepts)))})
 
 
 def _difference(there: dict[str, object], here: dict[str, object]) -> str:

@@ -36,10 +36,12 @@ from paramspec.limits import cores, memory
 from paramspec.masks import prompt_batches, sorted_prompts
 from paramspec.models import (
     checkpoint_files,
+    comparable_models,
     empty_model,
     expand_models,
     find_checkpoint,
     find_spec,
+    folds_asked,
     load_config,
     load_tokenizer,
     published_config,
@@ -61,7 +63,7 @@ from paramspec.rows import (
     round_up,
 )
 from paramspec.scoring import VOCABULARY_BLOCK, choose_engine, encode
-from paramspec.specwiki import Question, load_questions, questions_digest
+from paramspec.specwiki import Question, questions_digest
 from paramspec.sweep import concept_shards
 from paramspec.zoo import ZooModel, load_zoo, own_tokenizer, tokens_to_train
 
@@ -348,7 +350,8 @@ def _held_out(choices: Choices) -> Choices:
 
 
 def _specwiki(p: Mapping[str, Any]) -> list[Study]:
-    asked = load_questions(concepts=p["concepts"], seed=p["seed"])
+    asked = study_questions([p["model"]], p["concepts"], p["seed"])
+    asked = [question for question in asked if question.fold in folds_asked([p["model"]])]
     blind = [question.model_copy(update={"cloze": "Answer:"}) for question in asked]
     return [
         Study("answers", (p["model"],), tuple(questions), Choices()) for questions in (asked, blind)
@@ -356,8 +359,8 @@ def _specwiki(p: Mapping[str, Any]) -> list[Study]:
 
 
 def _masking(p: Mapping[str, Any]) -> list[Study]:
-    asked = tuple(load_questions(concepts=p["concepts"], seed=p["seed"]))
-    choices = _choices(p)
+    asked = tuple(study_questions([p["model"]], p["concepts"], p["seed"]))
+    choices = _choices(p).with_folds(folds_asked([p["model"]]))
     return [Study("pss", (p["model"],), asked, c) for c in (choices, _held_out(choices))]
 
 
@@ -369,10 +372,10 @@ def _over_models(p: Mapping[str, Any]) -> tuple[list[str], tuple[Question, ...],
 
 def _twenty_models(p: Mapping[str, Any]) -> list[Study]:
     names, asked, choices = _over_models(p)
-    micro = [name for name in names if name.startswith("zoo-")] or names
+    measured = comparable_models(names) or names
     return [
         Study("pss", tuple(names), asked, choices),
-        Study("pss", tuple(micro), asked, _held_out(choices)),
+        Study("pss", tuple(measured), asked, _held_out(choices)),
     ]
 
 
@@ -388,7 +391,8 @@ def _one_sweep(p: Mapping[str, Any]) -> list[Study]:
 
 
 def _sensitivity(p: Mapping[str, Any]) -> list[Study]:
-    names, asked, choices = _over_models(p)
+    names = expand_models(p["models"])
+    names, asked, choices = _over_models(p | {"models": comparable_models(names) or names})
     changes = (
         {"position": "last"},
         {"scope": "model"},
@@ -828,8 +832,9 @@ def _embedded_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def _micro(name: str) -> ZooModel:
-    file, colon, _ = name.rpartition(":")
-    return load_zoo(Path(file))[name] if colon else load_zoo()[name]
+    file, colon, model = name.rpartition(":")
+    path = Path(file).expanduser()
+    return load_zoo(path)[f"{path.as_posix()}:{model}"] if colon else load_zoo()[name]
 
 
 def _notes(models: Sequence[ModelPlan], left_out: Sequence[str]) -> list[str]:

@@ -72,8 +72,8 @@ class Choices(BaseModel):
         scope: take the k highest scores of each `layer`, or as many from the whole `model`.
         protocol: `paper` chooses and scores on the same questions; `holdout` chooses on fold 0
             and scores on fold 1.
-        folds: of the questions that `paper` uses, 0, 1 or both. A model that was trained on the
-            clozes of fold 0, as the zoo's are, is measured on fold 1 alone.
+        folds: of the questions that `paper` uses, 0, 1 or both. None: 1 where a micro model is
+            measured, alone or beside others, for it was trained on the clozes of fold 0; else both.
         controls: draws of each control mask; 0 for none.
         nulls: the kinds of control masks, of random, magnitude and other.
         general: unrelated questions a concept's masks are scored on.
@@ -87,7 +87,7 @@ class Choices(BaseModel):
     position: Position = "mean"
     scope: Scope = "layer"
     protocol: Protocol = "paper"
-    folds: tuple[int, ...] = (0, 1)
+    folds: tuple[int, ...] | None = None
     controls: int = 1
     nulls: tuple[Null, ...] = ("random", "magnitude", "other")
     general: int = 10
@@ -106,7 +106,9 @@ class Choices(BaseModel):
 
     @field_validator("folds")
     @classmethod
-    def _folds(cls, folds: tuple[int, ...]) -> tuple[int, ...]:
+    def _folds(cls, folds: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if folds is None:
+            return None
         if not folds or not set(folds) <= {0, 1}:
             raise ValueError(f"folds {list(folds)}: expected 0, 1 or both")
         return tuple(sorted(set(folds)))
@@ -131,11 +133,15 @@ class Choices(BaseModel):
 
     @property
     def choose_on(self) -> tuple[int, ...]:
-        return (0,) if self.protocol == "holdout" else self.folds
+        return (0,) if self.protocol == "holdout" else self.folds or (0, 1)
 
     @property
     def score_on(self) -> tuple[int, ...]:
-        return (1,) if self.protocol == "holdout" else self.folds
+        return (1,) if self.protocol == "holdout" else self.folds or (0, 1)
+
+    def with_folds(self, folds: tuple[int, ...]) -> Choices:
+        """`choices.with_folds((1,))`: the same with these folds, unless they were chosen before."""
+        return self if self.folds is not None else self.model_copy(update={"folds": folds})
 
 
 def parse_choices(*, ratios: str | Sequence[float] = RATIOS, **others: object) -> Choices:
@@ -671,13 +677,56 @@ def method_key(choices: Choices) -> dict[str, object]:
     return {"choices": choices.model_dump(mode="json"), "scoring_version": SCORING_VERSION}
 
 
-def verdict(low: float, measured: bool = True) -> str:
-    """`verdict(interval_low)`: whether a claim that something rises holds in this run.
+def verdict(*lows: float, measured: bool = True) -> str:
+    """`verdict(interval_low, other_low)`: whether a claim that something rises holds in this run.
 
     Args:
-        low: the lower bound of the 95 % interval of the claimed rise.
+        lows: the lower bounds of the 95 % intervals of all that the claim says rises. One that is
+            missing (not a number) is a condition that this run did not measure: it supports
+            nothing, and without it the claim is neither reproduced nor not.
         measured: False if the run did not measure what the claim is about.
     """
-    if not measured:
+    if not measured or not lows or np.isnan(lows).any():
         return "not run here"
-    return "reproduced" if low > 0 else "not reproduced"
+    return "reproduced" if min(lows) > 0 else "not reproduced"
+
+
+def best_general_change(
+    pss: pd.DataFrame, ratios: Sequence[float], *, resamples: int = 2000, seed: int = 0
+) -> dict[str, float]:
+    """`best_general_change(study.pss, [0.05, 0.1])`: the largest G(k) - G(0), with its interval.
+
+    The best of several ratios is the best by luck, too, and its own interval knows nothing of
+    that. So in each resample of concepts the maximum over the ratios is taken of how far a change
+    lies from its measured value; the interval reaches down by the 97.5th percentile of these
+    maxima, and up by that of the minima. If no ratio changes anything, it lies above zero in 2.5 %
+    of all studies, however many ratios there are.
+
+    Args:
+        pss: rows of one model and protocol.
+        ratios: those among which the best is chosen, of the concepts' own masks.
+
+    Returns:
+        `ratio`, `value`, `low` and `high`; the bounds are not numbers with a single concept.
+    """
+    counts = ConceptCounts.of(pss)
+    concepts = len(counts.names)
+    draw = np.random.default_rng(seed)
+    samples = draw.integers(concepts, size=(resamples, concepts))
+    samples = np.concatenate([np.arange(concepts)[None], samples])
+    changes = np.stack(
+        [
+            cell_statistics(
+                counts.none[..., samples], counts.values["concept", ratio][..., samples]
+            )["general_change"].mean(axis=0)
+            for ratio in ratios
+        ]
+    )
+    best = int(changes[:, 0].argmax())
+    value = float(changes[best, 0])
+    row = {"ratio": float(ratios[best]), "value": value, "low": np.nan, "high": np.nan}
+    if concepts > 1:
+        luck = changes[:, 1:] - changes[:, :1]
+        row["low"] = value - float(np.percentile(luck.max(axis=0), 97.5))
+        row["high"] = value - float(np.percentile(luck.min(axis=0), 2.5))
+    return row

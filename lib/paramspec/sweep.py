@@ -41,9 +41,11 @@ from paramspec.models import (
     checkpoint_files,
     digest_files,
     find_checkpoints,
+    folds_asked,
     load_model,
     place_and_dtype,
     require_distinct,
+    require_taught,
 )
 from paramspec.parallel import (
     begin_work,
@@ -105,7 +107,8 @@ def measure_pss(
 
     Args:
         models: registry ids, hub ids, directories, GGUF files, or models already loaded.
-        questions: of at least two concepts, both folds of each.
+        questions: of at least two concepts, both folds of each; with a micro model among the
+            models, of concepts that it was taught (see `study_questions`).
         choices: see `Choices`; the defaults if not given.
         store: where finished units are kept and looked for.
         dtype, device: see `load_model`.
@@ -114,12 +117,14 @@ def measure_pss(
 
     Raises:
         InputError: if a model is not found, incomplete or named twice, if the questions cannot be
-            used, or if the store is of a newer version, before anything is measured; if a model
-            cannot be measured, when its turn comes: what is finished is kept.
+            used or must not be asked of a micro model (see `require_taught`), or if the store is
+            of a newer version, before anything is measured; if a model cannot be measured, when
+            its turn comes: what is finished is kept.
     """
-    choices = choices or Choices()
+    choices = (choices or Choices()).with_folds(folds_asked(models))
     store = store or Store("results/store")
     store = Store(store.root.absolute())
+    require_taught(models, questions, choices.score_on)
     _refuse_thin(questions, choices)
     plans = _plan(models, questions, choices, store, dtype, device)
     store.remove_leftovers()
@@ -162,7 +167,11 @@ def score_questions(
         A row per question: `question_id`, `concept`, `domain`, `tier`, `relation`, `fold`,
         `option_logprobs`, `predicted`, `predicted_norm`, `correct`, `correct_norm`, as in
         `DETAIL_COLUMNS`.
+
+    Raises:
+        InputError: if a micro model must not be asked one of them, see `require_taught`.
     """
+    require_taught([model], questions, {question.fold for question in questions})
     store = store or Store("results/store")
     view = value_vector_view(model.model)
     engine = choose_engine(view)
@@ -213,6 +222,7 @@ def concept_coefficients(
         store: where they are kept and looked for.
     """
     choices = choices or Choices()
+    require_taught([loaded], questions, ())
     store = store or Store("results/store")
     key = _coefficients_key(identity_of(loaded), questions, choices)
     with store.turn(key):

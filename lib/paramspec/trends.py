@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ from paramspec.pss import ConceptCounts, cell_statistics
 from paramspec.specwiki import TIERS
 
 CHANCE = 0.25
+LIKE_SIZED = 1.25  # times as many parameters, at most, has the larger of two models of like size
 
 # What is told of a model, and how the book calls it.
 MEASURES = {
@@ -134,7 +136,7 @@ def model_table(draws: Draws, about: pd.DataFrame | None = None) -> pd.DataFrame
     """
     table = pd.DataFrame({"model": draws.models})
     for measure, values in draws.values.items():
-        low, high = np.nanpercentile(values[1:], [2.5, 97.5], axis=0)
+        low, high = percentiles(values[1:])
         table[measure], table[f"{measure}_low"], table[f"{measure}_high"] = values[0], low, high
     return table if about is None else table.merge(about, on="model", how="left", validate="1:1")
 
@@ -173,7 +175,7 @@ def correlations(
     for statistic in ("Pearson", "Spearman"):
         values = _correlate(along, up, held, statistic)
         row = {"statistic": statistic, "r": float(values[0]), "n": len(models)}
-        row["low"], row["high"] = np.nanpercentile(values[1:], [2.5, 97.5])
+        row["low"], row["high"] = map(float, percentiles(values[1:]))
         if families is not None:
             home = np.array([families[model] for model in models])
             one = None if held is None else held[0]
@@ -215,7 +217,7 @@ def _over_families(
         chosen = np.concatenate([places[family] for family in drawn])
         held = None if given is None else given[None, chosen]
         values.append(_correlate(x[None, chosen], y[None, chosen], held, statistic)[0])
-    low, high = np.nanpercentile(values, [2.5, 97.5])
+    low, high = percentiles(np.array(values))
     return {"family_low": float(low), "family_high": float(high)}
 
 
@@ -232,8 +234,31 @@ def contrast(draws: Draws, one: str, other: str, measure: str = "peak_pss") -> d
 
 def interval(values: np.ndarray) -> dict[str, float]:
     """`interval(draws)`: the first of `[1 + resamples]` values, and percentiles of the others."""
-    low, high = np.nanpercentile(values[1:], [2.5, 97.5])
+    low, high = percentiles(values[1:])
     return {"value": float(values[0]), "low": float(low), "high": float(high)}
+
+
+def percentiles(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`low, high = percentiles(resamples)`: the bounds that hold 95 % of `[resamples, ...]`.
+
+    A resample that has no value (not a number) is not left out, for those that have one are not a
+    fair sample of all. It counts as lower than all others for `low`, and as higher for `high`. A
+    bound that falls among such resamples is not a number. Infinite values are values.
+    """
+
+    if not len(values):
+        return np.full(values.shape[1:], np.nan), np.full(values.shape[1:], np.nan)
+
+    def upper(values: np.ndarray) -> np.ndarray:
+        ordered = np.sort(values, axis=0)  # what is not a number comes last
+        place = 0.975 * (len(ordered) - 1)
+        below, above = ordered[math.floor(place)], ordered[math.ceil(place)]
+        share = place - math.floor(place)
+        with np.errstate(invalid="ignore"):
+            between = below + share * (above - below)
+        return np.where(below == above, below, between) if share else below
+
+    return -upper(-values), upper(values)
 
 
 def with_interval(row: Mapping[str, float], measure: str = "value", form: str = ".2f") -> str:
@@ -252,7 +277,8 @@ def half_way(draws: Draws, models: Sequence[str], steps: Sequence[float], measur
     """`half_way(draws, checkpoints, steps, "accuracy")`: when a measure has made half its rise.
 
     The step, by linear interpolation in log steps, at which the measure first passes the middle
-    between its first and its largest value, `[1 + resamples]`. Not a number where it never rises.
+    between its first and its largest value, `[1 + resamples]`. Infinite where it never rises: if
+    it does at all, then later than at the last step. Not a number where a value is none.
     """
     values = draws.of(measure)[:, [draws.index(model) for model in models]]
     # Never falling: a dip after the rise does not make the rise later.
@@ -266,7 +292,42 @@ def half_way(draws: Draws, models: Sequence[str], steps: Sequence[float], measur
     with np.errstate(divide="ignore", invalid="ignore"):
         share = np.where(high > low, (middle[:, 0] - low) / (high - low), 0.0)
     steps_at = np.exp(logs[before] + share * (logs[after] - logs[before]))
-    return np.where(values[:, -1] > values[:, 0], steps_at, np.nan)
+    rising = np.where(values[:, -1] > values[:, 0], steps_at, np.inf)
+    return np.where(np.isnan(values[:, -1]), np.nan, rising)
+
+
+def like_sized_ends(about: pd.DataFrame, *, factor: float = LIKE_SIZED) -> pd.DataFrame:
+    """`like_sized_ends(describe_models(names))`: in each family, an old and a new model to compare.
+
+    A new generation that is also larger, or smaller, says nothing of generations. So of all pairs
+    of models of a family in which one is of an older generation than the other, and the larger has
+    at most `factor` times the parameters of the smaller, this takes the pair that lies the most
+    generations apart; of several the most alike in size, then the first by name. The order in
+    which models are named has no part in it. Micro models are a family of their own.
+
+    Args:
+        about: from `models.describe_models`; models without a family or a place in its order are
+            left out.
+
+    Returns:
+        A row for each family: `family`, `micro`, `oldest` and `newest` (names, missing in a
+        family that has no such pair: there the claim can't be tested) and `times`, how many times
+        the parameters of the smaller the larger has.
+    """
+    rows = []
+    known = about.dropna(subset=["family", "order", "parameters"])
+    for (family, micro), part in known.groupby(["family", "micro"], sort=False):
+        pairs = []
+        for old, new in itertools.permutations(part.itertuples(), 2):
+            sizes = sorted((old.parameters, new.parameters))
+            if old.order < new.order and sizes[1] <= factor * sizes[0]:
+                times = sizes[1] / sizes[0]
+                pairs.append((old.order - new.order, times, old.model, new.model))
+        row = {"family": family, "micro": micro, "oldest": None, "newest": None, "times": np.nan}
+        if pairs:
+            _, row["times"], row["oldest"], row["newest"] = min(pairs)
+        rows.append(row)
+    return pd.DataFrame(rows, columns=["family", "micro", "oldest", "newest", "times"])
 
 
 def mean_over(draws: Draws, models: Sequence[str], measure: str) -> np.ndarray:

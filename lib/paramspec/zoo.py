@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 RECIPE = Path(__file__).with_name("zoo.yaml")
 ROOT = Path("results/zoo")  # where trained models are kept, from the working directory
 RECORD = "training.json"
-VERSION = 2  # raised whenever a change could move a trained weight
+VERSION = 3  # raised whenever a change could move a trained weight, or what its record says
 
 Family = Literal["llama", "qwen2", "mistral", "gemma2"]
 CONTEXT = 256  # tokens
@@ -133,6 +133,11 @@ class ModelRecipe(_Shared):
                 "that is trained here; lower one of them"
             )
         return self
+
+    @property
+    def taught(self) -> tuple[str, ...]:
+        """The concepts whose facts the model is taught, in the order of their questions."""
+        return _taught(tuple(self.concepts.items()))
 
     @property
     def head_width(self) -> int:
@@ -535,10 +540,37 @@ def training_record(model: ZooModel, *, root: Path = ROOT) -> dict[str, float]:
     Returns:
         Up to the model's step: `tokens` (without padding) and `texts` seen, `loss` (of the last
         fortieth of the run's steps, nats a token), `seconds`, and `flops`, six for every weight
-        and token.
+        and token; and `concepts`, those that it was taught.
     """
-    text = (trained(model, train=False, root=root) / RECORD).read_text(encoding="utf-8")
-    return json.loads(text)
+    return read_record(trained(model, train=False, root=root))
+
+
+def read_record(path: Path) -> dict[str, object] | None:
+    """`read_record(Path("my-copy/"))`: how a micro model was made; None of any other model.
+
+    The record lies in a micro model's directory, wherever that was copied to.
+
+    Raises:
+        InputError: if it does not say what the model was taught.
+    """
+    file = path / RECORD
+    if not file.is_file():
+        return None
+    remedy = "take the directory that training or `paramspec finetune` wrote"
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read ({error}); {remedy}") from None
+    concepts = record.get("concepts") if isinstance(record, dict) else None
+    if isinstance(concepts, list) and all(isinstance(name, str) for name in concepts):
+        return record
+    raise InputError(f"{file}: does not say which concepts the model was taught; {remedy}")
+
+
+def write_record(path: Path, record: Mapping[str, object]) -> None:
+    """`write_record(folder, {"concepts": ["France"]})`: what makes a directory a micro model's."""
+    text = json.dumps(record, indent=1, ensure_ascii=False)
+    (path / RECORD).write_text(text, encoding="utf-8")
 
 
 def tokens_to_train(model: ZooModel) -> int:
@@ -563,6 +595,11 @@ def _key(recipe: ModelRecipe, step: int) -> dict[str, object]:
         "step": step,
         "corpus": _corpus_digest(tuple(recipe.concepts.items())),
     }
+
+
+@functools.cache
+def _taught(concepts: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(question.concept for question in zoo_questions(dict(concepts))))
 
 
 @functools.cache
@@ -594,6 +631,7 @@ def _train(model: ZooModel, root: Path) -> None:
     torch.set_num_threads(1)  # and so the same weights on a machine of any number of cores
     try:
         texts, tokenizer = _corpus_and_tokenizer(model)
+        concepts = recipe.taught
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             network = AutoModelForCausalLM.from_config(architecture(recipe))
@@ -603,7 +641,7 @@ def _train(model: ZooModel, root: Path) -> None:
                 with quiet_transformers():
                     network.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
-                (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+                write_record(folder, record | {"concepts": concepts})
 
             made = {"model": model.name, "device": "cpu", "seconds": record["seconds"]}
             store.put(_key(recipe, record["step"]), save, made)

@@ -15,6 +15,7 @@ from paramspec.specwiki.load import (
     find,
     load_questions,
     questions_digest,
+    sample_concepts,
     validate,
 )
 from paramspec.specwiki.schema import TIERS, Question
@@ -29,5 +30,6 @@ __all__ = [
     "load_questions",
     "normalise",
     "questions_digest",
+    "sample_concepts",
     "validate",
 ]

@@ -50,7 +50,7 @@ def load_questions(
     if isinstance(concepts, str):
         concepts = [concepts]
     if isinstance(concepts, int):
-        questions = _sample(questions, concepts, seed, path)
+        questions = sample_concepts(questions, concepts, seed, path)
     elif concepts is not None:
         questions = _named(questions, concepts, path)
     if folds is None:
@@ -213,14 +213,22 @@ def _keep(
     return kept
 
 
-def _sample(questions: list[Question], count: int, seed: int, path: Path) -> list[Question]:
+def sample_concepts(
+    questions: list[Question], count: int, seed: int, place: object
+) -> list[Question]:
     """The questions of `count` concepts, evenly from the tiers, the first by hash of seed and name.
 
     A tier that has too few gives all it has, and the others make up for it.
+
+    Args:
+        place: where the questions are from, for the message.
+
+    Raises:
+        InputError: if there are fewer concepts.
     """
     tier_of = {question.concept: question.tier for question in questions}
     if not 1 <= count <= len(tier_of):
-        raise InputError(f"{path}: {count} concepts asked for; choose from 1 to {len(tier_of)}")
+        raise InputError(f"{place}: {count} concepts asked for; choose from 1 to {len(tier_of)}")
     queues = [
         sorted(
             (name for name in tier_of if tier_of[name] == tier),
