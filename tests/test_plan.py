@@ -28,7 +28,13 @@ from paramspec.hooks import (
     value_vector_view,
 )
 from paramspec.masks import record_concepts
-from paramspec.models import empty_model, load_registry, published_config, study_questions
+from paramspec.models import (
+    empty_model,
+    folds_asked,
+    load_registry,
+    published_config,
+    study_questions,
+)
 from paramspec.plan import (
     CHAPTERS,
     Passes,
@@ -254,7 +260,8 @@ def asked_by(chapter: str, values: dict[str, object], monkeypatch) -> list[tuple
         def call(models, questions, choices=None, **_):
             names = models if isinstance(models, list) else [models]
             names = [name if isinstance(name, str) else name.name for name in names]
-            calls.append((kind, tuple(names), tuple(questions), choices or Choices()))
+            asked = (choices or Choices()).with_folds(folds_asked(names))  # as `measure_pss` does
+            calls.append((kind, tuple(names), tuple(questions), asked))
             return SimpleNamespace(concepts=["x"], sums=torch.zeros(1, 2, 3, 4))
 
         return call

@@ -378,6 +378,11 @@ def _family_colour(family: object) -> object:
     return FAMILY_COLOURS.get(family, OTHER)
 
 
+def family_title(family: str) -> str:
+    """`family_title("llama")`: as its makers write it; a family that is not known here as it is."""
+    return FAMILY_TITLES.get(family, family)
+
+
 def _bars(axes: Axes, x: pd.Series, table: pd.DataFrame, value: str, **style: object) -> None:
     """Points with upright 95 % intervals, columns `value`, `value_low`, `value_high`.
 
@@ -410,7 +415,7 @@ def against_accuracy(table: pd.DataFrame, y: str = "peak_pss", label: str = "pea
             part["accuracy"],
             part,
             y,
-            label=_label(FAMILY_TITLES.get(family, family)),
+            label=_label(family_title(family)),
             **style,
         )
         axes.hlines(
@@ -452,7 +457,7 @@ def forest(table: pd.DataFrame, published: float | None = None) -> Figure:
     axes.set_yticks(places, table["reading"])
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    axes.set_xlim(min(-0.55, float(np.nanmin(table["low"]))) - 0.05, 1.03)
+    axes.set_xlim(np.nanmin([-0.55, *table["low"]]) - 0.05, 1.03)
     axes.set_xlabel("Pearson correlation with accuracy, and its 95 % intervals")
     figure.legend(loc="outside lower center", ncols=3)
     return figure
@@ -471,14 +476,17 @@ def generations(table: pd.DataFrame) -> Figure:
 
     Args:
         table: of `trends.model_table`, with `family`, `order` (the generation's place in its
-            family) and `generation`; and, if there is one, `held_out` with its interval.
+            family), `micro` and `generation`; and, if there is one, `held_out` with its interval.
+            Models without a place in the order are left out.
     """
-    families = [family for family in FAMILY_TITLES if (table["family"] == family).any()]
+    table = table.dropna(subset=["family", "order"])
+    families = list(dict.fromkeys(zip(table["family"], table["micro"], strict=True)))
     figure, panels = plt.subplots(
-        1, len(families), figsize=(7.4, 3.4), sharey=True, layout="constrained", squeeze=False
-    )
-    for axes, family in zip(panels[0], families, strict=True):
-        part = table[table["family"] == family].sort_values("order")
+        1, max(1, len(families)), figsize=(7.4, 3.4), sharey=True, layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    for axes, (family, micro) in zip(panels[0], families, strict=False):
+        part = table[(table["family"] == family) & (table["micro"] == micro)].sort_values("order")
         if "peak_null" in part:
             _null_band(axes, part.set_index("order"))
         if "held_out" in part:
@@ -487,7 +495,7 @@ def generations(table: pd.DataFrame) -> Figure:
         axes.plot(part["order"], part["peak_pss"], color=colour, lw=1.5)
         style = {"color": colour, "marker": "o", "markersize": 6}
         _bars(axes, part["order"], part, "peak_pss", **style)
-        axes.set_title(FAMILY_TITLES[family])
+        axes.set_title(family_title(family))
         names = part["generation"].str.removeprefix("zoo ")
         wide = names.str.len().max() > 3
         axes.set_xticks(
@@ -516,7 +524,7 @@ def along(table: pd.DataFrame, x: str, label: str, *, log: bool = False) -> Figu
     for run in runs:
         part = table[table["run"] == run].sort_values(x)
         colour = _family_colour(part["family"].iloc[0])
-        title = _label(FAMILY_TITLES.get(run, run))
+        title = _label(family_title(run))
         for axes, value in zip(panels, ("accuracy", "peak_pss"), strict=True):
             axes.plot(part[x], part[value], color=colour, lw=1.3, label=title)
             _bars(axes, part[x], part, value, color=colour, marker="o", markersize=5)
