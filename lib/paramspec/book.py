@@ -37,6 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from paramspec.ends import out_of_the_main_thread
 from paramspec.errors import InputError
 from paramspec.markup import printable
 from paramspec.plain import read_value, read_yaml
@@ -47,14 +48,21 @@ from paramspec.provenance import USED, hardware, machine, used_results, versions
 RECORD = "paramspec"
 READ_WHOLE = 10_000_000  # bytes of a file that is still read to find out whether it changed
 VERSIONS = ("torch", "transformers", "numpy", "pandas", "papermill")
+# Run first in a process that this one starts: it ends if this one is killed. (A kernel of Jupyter
+# watches its parent by itself, but not if that was killed before the kernel had started.)
+_WATCH = "from paramspec.ends import watch_parent as _watch; _watch({})"
 
 
 class ChapterFailed(RuntimeError):
     """A chapter raised; the message is one line naming the chapter, the line and the error."""
 
+    exit_status = 3  # of the command line
+
 
 class SiteFailed(RuntimeError):
     """Jupyter Book did not build the site without warnings."""
+
+    exit_status = 4
 
 
 @dataclass(frozen=True)
@@ -507,7 +515,8 @@ def _execute(
     place = f"the unfinished notebook is {_shown(scratch, root)}"
     try:
         with _kernel_environment(profile, scratch.with_suffix(".used").absolute()):
-            result = papermill.execute_notebook(
+            result = out_of_the_main_thread(
+                papermill.execute_notebook,
                 notebook,
                 str(scratch).replace("{", "{{").replace("}", "}}"),  # it is a template
                 values,
@@ -515,7 +524,10 @@ def _execute(
                 start_timeout=300,
                 autosave_cell_every=30,
                 progress_bar=sys.stderr.isatty(),
-                extra_arguments=["--log-level=CRITICAL"],  # the kernel's own log, not the chapter's
+                extra_arguments=[
+                    "--log-level=CRITICAL",  # the kernel's own log, not the chapter's
+                    f"--IPKernelApp.exec_lines={_WATCH.format(os.getpid())}",
+                ],
             )
     except PapermillExecutionError as error:
         raise ChapterFailed(f"chapter {_failure(chapter, scratch, error)}; {place}") from error
@@ -551,16 +563,18 @@ def build(
     table = load_profile(profile, root)
     for chapter in found:  # a misspelt parameter of the last chapter stops the first
         check_parameters(chapter, table.get(chapter.name, {}), f"profile {profile}")
-    failures = []
+    failures = {}
     for chapter in found:
         target = executed / f"{chapter.name}.ipynb"
         try:
             run_chapter(chapter, profile=profile, target=target, force=force, root=root)
         except ChapterFailed as error:
             print(printable(error), file=sys.stderr, flush=True)
-            failures.append(chapter.name)
+            failures[chapter.name] = error
     if failures:
-        raise ChapterFailed(f"the site was not built: {', '.join(failures)} failed, see above")
+        raise ChapterFailed(
+            f"the site was not built: {', '.join(failures)} failed, see above"
+        ) from ExceptionGroup("chapters that failed", list(failures.values()))
     return build_site(root, executed, out / "_build", force=force)
 
 
@@ -583,8 +597,9 @@ def build_site(root: Path, executed: Path, folder: Path, *, force: bool = False)
     shutil.rmtree(aside, ignore_errors=True)
     _make_folder(aside)
     # --all: after a failed build, an incremental one forgets the warnings and succeeds
-    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build"]
-    command += [str(root), "--path-output", str(aside), "-W", "--keep-going", "-n", "--all", "-q"]
+    code = f"{_WATCH.format(os.getpid())}; from jupyter_book.cli.main import main; main()"
+    command = [sys.executable, "-c", code, "build", str(root)]
+    command += ["--path-output", str(aside), "-W", "--keep-going", "-n", "--all", "-q"]
     result = subprocess.run(
         command,
         cwd=root,
@@ -598,11 +613,13 @@ def build_site(root: Path, executed: Path, folder: Path, *, force: bool = False)
     if result.returncode or not (aside / "_build" / "html" / "index.html").is_file():
         print(result.stdout, file=sys.stderr, flush=True)
         raise SiteFailed("the site was not built: Jupyter Book's warnings and errors are above")
+    new = aside / "_build" / "html"
+    (new / ".nojekyll").touch()  # else GitHub Pages drops every folder whose name starts with _
     stamp.unlink(missing_ok=True)
-    shutil.rmtree(html, ignore_errors=True)
-    os.replace(aside / "_build" / "html", html)
+    if html.exists():
+        os.replace(html, aside / "old")
+    os.replace(new, html)
     shutil.rmtree(aside)
-    (html / ".nojekyll").touch()  # else GitHub Pages drops every folder whose name starts with _
     stamp.write_text(key)
     print(f"site: {time.monotonic() - start:.1f} s -> {_shown(html, root)}", flush=True)
     return html
@@ -695,7 +712,7 @@ def _check_target(target: Path) -> None:
     """Raise InputError when `target` cannot be written: before the work, not after it."""
     if target.suffix != ".ipynb":
         raise InputError(f"{target}: not a notebook's name; end it in .ipynb")
-    probe = target.with_name(f".{target.name}.{os.getpid()}")
+    probe = target.with_name(f".partial-{target.name}.{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         probe.write_text("probe")
@@ -714,7 +731,10 @@ def _write(notebook: Any, target: Path) -> None:
     """Write a notebook in one step: a reader sees the old one or the new one."""
     import nbformat
 
-    part = target.with_name(f".{target.name}.{os.getpid()}")
+    from paramspec.store import remove_leftovers
+
+    remove_leftovers(target.parent)
+    part = target.with_name(f".partial-{target.name}.{os.getpid()}")
     try:
         part.write_text(nbformat.writes(notebook), "utf-8")
         os.replace(part, target)

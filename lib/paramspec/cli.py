@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -33,7 +35,15 @@ app = typer.Typer(
 )
 
 
-class PairsCommand(TyperCommand):
+class Command(TyperCommand):
+    """A command whose help names the option that `main` takes for all of them."""
+
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(*arguments, **options)
+        self.epilog = "--traceback, or PARAMSPEC_TRACEBACK=1: show where an error came from."
+
+
+class PairsCommand(Command):
     """A command whose option `-p NAME VALUE` takes two words, as papermill's does.
 
     Typer has no repeated option of two words, so the two are joined before it reads them.
@@ -72,14 +82,11 @@ def run(
     """Run one chapter. Exit status 2 for bad input, 3 when the chapter fails."""
     from paramspec import book
 
-    try:
-        given = book.parse_assignments(parameter or [])
-        book.run_chapter(chapter, given, profile=profile, target=out, force=force)
-    except book.ChapterFailed as error:
-        _fail(error, 3)
+    given = book.parse_assignments(parameter or [])
+    book.run_chapter(chapter, given, profile=profile, target=out, force=force)
 
 
-@app.command()
+@app.command(cls=Command)
 def build(
     profile: Annotated[
         str, typer.Option(help="A profile of book/profiles, or a YAML file.")
@@ -96,15 +103,10 @@ def build(
     """
     from paramspec import book
 
-    try:
-        book.build(profile=profile, out=out, force=force)
-    except book.ChapterFailed as error:
-        _fail(error, 3)
-    except book.SiteFailed as error:
-        _fail(error, 4)
+    book.build(profile=profile, out=out, force=force)
 
 
-@app.command()
+@app.command(cls=Command)
 def models(
     chosen: Annotated[
         str | None,
@@ -158,7 +160,7 @@ def _count(parameters: int) -> str:
     return f"{parameters / 1e9:.2f} B" if parameters >= 1e8 else f"{parameters / 1e6:.2f} M"
 
 
-@app.command()
+@app.command(cls=Command)
 def questions(
     validate: Annotated[
         Path | None,
@@ -223,7 +225,7 @@ def _print_counts(asked: list[Question]) -> None:
     print(f"{len(asked)} questions on {len(concepts)} concepts, SHA-256 {questions_digest(asked)}")
 
 
-@app.command()
+@app.command(cls=Command)
 def pss(
     model: Annotated[
         list[str],
@@ -334,7 +336,7 @@ def pss(
     print(f"Written to {out}/: pss.parquet, details.parquet, masks.safetensors, run.json")
 
 
-@app.command()
+@app.command(cls=Command)
 def finetune(
     model: Annotated[
         str, typer.Argument(help="A registry id, a hub id, a local directory, or a GGUF file.")
@@ -654,11 +656,6 @@ def _console() -> Console:
     return Console(width=width, markup=False, emoji=False, highlight=False)
 
 
-def _fail(error: Exception, status: int) -> None:
-    print(f"paramspec: error: {printable(error)}", file=sys.stderr)
-    raise typer.Exit(status)
-
-
 def _format_warning(message, category, filename, lineno, line=None) -> str:
     """Ours in one line, as errors are; a library's as Python shows it."""
     if Path(filename).is_relative_to(Path(__file__).parent):
@@ -667,27 +664,42 @@ def _format_warning(message, category, filename, lineno, line=None) -> str:
 
 
 def main() -> None:
-    """Run the command line; bad input is one line on standard error and exit status 2."""
+    """Run the command line; a failure is one line on standard error and the exit status.
+
+    Bad input is status 2, a bug of this package 1 with a traceback. `--traceback` anywhere among
+    the words, or PARAMSPEC_TRACEBACK=1, shows the traceback of every failure, causes included.
+    """
     print_with_replacements()
+    words = [word for word in sys.argv[1:] if word != "--traceback"]
+    shown = len(words) < len(sys.argv) - 1 or os.environ.get("PARAMSPEC_TRACEBACK", "0") != "0"
     before, warnings.formatwarning = warnings.formatwarning, _format_warning
     try:
-        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
-    except InputError as error:
-        print(f"paramspec: error: {printable(error)}", file=sys.stderr)
-        status = 2
-    except TyperException as error:
+        status = app(words or ["--help"], standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        print("paramspec: interrupted; finished work is kept", file=sys.stderr)
+        status = 130
+    except Exception as error:
+        status, line = _told(error)
+        if shown or status == 1:
+            traceback.print_exception(error)
+        print(f"paramspec: {printable(line)}", file=sys.stderr)
+    finally:
+        warnings.formatwarning = before
+    sys.exit(status)
+
+
+def _told(error: Exception) -> tuple[int, str]:
+    """The exit status of a failure, and the line that tells it."""
+    if isinstance(error, TyperException):
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         if isinstance(error.__cause__, ValidationError):  # its message leaves the value out
             message = message.replace("Value error, ", "")
             message += f": {error.__cause__.errors()[0]['input']!r}"
-        print(f"paramspec: error: {printable(message)} (see --help)", file=sys.stderr)
-        status = 2
-    except (KeyboardInterrupt, typer.Abort):
-        print("paramspec: interrupted; finished work is kept", file=sys.stderr)
-        status = 130
-    finally:
-        warnings.formatwarning = before
-    sys.exit(status)
+        return 2, f"error: {message} (see --help)"
+    if hasattr(error, "exit_status"):
+        return error.exit_status, f"error: {error}"
+    name = type(error).__name__
+    return 1, f"internal error ({name}): please report the traceback; finished work is kept"
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ from contextlib import contextmanager
 class InputError(ValueError):
     """Bad input, told in one line that names the value, the place and the remedy.
 
-    The command line prints the message without a traceback and exits with status 2.
+    The command line prints the message without a traceback, and exits with `exit_status`.
     """
+
+    exit_status = 2
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import concurrent.futures
 import contextlib
 import logging
 import multiprocessing
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 import joblib
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
+from paramspec.ends import keep_interrupts_from_children, watch_parent
 from paramspec.errors import InputError
 from paramspec.limits import cores
 
@@ -51,9 +53,15 @@ def workers(jobs: int = 0, scheduler: str | None = None) -> Iterator[None]:
         return
     count = jobs or _devices()
     threads = max(1, cores() // count)
+    if count > 1:
+        keep_interrupts_from_children()
     with (
         joblib.parallel_config(
-            backend="loky", n_jobs=count, inner_max_num_threads=threads if count > 1 else None
+            backend="loky",
+            n_jobs=count,
+            inner_max_num_threads=threads if count > 1 else None,
+            initializer=watch_parent,
+            initargs=(os.getpid(),),
         ),
         _at_most(threads) if count == 1 else contextlib.nullcontext(),
     ):
@@ -111,6 +119,8 @@ def begin_work() -> None:
     """
     if not in_worker():
         return
+    if _loky_worker():
+        watch_parent(os.getppid())
     # A library's advice to programmers; what users must know is raised, or told by the store.
     for category in (FutureWarning, DeprecationWarning):
         warnings.simplefilter("ignore", category)
@@ -126,8 +136,7 @@ def begin_work() -> None:
 
 def in_worker() -> bool:
     """`in_worker()`: whether this is a task in a process that joblib or Dask started."""
-    loky = multiprocessing.current_process().name.startswith("LokyProcess")
-    return loky or _dask_worker() is not None
+    return _loky_worker() or _dask_worker() is not None
 
 
 def worker_count() -> int:
@@ -227,6 +236,10 @@ def _devices() -> int:
     import torch
 
     return torch.cuda.device_count() or cores()
+
+
+def _loky_worker() -> bool:
+    return multiprocessing.current_process().name.startswith("LokyProcess")
 
 
 def _dask_worker() -> object | None:

@@ -164,12 +164,12 @@ class Store:
 
     def remove_leftovers(self) -> None:
         """`store.remove_leftovers()`: what killed processes left of unfinished results."""
-        before = time.time() - OLD
-        for pattern in (".partial-*", "*.lock"):
-            for left in self.root.glob(f"v{STORE_VERSION}/*/{pattern}"):
-                with contextlib.suppress(OSError):  # gone meanwhile, or not ours to remove
-                    if left.stat().st_mtime < before:
-                        shutil.rmtree(left) if left.is_dir() else left.unlink()
+        for pattern in (
+            f"v{STORE_VERSION}/*/.partial-*",
+            f"v{STORE_VERSION}/*/*.lock",
+            ".shared-*",
+        ):
+            remove_leftovers(self.root, pattern)
 
     def _publish(self, scratch: Path, path: Path) -> None:
         try:
@@ -194,6 +194,15 @@ class Store:
     def _path(self, key: Mapping[str, object]) -> Path:
         name = hashlib.sha256(_canonical(self._whole(key)).encode()).hexdigest()
         return self.root / f"v{STORE_VERSION}" / name[:2] / name
+
+
+def remove_leftovers(folder: Path, pattern: str = ".partial-*") -> None:
+    """`remove_leftovers(out)`: unfinished files and folders, once they are certainly nobody's."""
+    before = time.time() - OLD
+    for left in folder.glob(pattern):
+        with contextlib.suppress(OSError):  # gone meanwhile, or not ours to remove
+            if left.stat().st_mtime < before:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 @contextlib.contextmanager

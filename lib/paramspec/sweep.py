@@ -74,7 +74,7 @@ from paramspec.scoring import (
     score_options,
 )
 from paramspec.specwiki import Question, questions_digest
-from paramspec.store import Store, writing_to
+from paramspec.store import Store, remove_leftovers, writing_to
 
 COEFFICIENTS = "coefficients.safetensors"
 SHARD = 4  # concepts of a unit: seconds to minutes of work, so that little is lost by a crash
@@ -283,6 +283,7 @@ def write_study(study: Study, out: Path) -> None:
     """
     with writing_to(out):
         out.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(out)
         with TemporaryDirectory(prefix=".partial-", dir=out) as name:
             scratch = Path(name)
             study.pss.to_parquet(scratch / "pss.parquet", index=False)

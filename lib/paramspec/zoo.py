@@ -501,6 +501,7 @@ def train_zoo(models: Sequence[ZooModel], *, root: Path = ROOT) -> None:
     }
     if not missing:
         return
+    Store(root).remove_leftovers()
     corpora = {
         (tuple(model.recipe.concepts.items()), model.recipe.vocabulary): model
         for model in missing.values()

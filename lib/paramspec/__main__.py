@@ -1,0 +1,20 @@
+"""`python -m paramspec`, and the command `paramspec`.
+
+Signals are minded before anything is imported that takes time.
+"""
+
+from __future__ import annotations
+
+from paramspec.ends import mind_signals
+
+
+def main() -> None:
+    """Run the command line; see `paramspec.cli.main`."""
+    mind_signals()
+    from paramspec import cli
+
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

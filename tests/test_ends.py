@@ -1,0 +1,377 @@
+"""An end is an end: a command that is ended leaves nothing running, and a rerun its numbers.
+
+`python tests/test_ends.py 100` ends it at a hundred moments, and prints what each signal gave.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+from safetensors.torch import load_file
+from test_book import HEADER, REPOSITORY, make_checkout
+
+MODELS = ["zoo.yaml:llama-1", "zoo.yaml:llama-2"]
+CELL = f"""\
+from pathlib import Path
+
+import paramspec
+
+choices = paramspec.Choices(ratios=(0.25,), general=2)
+with paramspec.workers(jobs=jobs):
+    study = paramspec.measure_pss({MODELS}, paramspec.load_questions(concepts=6), choices)
+paramspec.write_study(study, Path("out"))
+"""
+CHAPTER = f"""{HEADER}
+# Measured
+
+```{{code-cell}} ipython3
+:tags: [parameters]
+
+jobs: int = 2  # processes
+```
+
+```{{code-cell}} ipython3
+{CELL}
+```
+"""
+OPTIONS = ["--concepts", "6", "--ratios", "0.25", "--general", "2", "--jobs", "2", "--out", "out"]
+TUNING = ["--method", "FT-PV", "--concepts", "France,gold", "--epochs", "40", "--save-every", "1"]
+COMMANDS = {
+    "build": ["build"],
+    "run": ["run", "measured"],
+    "pss": ["pss", *MODELS, *OPTIONS],
+    "finetune": ["finetune", MODELS[1], *TUNING, "--out", "tuned"],
+}
+# An undisturbed run's computing time, in that of `pss`: `pss` has two workers, each of which
+# imports torch; `run` a kernel as well.
+LENGTHS = {"build": 1.4, "run": 1.1, "pss": 1.0, "finetune": 0.35}
+MOMENTS = {"build": 4, "run": 5, "pss": 6, "finetune": 5}
+FEW = 6  # ends after each other, before a run that may finish
+WITHIN = 5.0  # seconds until nothing runs
+
+
+@dataclass
+class End:
+    """What a signal at a moment gave."""
+
+    command: str
+    signal: str
+    progress: float
+    status: int
+    seconds: float
+    told: str
+
+
+@dataclass
+class Expected:
+    """What an undisturbed run gives: a command's numbers, and its computing time in seconds."""
+
+    numbers: dict[str, object]
+    length: dict[str, float]
+
+
+def make_place(folder: Path) -> Path:
+    """A book of one chapter that measures two micro models, and their recipe."""
+    make_checkout(folder, measured=CHAPTER)
+    shutil.copy(REPOSITORY / "book" / "profiles" / "zoo" / "smoke.yaml", folder / "zoo.yaml")
+    return folder
+
+
+@contextlib.contextmanager
+def started(place: Path, *words: str, wrapper: tuple[str, ...] = (), **options):
+    """Start `paramspec`, in a session of its own; yield it and a test for what it started."""
+    mark = uuid.uuid4().hex
+    environment = os.environ | {"STARTED_BY": mark}
+
+    def running() -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):  # not ours, or gone meanwhile
+                ours = process.environ().get("STARTED_BY") == mark
+                if ours and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    with (place / "told.txt").open("wb") as told:
+        process = subprocess.Popen(
+            [*wrapper, sys.executable, "-m", "paramspec", *words],
+            **{"cwd": place, "env": environment, "start_new_session": True}
+            | {"stdin": subprocess.DEVNULL, "stdout": told, "stderr": told}
+            | options,
+        )
+    try:
+        yield process, running
+    finally:
+        for left in running():
+            with contextlib.suppress(psutil.Error):
+                left.kill()
+        process.wait()
+
+
+def seconds_until(condition: Callable[[], object], within: float = 600) -> float:
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() < began + within, "waited in vain"
+        time.sleep(0.1)  # a look at all processes takes a hundredth
+    return time.monotonic() - began
+
+
+def minds_signals(process: subprocess.Popen) -> bool:
+    """Whether it has got so far: its interpreter needs a moment to start."""
+    caught = Path(f"/proc/{process.pid}/status").read_text().partition("SigCgt:")[2].split()[0]
+    return process.poll() is not None or bool(int(caught, 16) & 1 << signal.SIGHUP - 1)
+
+
+def computing_time(process: subprocess.Popen, spent: dict[int, float]) -> float:
+    """Seconds that it and all that it started have computed, of whom `spent` keeps the account."""
+    with contextlib.suppress(psutil.Error):
+        parent = psutil.Process(process.pid)
+        for one in (parent, *parent.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                times = one.cpu_times()
+                spent[one.pid] = times.user + times.system
+    return sum(spent.values())
+
+
+def finish(place: Path, command: str, wrapper: tuple[str, ...] = (), disturb=None) -> float:
+    """Run a command to its end; its computing time."""
+    spent: dict[int, float] = {}
+    with started(place, *COMMANDS[command], wrapper=wrapper) as (process, _):
+        while process.poll() is None:
+            computing_time(process, spent)
+            if disturb and sum(spent.values()) > 1:
+                disturb = disturb(process)
+            time.sleep(0.1)
+    assert process.returncode == 0, (place / "told.txt").read_text()
+    return sum(spent.values())
+
+
+def end(place: Path, command: str, progress: float, length: float, draw) -> End | None:
+    """Send a signal when a share of the work is done; None if the command was done before."""
+    number = signal.Signals(draw.choice([signal.SIGHUP, signal.SIGINT, signal.SIGTERM]))
+    # A terminal's signals go to all processes of a command.
+    send = os.killpg if number != signal.SIGTERM or draw.random() < 0.5 else os.kill
+    times, spent = int(draw.integers(1, 3)), {}
+    with started(place, *COMMANDS[command]) as (process, running):
+        seconds_until(lambda: minds_signals(process))
+        seconds_until(
+            lambda: (
+                process.poll() is not None or computing_time(process, spent) >= progress * length
+            )
+        )
+        if process.poll() is not None:
+            return None
+        for _ in range(times):
+            send(process.pid, number)
+        with contextlib.suppress(AssertionError):
+            seconds = seconds_until(lambda: not running(), 30)
+        status = process.wait(30)
+    told = (place / "told.txt").read_text()
+    return End(command, number.name, progress, status, seconds, told) if status else None
+
+
+def lives(folder: Path, command: str, moments: list[float], expected: Expected, draw) -> list[End]:
+    """End a command at each moment, a few after each other in one place, then let it finish.
+
+    A command that is done before its moment has come is held against the undisturbed run, and the
+    moment is looked for at half the progress, in a new place.
+    """
+    ends: list[End] = []
+    places = (make_place(folder / str(number)) for number in itertools.count())
+    for first in range(0, len(moments), FEW):
+        place = next(places)
+        for progress in sorted(moments[first : first + FEW]):  # what is kept shortens the next run
+            while (one := end(place, command, progress, expected.length[command], draw)) is None:
+                assert_same(numbers(place, command), expected.numbers[command])
+                place, progress = next(places), progress / 2
+            ends.append(one)
+        finish(place, command)
+        assert_same(numbers(place, command), expected.numbers[command])
+    return ends
+
+
+def numbers(place: Path, command: str) -> dict[str, object]:
+    """All that a command computed, by name."""
+    if command == "finetune":
+        losses = pd.read_json(place / "tuned" / "finetune.json", typ="series")["losses"]
+        return {"losses": losses, **load_file(place / "tuned" / "model.safetensors")}
+    if command != "pss":
+        assert (place / "book" / "_executed" / "measured.ipynb").is_file()
+    if command == "build":
+        assert "Measured" in (place / "_build" / "html" / "book" / "measured.html").read_text()
+    tables = {
+        name: pd.read_parquet(place / "out" / f"{name}.parquet") for name in ("pss", "details")
+    }
+    return {**tables, **load_file(place / "out" / "masks.safetensors")}
+
+
+def assert_same(actual: dict[str, object], expected: dict[str, object]) -> None:
+    """To the last bit, but for the last of a log-likelihood: linear layers are the faster ones."""
+    assert actual.keys() == expected.keys()
+    for name, one in expected.items():
+        if isinstance(one, pd.DataFrame):
+            tables = [
+                table.drop(columns="option_logprobs", errors="ignore")
+                for table in (actual[name], one)
+            ]
+            pd.testing.assert_frame_equal(*tables, check_exact=True)
+            if "option_logprobs" in one:
+                scores = [np.stack(table["option_logprobs"]) for table in (actual[name], one)]
+                np.testing.assert_allclose(*scores, rtol=0, atol=1e-4)
+        else:
+            np.testing.assert_array_equal(actual[name], one)
+
+
+def undisturbed(folder: Path) -> Expected:
+    """Runs that end by themselves; one gets signals that it was told to ignore, as `nohup` does."""
+    tuned, measured = make_place(folder / "finetune"), make_place(folder / "pss")
+
+    def disturb(process: subprocess.Popen) -> None:
+        for number in (signal.SIGHUP, signal.SIGINT):
+            os.killpg(process.pid, number)
+
+    ignoring = ("sh", "-c", 'trap "" HUP INT; exec "$@"', "sh")
+    with ThreadPoolExecutor(2) as lanes:
+        lane = lanes.submit(finish, tuned, "finetune", ignoring, disturb)
+        length = finish(measured, "pss")
+        lane.result()
+    found = {"finetune": numbers(tuned, "finetune"), "pss": numbers(measured, "pss")}
+    with contextlib.chdir(measured):
+        exec(CELL, {"jobs": 1})
+    found["run"] = found["build"] = numbers(measured, "pss")
+    return Expected(found, {command: share * length for command, share in LENGTHS.items()})
+
+
+def all_lives(folder: Path, counts: dict[str, int], seed: int) -> dict[str, list[End]]:
+    """Ends of each command at as many moments as `counts` says, two commands side by side."""
+    expected = undisturbed(folder)
+    with ThreadPoolExecutor(2) as lanes:
+        running = {}
+        for place, (command, count) in enumerate(counts.items()):
+            draw = np.random.default_rng([seed, place])
+            moments = draw.uniform(0, 1, count).tolist()
+            running[command] = lanes.submit(
+                lives, folder / f"{command}-lives", command, moments, expected, draw
+            )
+        return {command: lane.result() for command, lane in running.items()}
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory) -> dict[str, list[End]]:
+    return all_lives(tmp_path_factory.mktemp("ends"), MOMENTS, seed=0)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_signal_at_any_moment_ends_everything_and_loses_nothing(ends, command):
+    assert len(ends[command]) == MOMENTS[command]
+    for one in ends[command]:
+        assert one.status == 128 + signal.Signals[one.signal], one
+        assert one.seconds < WITHIN, one
+        line = f"paramspec: ended by {one.signal}; finished work is kept, run the same command "
+        assert one.told.count("ended by") == 1
+        assert one.told.split("\n")[-2:] == [line + "again to continue", ""]
+        assert "Traceback" not in one.told
+
+
+def start_of(words: str, running) -> Callable[[], bool]:
+    """Whether a process whose command line holds the words was started."""
+    return lambda: any(words in " ".join(process.cmdline()) for process in running())
+
+
+@pytest.mark.parametrize(
+    ("command", "child"),
+    [
+        ("pss", "LokyProcess-2"),  # a worker that has just begun to import
+        ("run", "ipykernel"),  # a kernel that doesn't watch its parent yet
+        ("run", "LokyProcess-2"),  # a kernel's worker
+        ("build", "jupyter_book"),
+    ],
+)
+def test_what_a_killed_command_started_ends_by_itself(tmp_path, command, child):
+    """By SIGKILL, where whoever adopts the orphans isn't process 1."""
+    place = make_place(tmp_path / "place")
+    if child == "jupyter_book":  # a chapter that is done at once
+        (place / "book" / "measured.md").write_text(CHAPTER.replace(CELL, "jobs"))
+    adopting = (
+        "import ctypes, subprocess, sys;"
+        "ctypes.CDLL(None).prctl(36, 1);"  # PR_SET_CHILD_SUBREAPER
+        "command = subprocess.Popen(sys.argv[1:]); print(command.pid, flush=True);"
+        "command.wait(); sys.stdin.read()"
+    )
+    wrapper = (sys.executable, "-c", adopting)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with started(place, *COMMANDS[command], wrapper=wrapper, **pipes) as (process, running):
+        pid = int(process.stdout.readline())
+        seconds_until(start_of(child, running))
+        os.kill(pid, signal.SIGKILL)
+        seconds_until(lambda: {one.pid for one in running()} == {process.pid}, within=10)
+
+
+def test_ctrl_c_in_a_terminal_shows_one_line(tmp_path):
+    """It goes to the workers, too, and they don't answer."""
+    place = make_place(tmp_path / "place")
+    ours, theirs = pty.openpty()
+    terminal = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    options = {"preexec_fn": lambda: os.login_tty(theirs), "start_new_session": False}
+    with started(place, *COMMANDS["pss"], **terminal, **options) as (process, running):
+        os.close(theirs)
+        seconds_until(start_of("LokyProcess-2", running))
+        os.write(ours, b"\x03")
+        assert seconds_until(lambda: not running()) < WITHIN
+        assert process.wait() == 130
+        shown = b""
+        with contextlib.suppress(OSError):  # all of it was read
+            while part := os.read(ours, 4096):
+                shown += part
+    os.close(ours)
+    assert b"Traceback" not in shown
+    assert shown.split(b"\r\n")[-2].startswith(b"paramspec: ended by SIGINT; ")
+
+
+def test_a_terminal_that_is_closed_ends_the_command(tmp_path):
+    place = make_place(tmp_path / "place")
+    ours, theirs = pty.openpty()
+    terminal = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    options = {"preexec_fn": lambda: os.login_tty(theirs), "start_new_session": False}
+    with started(place, *COMMANDS["finetune"], **terminal, **options) as (process, running):
+        os.close(theirs)
+        seconds_until(lambda: minds_signals(process))
+        os.close(ours)
+        assert seconds_until(lambda: not running()) < WITHIN
+        assert process.wait() == 129
+
+
+if __name__ == "__main__":
+    count = int(sys.argv[1])
+    with TemporaryDirectory() as name:
+        shares = {command: -(-count * few // 20) for command, few in MOMENTS.items()}
+        found = all_lives(Path(name), shares, seed=int(sys.argv[2]) if len(sys.argv) > 2 else 1)
+    table = pd.DataFrame([vars(one) for lane in found.values() for one in lane])
+    table["traceback"] = table["told"].str.contains("Traceback")
+    grouped = table.groupby(["command", "signal"])
+    print(
+        grouped.agg(
+            moments=("seconds", "size"),
+            longest_seconds=("seconds", "max"),
+            statuses=("status", lambda status: sorted(set(status))),
+            tracebacks=("traceback", "sum"),
+        ).to_string()
+    )
