@@ -92,7 +92,7 @@ def recipe(tmp_path) -> Path:
 @pytest.fixture
 def countable(monkeypatch):
     """Linear layers as they are: torch counts none of oneDNN's."""
-    monkeypatch.setattr(kernels, "packing_pays", lambda dtype: False)
+    monkeypatch.setattr(kernels, "packs", lambda dtype: False)
 
 
 @contextlib.contextmanager

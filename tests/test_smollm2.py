@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from paramspec.finetune import finetune, parse_training
 from paramspec.generation import answer_matches, generate_answers
 from paramspec.hooks import value_vector_view
-from paramspec.kernels import packing_pays
+from paramspec.kernels import packs
 from paramspec.masks import (
     keep_tensor,
     random_vectors,
@@ -47,7 +47,7 @@ def test_it_is_the_model_that_the_registry_describes(smollm2, view):
 
 def test_bfloat16_is_nearer_to_float32_than_one_option_at_a_time_is(smollm2, view):
     """Where layers are packed, the states between them are float32."""
-    if not packing_pays(torch.bfloat16):
+    if not packs(torch.bfloat16):
         pytest.skip("bfloat16 layers are not packed here")
     rough = value_vector_view(load_model("smollm2-135m", dtype="bfloat16", device="cpu").model)
     questions = load_questions()

@@ -18,6 +18,11 @@ from paramspec.errors import InputError
 # Tokens of a forward pass: enough for what a pass costs of itself to be little of it.
 BATCH_TOKENS = 1024
 
+
+class OutOfMemory(InputError):
+    """Memory does not suffice, and no smaller part of the work is left to try."""
+
+
 Row = TypeVar("Row")
 Result = TypeVar("Result")
 
@@ -39,7 +44,7 @@ def in_batches(
         tokens: the size of a batch, padding included.
 
     Raises:
-        InputError: if a single row does not fit.
+        OutOfMemory: if a single row does not fit.
     """
     most = None  # tokens that a batch may have, once memory ran out
     for batch in batches:
@@ -52,7 +57,7 @@ def in_batches(
                 yield rows, result
                 continue
             if fits and len(rows) == 1:
-                raise InputError(
+                raise OutOfMemory(
                     f"out of memory with one row of {tokens(rows)} tokens; use a machine with more "
                     "memory, --dtype bfloat16, or fewer --jobs side by side"
                 )

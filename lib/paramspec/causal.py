@@ -61,6 +61,7 @@ from paramspec.hooks import (
     train_value_vectors,
     value_vector_view,
 )
+from paramspec.kernels import arithmetic
 from paramspec.masks import pad_right, record_concepts
 from paramspec.models import (
     Checkpoint,
@@ -80,7 +81,14 @@ from paramspec.rows import Engine, Request
 from paramspec.scoring import SCORING_VERSION, choose_engine, encode, score_options
 from paramspec.specwiki import Question, questions_digest
 from paramspec.store import Store
-from paramspec.sweep import Identity, answer_row, elsewhere, require_shared, watching
+from paramspec.sweep import (
+    Identity,
+    answer_row,
+    elsewhere,
+    require_same_arithmetic,
+    require_shared,
+    watching,
+)
 from paramspec.tokens import front_tokens, token_ids
 from paramspec.trends import Draws, resample_models
 
@@ -378,6 +386,7 @@ class _Plan:
             "model": self.identity.digest,
             "dtype": str(self.identity.dtype),
             "device": self.identity.device,
+            "arithmetic": self.identity.arithmetic,
             "questions": self.questions_digest,
             "training": run.training and run.training.model_dump(mode="json"),
             "concepts": list(run.about),
@@ -401,7 +410,9 @@ def _plan(
     (found,) = find_checkpoints([model])
     checkpoint = Checkpoint(found.name, found.spec, found.path.absolute())
     digest = digest_files(checkpoint_files(checkpoint.path))
-    identity = Identity(checkpoint.name, digest, kind, torch.device(place).type)
+    device_type = torch.device(place).type
+    way = elsewhere(arithmetic, kind, device_type)
+    identity = Identity(checkpoint.name, digest, kind, device_type, way)
     store = Store(store.root.absolute())
     return _Plan(
         checkpoint, identity, str(place), tuple(questions), questions_digest(questions), store
@@ -483,6 +494,7 @@ def _measure_runs(plan: _Plan, runs: Sequence[Run]) -> None:
             f"{plan.checkpoint.path}: not the files that the study began with; let them be the "
             "same, and run again"
         )
+    require_same_arithmetic(plan.identity, loaded)
     view = value_vector_view(loaded.model)
     # Laid out anew for each evaluation, the weights would be in memory twice, beside those in
     # training, and with every worker.

@@ -10,30 +10,40 @@ times; oneDNN applies activation and gate as it computes them. And a decoder lay
 else in many small steps, with attention over every pair of tokens of a row, when in a forest a
 token has but a few ancestors: see `_Decoder`.
 
-oneDNN's operators are private to torch: they are tried first, held against torch's own and timed,
-and left alone where they are missing, differ or do not pay.
+oneDNN's operators are private to torch: they are tried first and held against torch's own, and left
+alone where they are missing or differ.
+
+What is computed with which operator depends on the dtype and on what the processor can do, never on
+a stopwatch; see `arithmetic`. In float32 both ways agree to 5e-6 nats, so that free memory and the
+number of tokens may choose between them. In bfloat16 they differ by up to 0.1 nats, as rounding in
+either of them does: there layers are packed whatever the number of tokens, or memory does not
+suffice and that is an error. On one processor these leave every bit of a bfloat16 score as it is:
+the number of threads, other batches beside a row, and halving a batch, whose halves keep its
+padding. These move it, and are part of a result's key: `row_tokens`, `batch_tokens` (padding
+changes with them), and the processor (padded rows of a model's own attention differ by 0.07 nats
+between AVX2 and AVX512). The engine moves it as much as packing does; it follows from the model,
+the dtype and the processor, see `choose_engine`.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from paramspec.batches import is_out_of_memory
+from paramspec.batches import OutOfMemory, is_out_of_memory
+from paramspec.limits import available_memory
 from paramspec.rows import round_up
 
-# Laying out a weight costs what it saves on some 150 tokens.
+# Laying out a weight costs what it saves on some 150 tokens. In float32; see above.
 WORTH_PACKING = 512
 # Queries that attend to the same keys: fewer have fewer ancestors, and more make larger products.
 BLOCK_QUERIES = 32
@@ -75,13 +85,19 @@ def faster_layers(
 
     Args:
         model: whose unembedding is left as it is, see `linear_of`.
-        tokens: that will go through the model; for few of them nothing is packed.
+        tokens: that will go through the model; for few of them, in float32, nothing is packed.
         prepacked: False leaves the linear layers as they are.
 
     Yields:
         What has become faster.
+
+    Raises:
+        OutOfMemory: in bfloat16, if there is no room for the packed layers.
     """
-    packing = prepacked and tokens >= WORTH_PACKING and _has_room(model)
+    dtype = model.get_input_embeddings().weight.dtype
+    packing = prepacked and packs(dtype)
+    if dtype == torch.float32:
+        packing = packing and tokens >= WORTH_PACKING and _has_room(model)
     last = None
     with ExitStack() as stack:
         try:
@@ -92,12 +108,18 @@ def faster_layers(
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
+            if dtype != torch.float32:
+                raise OutOfMemory(
+                    f"{type(model).__name__}: out of memory for the packed copy of its bfloat16 "
+                    "weights, which takes as much again as they do; use float32, which can do "
+                    "without, a smaller model or fewer --jobs side by side"
+                ) from error
             packing, last = False, None  # what is left stays as it is
         yield Faster(packing, last)
 
 
 def linear_of(weight: Tensor, bias: Tensor | None, *, prepacked: bool = True) -> Linear:
-    """`linear_of(weight, bias)(states)`: a linear layer, packed where that is faster.
+    """`linear_of(weight, bias)(states)`: a linear layer, packed where that can be.
 
     Args:
         weight: `[out, in]`.
@@ -172,7 +194,7 @@ def _fused_activation(function: object) -> tuple[str, str] | None:
 
 
 def _packable(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and packing_pays(weight.dtype)
+    return weight.device.type == "cpu" and packs(weight.dtype)
 
 
 def _operators() -> object:
@@ -192,19 +214,30 @@ def _run_packed(
 def _has_room(model: nn.Module) -> bool:
     """Whether a second copy of the weights would leave half of the free memory free."""
     size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    return size < psutil.virtual_memory().available / 2
+    return size < available_memory() / 2
+
+
+def arithmetic(dtype: torch.dtype, device: str) -> str:
+    """`arithmetic(torch.bfloat16, "cpu")`: as `"packed AVX512"`, part of every result's key.
+
+    Machines that say the same compute the same, but for rounding in float32. Everything else that
+    decides it is in the key, too: the dtype, the kind of device, the versions of libraries.
+
+    Args:
+        device: its kind, `cpu` or `cuda`.
+    """
+    if dtype == torch.float32 or device != "cpu":
+        return "stock"
+    way = "packed" if packs(dtype) else "stock"
+    matrices = torch.cpu.get_capabilities().get("amx_bf16")  # units with an order of their own
+    return f"{way} {torch.backends.cpu.get_cpu_capability()}{' AMX' if matrices else ''}"
 
 
 @functools.cache
 @torch.no_grad()
-def packing_pays(dtype: torch.dtype) -> bool:
-    """`packing_pays(torch.float32)`: whether packed layers are here, right, and the faster ones."""
-    if not _packing_works(dtype):
-        return False
-    states, weight = _example(dtype)
-    packed = _pack(weight)
-    stock = _fastest(lambda: nn.functional.linear(states, weight))
-    return _fastest(lambda: _run_packed(states, packed, None)) < stock
+def packs(dtype: torch.dtype) -> bool:
+    """`packs(torch.bfloat16)`: whether this processor has packed layers, and they are right."""
+    return _packing_works(dtype)
 
 
 def _packing_works(dtype: torch.dtype) -> bool:
@@ -214,7 +247,9 @@ def _packing_works(dtype: torch.dtype) -> bool:
     expected = nn.functional.linear(states, weight)
     try:
         error = (_run_packed(states, _pack(weight), None) - expected).abs().max()
-    except (AttributeError, RuntimeError, NotImplementedError):
+    except (AttributeError, RuntimeError) as error:  # of a processor, or a torch, without them
+        if is_out_of_memory(error):
+            raise
         return False
     return bool(error <= _tolerance(weight) * expected.abs().max())
 
@@ -228,15 +263,6 @@ def _example(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(0)
     states, weight = torch.randn(2, 256, 512, generator=draw).to(dtype)
     return states, weight
-
-
-def _fastest(run: Callable[[], object], times: int = 7) -> float:
-    taken = []
-    for _ in range(times):
-        began = time.perf_counter()
-        run()
-        taken.append(time.perf_counter() - began)
-    return min(taken)
 
 
 # --- decoder layers -----------------------------------------------------------------------------
@@ -460,6 +486,8 @@ def _is_alike(model: PreTrainedModel, layer: nn.Module, decoder: _Decoder) -> bo
         given = {"attention_mask": mask, "position_embeddings": turns}
         expected = layer(example, **given)
         error = (decoder(example, **given) - expected).abs().max()
-    except (AttributeError, RuntimeError, TypeError, ValueError):
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         return False
     return bool(error <= _tolerance(example) * expected.abs().max())

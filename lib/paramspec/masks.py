@@ -152,8 +152,13 @@ def _record_texts(
     for prompt, index in prompts[:1]:  # the longest
         refuse_too_long(view, len(prompt), names[index])
 
+    whole = list(prompt_batches(prompts, batch_tokens))
+    # Halves of a batch keep its length: in bfloat16 padding is what moves a number.
+    lengths = {index: len(batch[0][0]) for batch in whole for _, index in batch}
+
     def forward(batch: Sequence[tuple[list[int], int]]) -> Tensor:
-        tokens, attention_mask = pad_right([prompt for prompt, _ in batch])
+        length = lengths[batch[0][1]]
+        tokens, attention_mask = pad_right([prompt for prompt, _ in batch], length)
         tokens, attention_mask = tokens.to(view.model.device), attention_mask.to(view.model.device)
         with (
             record_coefficients(view, attention_mask, position) as recorded,
@@ -170,17 +175,17 @@ def _record_texts(
         return coefficients
 
     batches = in_batches(
-        prompt_batches(prompts, batch_tokens),
+        whole,
         forward,
-        tokens=lambda rows: len(rows) * len(rows[0][0]),
+        tokens=lambda rows: len(rows) * lengths[rows[0][1]],
     )
     for batch, coefficients in batches:
         yield [index for _, index in batch], coefficients
 
 
-def pad_right(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """`tokens, attention_mask = pad_right([[5, 6], [7]])`: int64 `[rows, longest]` each."""
-    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+def pad_right(rows: Sequence[Sequence[int]], least: int = 0) -> tuple[Tensor, Tensor]:
+    """`tokens, attention_mask = pad_right([[5, 6], [7]])`: int64 `[rows, longest, or least]`."""
+    tokens = torch.zeros(len(rows), max(least, *map(len, rows)), dtype=torch.long)
     attention_mask = torch.zeros_like(tokens)
     for index, row in enumerate(rows):
         tokens[index, : len(row)] = torch.tensor(row)

@@ -7,7 +7,8 @@
 
 A record holds `versions`, `hardware`, `date` (UTC), and what its unit adds: of a model `model`,
 `digest`, `commit` (of the hub, None of other models), `tokenizer` (see `tokens.tokenizer_facts`),
-`dtype`, `device` and `engine`; of fine-tuned vectors' evaluation also `trained`, their own record.
+`dtype`, `device`, `arithmetic` (see `kernels`) and `engine`; of fine-tuned vectors' evaluation also
+`trained`, their own record.
 
 The record of a run, `run.json`, holds
 
@@ -112,6 +113,7 @@ def computed(**unit: object) -> dict[str, object]:
 
 def unit_record(loaded: LoadedModel, engine: Engine | None = None) -> dict[str, object]:
     """`unit_record(loaded, engine)`: what a unit's record says of the model, see above."""
+    from paramspec.kernels import arithmetic
     from paramspec.tokens import tokenizer_facts
 
     return {
@@ -121,6 +123,7 @@ def unit_record(loaded: LoadedModel, engine: Engine | None = None) -> dict[str, 
         "tokenizer": tokenizer_facts(loaded.tokenizer),
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "device": str(loaded.device),
+        "arithmetic": arithmetic(loaded.dtype, loaded.device.type),
         "engine": engine and {"name": engine.name, "reason": engine.reason},
     }
 

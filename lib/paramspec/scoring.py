@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from paramspec.batches import BATCH_TOKENS, in_batches
+from paramspec.batches import BATCH_TOKENS, OutOfMemory, in_batches, is_out_of_memory
 from paramspec.errors import InputError, naming
 from paramspec.hooks import (
     ValueVectorView,
@@ -53,7 +53,6 @@ from paramspec.rows import (
     Row,
     branches_within,
     cell_batches,
-    computed_tokens,
     fill_rows,
     round_up,
 )
@@ -204,9 +203,21 @@ def score_options(
     engine = engine or choose_engine(view)
     scores = [[0.0] * len(request.item.options) for request in requests]
 
-    def run(cells: list[Cell], branches: bool, forward: Callable[[Sequence[Cell]], Tensor]) -> None:
+    def run(
+        cells: list[Cell], branches: bool, forward: Callable[[Sequence[Cell], int], Tensor]
+    ) -> None:
         batches = cell_batches(cells, batch_tokens, branches)
-        for batch, values in in_batches(batches, forward, tokens=computed_tokens):
+        # Halves of a batch keep its length: in bfloat16 padding is what moves a number.
+        lengths = {
+            id(cell): max(len(one.row.tokens) for one in batch)
+            for batch in batches
+            for cell in batch
+        }
+        for batch, values in in_batches(
+            batches,
+            lambda batch: forward(batch, lengths[id(batch[0])]),
+            tokens=lambda batch: len(batch) * lengths[id(batch[0])],
+        ):
             reads = [(read, cell) for cell in batch for read in cell.row.reads]
             for (read, cell), value in zip(reads, values.tolist(), strict=True):
                 scores[cell.requests[read.item]][read.option] += value
@@ -214,14 +225,14 @@ def score_options(
             progress(len(begun))
 
     packed, plain = fill_rows(requests, engine, row_tokens)
-    run(plain, False, lambda batch: _plain_forward(view, batch, keeps))
+    run(plain, False, lambda batch, length: _plain_forward(view, batch, length, keeps))
     tokens = sum(len(cell.row.tokens) for cell in packed)
     with faster_layers(view.model, tokens=tokens, prepacked=engine.prepacked) as faster:
         head = _Head.of(view.model, faster.packs)
         run(
             packed,
             engine.branches,
-            lambda batch: _forward(view, faster, head, batch, keeps, engine),
+            lambda batch, length: _forward(view, faster, head, batch, length, keeps, engine),
         )
     for request, score in zip(requests, scores, strict=True):
         if not np.isfinite(score).all():
@@ -238,10 +249,15 @@ def _forward(
     faster: Faster,
     head: _Head,
     batch: Sequence[Cell],
+    length: int,
     keeps: Sequence[Tensor | None],
     engine: Engine,
 ) -> Tensor:
-    """One forward pass over a batch of forests; the log-probability of each read, in order."""
+    """One forward pass over a batch of forests; the log-probability of each read, in order.
+
+    Args:
+        length: tokens that each row is padded to, at least.
+    """
     rows = [cell.row for cell in batch]
     rows = rows[:1] if branches_within(batch, engine) else rows
     sizes = [len(cell.row.places) for cell in batch]
@@ -250,7 +266,7 @@ def _forward(
         own[: len(row.places)] = row.places
     only = faster.read_only(torch.from_numpy(places))
     with mask_rows(view, [keeps[cell.mask] for cell in batch]):
-        states = view.model.base_model(**_inputs(view.model, rows), use_cache=False)[0]
+        states = view.model.base_model(**_inputs(view.model, rows, length), use_cache=False)[0]
     states = states.expand(len(batch), -1, -1)  # one row still, if no mask parted it
     starts = np.cumsum(sizes) - sizes
     which = [start + cell.row.which for start, cell in zip(starts, batch, strict=True)]
@@ -265,9 +281,9 @@ def _forward(
     ).cpu()
 
 
-def _inputs(model: PreTrainedModel, rows: Sequence[Row]) -> dict[str, object]:
+def _inputs(model: PreTrainedModel, rows: Sequence[Row], length: int) -> dict[str, object]:
     """The rows as a model takes them: tokens, depths as positions, who sees whom as a bias."""
-    length = round_up(max(len(row.tokens) for row in rows), ROW_MULTIPLE)
+    length = round_up(length, ROW_MULTIPLE)
     tokens = np.zeros((len(rows), length), dtype=np.int64)
     depths = np.zeros_like(tokens)
     sees = np.zeros((len(rows), 1, length, length), dtype=bool)
@@ -365,12 +381,11 @@ def _finish(config: PreTrainedConfig) -> Callable[[Tensor], Tensor]:
 
 
 def _plain_forward(
-    view: ValueVectorView, batch: Sequence[Cell], keeps: Sequence[Tensor | None]
+    view: ValueVectorView, batch: Sequence[Cell], length: int, keeps: Sequence[Tensor | None]
 ) -> Tensor:
     """The same of single sequences, by the model's own forward pass."""
     device = view.model.get_input_embeddings().weight.device
     sizes = torch.tensor([len(cell.row.tokens) for cell in batch])
-    length = int(sizes.max())
     tokens = torch.zeros(len(batch), length, dtype=torch.long)
     for index, cell in enumerate(batch):
         tokens[index, : sizes[index]] = torch.tensor(cell.row.tokens)
@@ -464,6 +479,8 @@ def _failure(view: ValueVectorView, engine: Engine) -> str | None:
     try:
         actual = torch.cat(score_options(view, requests, keeps, engine=engine))
     except (ValueError, RuntimeError, TypeError, IndexError) as error:
+        if isinstance(error, OutOfMemory) or is_out_of_memory(error):
+            raise  # it says nothing of the model
         return f"a packed row failed: {str(error).splitlines()[0][:120]}"
     plain = Engine("plain", "reference")
     expected = torch.cat(score_options(view, requests, keeps, engine=plain))

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from paramspec.batches import BATCH_TOKENS
 from paramspec.errors import InputError, naming
 from paramspec.hooks import down_projections, value_vector_view
+from paramspec.kernels import arithmetic
 from paramspec.masks import ConceptCoefficients, load_masks, record_concepts, save_masks
 from paramspec.models import (
     Checkpoint,
@@ -322,6 +323,7 @@ class Identity:
     digest: str
     dtype: torch.dtype
     device: str
+    arithmetic: str = "stock"  # of the machine that computes, see `kernels.arithmetic`
 
 
 @dataclass(frozen=True)
@@ -358,9 +360,10 @@ def _plan(
     """Find the models, and their units in the store: what can fail cheaply fails here."""
     require_distinct([model if isinstance(model, str) else model.name for model in models])
     names = [model for model in models if isinstance(model, str)]
-    place, kind = "cpu", torch.float32
+    place, kind, way = "cpu", torch.float32, "stock"
     if names:
         place, kind = elsewhere(place_and_dtype, device, dtype)
+        way = elsewhere(arithmetic, kind, torch.device(place).type)
     found = iter(find_checkpoints(names))
     everything = [model if isinstance(model, LoadedModel) else next(found) for model in models]
     require_distinct([model.name for model in everything])
@@ -373,7 +376,7 @@ def _plan(
             # A worker may have another working directory.
             model = Checkpoint(model.name, model.spec, model.path.absolute())
             digest = digest_files(checkpoint_files(model.path))
-            identity = Identity(model.name, digest, kind, torch.device(place).type)
+            identity = Identity(model.name, digest, kind, torch.device(place).type, way)
         basis = result_basis(identity, questions) | method_key(choices) | {"unit": "pss"}
         keys = [basis | {"concepts": shard} for shard in shards]
         missing = [number for number, key in enumerate(keys) if store.get(key) is None]
@@ -579,7 +582,18 @@ def _load_planned(plan: _Plan) -> LoadedModel:
             f"{plan.model.path}: not the files that the sweep began with, or not those that the "
             "machine has which began it; let them be the same, and run again"
         )
+    require_same_arithmetic(plan.identity, loaded)
     return loaded
+
+
+def require_same_arithmetic(planned: Identity, loaded: LoadedModel) -> None:
+    """Refuse a worker whose numbers would be stored as those of another kind of machine."""
+    here = identity_of(loaded).arithmetic
+    if here != planned.arithmetic:
+        raise InputError(
+            f"{loaded.name}: this machine computes {planned.dtype} as {here!r}, the one asked at "
+            f"the start as {planned.arithmetic!r}; use float32, or machines of one kind"
+        )
 
 
 def _run_record(
@@ -618,19 +632,24 @@ def _run_record(
 
 
 def identity_of(loaded: LoadedModel) -> Identity:
-    return Identity(loaded.name, loaded.digest, loaded.dtype, loaded.device.type)
+    device = loaded.device.type
+    return Identity(
+        loaded.name, loaded.digest, loaded.dtype, device, arithmetic(loaded.dtype, device)
+    )
 
 
 def result_basis(identity: Identity, questions: Sequence[Question]) -> dict[str, object]:
     """What every result of a model on some questions depends on.
 
-    Not the engine, nor the worker: they move a log-likelihood by less than 1e-3, as rounding does.
+    Not the engine, nor the worker. In float32 they move a log-likelihood by less than 1e-3, as
+    rounding does; in bfloat16 both follow from what is here, see `kernels`.
     """
     return {
         "model": identity.digest,
         "name": identity.name,
         "dtype": str(identity.dtype),
         "device": identity.device,
+        "arithmetic": identity.arithmetic,
         "questions": questions_digest(questions),
         "scoring_version": SCORING_VERSION,
     }
