@@ -15,6 +15,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import joblib
@@ -30,8 +31,11 @@ from paramspec.hooks import value_vector_view
 from paramspec.micro import MicroModel
 from paramspec.models import find_spec, load_model
 from paramspec.parallel import workers
+from paramspec.provenance import read_computed
+from paramspec.pss import Choices
 from paramspec.specwiki import QUESTIONS, TIERS, load_questions
 from paramspec.store import Store
+from paramspec.sweep import measure_pss
 from paramspec.tokens import token_ids
 from paramspec.zoo import (
     architecture,
@@ -685,6 +689,25 @@ def test_a_trained_model_loads_as_any_model(small):
     network = small.run("gemma2-2").network
     for one, two in zip(loaded.model.parameters(), network.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+def test_a_trained_model_says_what_trained_it_and_a_study_of_it_too(small, tmp_path):
+    path = small.directory("gemma2-2")
+    record = read_computed(path)
+    assert record["model"] == small.models["gemma2-2"].name
+    assert record["versions"]["torch"] == version("torch")
+    assert record["hardware"]["threads"] == 1
+    questions = zoo_questions(small.models["gemma2-2"].recipe.concepts)
+    choices = Choices(ratios=(0.1,), folds=(1,), general=2, nulls=(), controls=0)
+    study = measure_pss([str(path)], questions, choices, store=Store(tmp_path))
+    made = {
+        unit["unit"]: one for one in study.run["models"][0]["computed"] for unit in one["units"]
+    }
+    assert set(made) == {"pss", "coefficients", "training"}
+    assert (made["training"]["first"], made["training"]["hardware"]) == (
+        record["date"],
+        record["hardware"],
+    )
 
 
 # Reproducible
