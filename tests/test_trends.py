@@ -189,6 +189,16 @@ def test_a_correlation_with_something_told_beside(draws):
     assert rho == pytest.approx(stats.spearmanr(tokens, draws.of("peak_pss")[0]).statistic)
 
 
+def test_a_coefficient_of_nothing_is_not_a_number():
+    rising, other = np.arange(5.0), np.array([0.0, 3.0, 1.0, 2.0, 5.0])
+    values = {"x": rising, "y": other, "same": 2 * rising, "flat": np.ones(5)}
+    draws = Draws(tuple("abcde"), {name: np.tile(row, (3, 1)) for name, row in values.items()})
+    for options in ({"y": "flat"}, {"y": "y", "given": "same"}, {"y": "same", "given": "y"}):
+        for r in correlations(draws, x="x", **options)["r"]:
+            assert np.isnan(r) or abs(r) <= 1 + 1e-9
+    assert correlations(draws, x="x", y="flat")["r"].isna().all()
+
+
 def test_half_way_is_where_a_curve_passes_its_middle():
     steps = [10, 100, 1000, 10000]
     curves = np.array(

@@ -201,7 +201,9 @@ def _correlate(
         return r(*centred)
     xy, xz, yz = (r(one, other) for one, other in itertools.combinations(centred, 2))
     with np.errstate(divide="ignore", invalid="ignore"):
-        return (xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2))
+        partial = (xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2))
+    # What is held constant is one of the two: nothing is left to correlate, but rounding.
+    return np.where(np.isfinite(partial), partial, np.nan)
 
 
 def _over_families(
