@@ -25,6 +25,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from typer.testing import CliRunner
@@ -43,6 +44,7 @@ from paramspec.models import (
     models_in,
     published_config,
 )
+from paramspec.tokens import token_ids
 
 REPOSITORY = Path(__file__).parents[1]
 TOY = {
@@ -287,6 +289,31 @@ def test_bfloat16_rounds_the_saved_weights(saved):
 def test_tokenizer_pads_on_the_right_with_some_token(saved):
     tokens = load_model(str(saved)).tokenizer(["the", TEXT], padding=True)
     assert tokens["attention_mask"][0] == [1, *[0] * (len(tokens["input_ids"][1]) - 1)]
+
+
+def test_no_word_becomes_the_padding_token(toy):
+    """A tokenizer without special tokens: saved again, its first word would be special."""
+    tokenizer = toy_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(toy)
+    first = tokenizer.convert_ids_to_tokens(0)
+    load_model(str(toy)).tokenizer.save_pretrained(toy)
+    again = transformers.AutoTokenizer.from_pretrained(toy)
+    assert token_ids(again, [first]) == [[0]]
+    assert again.decode([0], skip_special_tokens=True) == first
+
+
+def test_a_token_in_front_that_the_model_has_not_is_refused(toy):
+    tokenizer = toy_tokenizer()
+    tokenizer.add_tokens([f"<more-{number}>" for number in range(300)], special_tokens=True)
+    last = len(tokenizer) - 1
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<more-299> $A", special_tokens=[("<more-299>", last)]
+    )
+    tokenizer.save_pretrained(toy)
+    message = rf"^{toy}: the tokenizer puts '<more-299>', token {last}, in front of each text"
+    with pytest.raises(InputError, match=message):
+        load_model(str(toy))
 
 
 def test_shards_give_the_same_model(toy):
@@ -648,7 +675,8 @@ def write_gguf(path: Path, model: LlamaForCausalLM, extra: dict | None = None, *
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     for key, value in fields.items():
-        writer.add_string(key.replace("__", "."), value)
+        add = writer.add_bool if isinstance(value, bool) else writer.add_string
+        add(key.replace("__", "."), value)
     vocab, merges = toy_bpe()
     tokens = [*vocab, *(f"<pad {i}>" for i in range(len(vocab), config.vocab_size))]
     writer.add_tokenizer_model("gpt2")
@@ -683,6 +711,17 @@ def test_gguf_gives_the_model_it_was_written_from(tmp_path):
     renamed = shutil.copy(tmp_path / "toy.gguf", tmp_path / "other.gguf")
     assert digest_files(checkpoint_files(Path(renamed))) == loaded.digest
     assert gguf.GGUFReader.__module__ == "gguf.gguf_reader"  # the cache is gone again
+
+
+def test_the_tokenizer_of_a_gguf_file_reads_as_that_of_a_directory(tmp_path):
+    ending = {"tokenizer__ggml__add_eos_token": True}
+    loaded = load_model(str(write_gguf(tmp_path / "toy.gguf", toy_llama(), **ending)))
+    end = loaded.tokenizer.eos_token_id
+    assert loaded.tokenizer(TEXT)["input_ids"][-1] == end
+    texts = [TEXT, "the <|end|> of it"]  # which is its end token
+    rows = token_ids(loaded.tokenizer, texts)
+    assert rows == token_ids(toy_tokenizer(), texts)
+    assert not any(end in row for row in rows)
 
 
 def test_gguf_of_llama_3_keeps_its_rotary_factors(tmp_path):

@@ -43,11 +43,12 @@ from pydantic import (
     ValidationError,
 )
 
-from paramspec.errors import InputError
+from paramspec.errors import InputError, naming
 from paramspec.limits import memory
 from paramspec.plain import read_yaml, require_unicode
 from paramspec.quiet import quiet_transformers
 from paramspec.specwiki import Question, load_questions, sample_concepts
+from paramspec.tokens import front_tokens
 from paramspec.zoo import (
     RECIPE,
     ZooModel,
@@ -196,7 +197,7 @@ class LoadedModel:
 
     Attributes:
         model: in eval mode; no parameter asks for a gradient.
-        tokenizer: pads on the right, and always has a padding token.
+        tokenizer: pads on the right, with its end token if it has no padding token.
         spec: the registry entry, or None for a model that is not in the registry.
         name: the registry id, the hub id, or the path as it was given.
         digest: SHA-256 of the files the model was read from; see `digest_files`.
@@ -627,6 +628,8 @@ def load_model(
         network, tokenizer = load(checkpoint.path, kind, place)
     network.eval().requires_grad_(False)
     _prepare_padding(tokenizer)
+    with naming(str(checkpoint.path)):
+        _refuse_unknown_front(tokenizer, network.get_input_embeddings().weight.shape[0])
     return LoadedModel(
         model=network,
         tokenizer=tokenizer,
@@ -1312,12 +1315,25 @@ def _device_map(needed: int, place: torch.device) -> dict:
 
 
 def _prepare_padding(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Pad on the right, where causal attention cannot see it; any token will do."""
+    """Pad on the right, where causal attention cannot see it.
+
+    Never with a word of the vocabulary: saved as the padding token, it would be special, and a text
+    could not hold it any more.
+    """
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = (
-            tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
-        )
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+
+
+def _refuse_unknown_front(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """What stands in front of every text has to be among the model's `rows` tokens."""
+    for number in front_tokens(tokenizer):
+        if number >= rows:
+            raise InputError(
+                f"the tokenizer puts {tokenizer.convert_ids_to_tokens(number)!r}, token {number}, "
+                f"in front of each text, and the model has {rows} tokens; put the model's own "
+                "tokenizer there"
+            )
 
 
 # Errors
