@@ -193,19 +193,23 @@ def test_all_runs_are_asked_the_same_and_others_are_others(study, runs):
 
 def test_unrelated_questions_are_on_concepts_not_trained(model, questions, monkeypatch, tmp_path):
     """PSS after training compares with what was not trained: seen in what is scored."""
-    seen = []
+    scored = []
     real = causal.measure_concepts
 
-    def note(name, view, tokenizer, asked, concepts, *rest, **options):
-        seen.append((concepts[0], {question.concept for question in asked}))
-        return real(name, view, tokenizer, asked, concepts, *rest, **options)
+    def note(*arguments, **options):
+        scored.append(real(*arguments, **options))
+        return scored[-1]
 
     monkeypatch.setattr(causal, "measure_concepts", note)
     run = Run("original", None, FULL, TAUGHT)
     measure_runs(str(model), questions, [run], store=Store(tmp_path))
-    assert [concept for concept, _ in seen] == list(TAUGHT)
-    for concept, asked in seen:
-        assert asked & set(TAUGHT) == {concept}
+    details = pd.concat([tables.details for tables in scored])
+    assert set(details["mask_concept"]) == set(TAUGHT)
+    about = details["question_id"].map({question.id: question.concept for question in questions})
+    own = details["role"] == "concept"
+    assert (about[own] == details.loc[own, "mask_concept"]).all()
+    assert len(about[~own]) > 0
+    assert not set(about[~own]) & set(TAUGHT)
 
 
 @pytest.mark.parametrize("position", ["mean", "last"])

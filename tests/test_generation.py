@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 
 import pytest
@@ -98,6 +99,22 @@ def test_a_model_without_numbers_gives_no_answer():
     model.lm_head.weight[5] = torch.nan
     with pytest.raises(InputError, match=r"^prompt \.\.\.'king of beta': the logits of LlamaForCa"):
         decode(value_vector_view(model), toy_tokenizer(), PROMPTS[:1], likeliest)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_of_unlike_length_are_answered_together_as_alone(family):
+    """Behind a beginning that all share; a window shorter than the prompts is kept, too."""
+    view, tokenizer = value_vector_view(toy_model(family)), toy_tokenizer()
+    prompts = ["the old king of " * 6 + prompt for prompt in PROMPTS]
+    options = {"copies": 2, "max_new_tokens": 6}
+    alone = [decode(view, tokenizer, [prompt], likeliest, **options)[0] for prompt in prompts]
+    together = decode(view, tokenizer, prompts, likeliest, **options)
+    for one, other in zip(itertools.chain(*alone), itertools.chain(*together), strict=True):
+        assert one.tokens == other.tokens
+        assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-4)
+        torch.testing.assert_close(one.state, other.state, rtol=0, atol=1e-4)
+    texts = [tokenizer.decode(row.tokens, skip_special_tokens=True).strip() for row, _ in alone]
+    assert texts == [greedy(view, tokenizer, prompt, None, 6) for prompt in prompts]
 
 
 def test_an_answer_is_the_first_line_without_space_around_it(monkeypatch):

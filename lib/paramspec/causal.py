@@ -13,6 +13,7 @@ second chapter trains nothing twice.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import time
@@ -36,6 +37,7 @@ from paramspec.errors import InputError
 from paramspec.finetune import (
     FINETUNE_VERSION,
     METHODS,
+    Coefficients,
     Diverged,
     Training,
     choose_vectors,
@@ -62,7 +64,7 @@ from paramspec.hooks import (
     value_vector_view,
 )
 from paramspec.kernels import arithmetic
-from paramspec.masks import pad_right, record_concepts
+from paramspec.masks import mean_coefficients, pad_right, record_concepts
 from paramspec.models import (
     Checkpoint,
     LoadedModel,
@@ -496,10 +498,8 @@ def _measure_runs(plan: _Plan, runs: Sequence[Run]) -> None:
         )
     require_same_arithmetic(plan.identity, loaded)
     view = value_vector_view(loaded.model)
-    # Laid out anew for each evaluation, the weights would be in memory twice, beside those in
-    # training, and with every worker.
-    engine = replace(choose_engine(view), prepacked=False)
-    model = _Model(loaded, view, loaded.tokenizer, engine)
+    measured = functools.cache(functools.partial(mean_coefficients, view, loaded.tokenizer))
+    model = _Model(loaded, view, loaded.tokenizer, choose_engine(view), measured)
     for run in runs:
         with plan.store.turn(plan.key(run)):
             if not plan.is_whole(run):
@@ -516,6 +516,7 @@ class _Model(NamedTuple):
     view: ValueVectorView
     tokenizer: PreTrainedTokenizerBase
     engine: Engine
+    coefficients: Coefficients  # of texts in the model as it is, each measured once
 
 
 def _measure_run(plan: _Plan, model: _Model, run: Run) -> None:
@@ -543,7 +544,14 @@ def _measure_run(plan: _Plan, model: _Model, run: Run) -> None:
         if run.training is not None:
             points = run.evaluation.points if "curve" in missing else 1
             path = _trained(
-                model.loaded, model.view, plan.questions, run.training, plan.store, points, measure
+                model.loaded,
+                model.view,
+                plan.questions,
+                run.training,
+                plan.store,
+                points,
+                measure,
+                model.coefficients,
             )
             release_memory()  # an optimizer's worth of it
             record = json.loads((path / RECORD).read_text(encoding="utf-8"))
@@ -597,10 +605,12 @@ def _trained(
     store: Store,
     points: int = 1,
     measure: Callable[[int], None] = lambda step: None,
+    coefficients: Coefficients | None = None,
 ) -> Path:
     """The directory of trained vectors; `measure` is called between `points` parts of the way.
 
-    Then they are trained in any case; otherwise, they are looked for first.
+    Then they are trained in any case; otherwise, they are looked for first. `coefficients` are the
+    untrained model's, see `choose_vectors`.
     """
     texts = training_texts(questions, training.concepts, training.statements)
     key = {
@@ -618,7 +628,7 @@ def _trained(
     if path is not None and points < 2:
         return path
     began = time.perf_counter()
-    vectors = choose_vectors(view, loaded.tokenizer, questions, training)
+    vectors = choose_vectors(view, loaded.tokenizer, questions, training, coefficients)
     rows = encode_texts(view, loaded.tokenizer, texts)
     seconds_choosing = time.perf_counter() - began
     steps = count_steps(len(rows), training)
@@ -708,22 +718,18 @@ def _specialization(plan: _Plan, model: _Model, run: Run, own: Sequence[Question
         position=choices.position,
         batch_tokens=choices.batch_tokens,
     )
-    parts = []
-    for concept in run.about:
-        asked = [question for question in own if question.concept == concept] + others
-        parts.append(
-            measure_concepts(
-                run.name,
-                view,
-                tokenizer,
-                asked,
-                [concept],
-                choices,
-                coefficients,
-                engine=model.engine,
-            ).pss
-        )
-    return pd.concat(parts, ignore_index=True)
+    measured = measure_concepts(
+        run.name,
+        view,
+        tokenizer,
+        own,
+        run.about,
+        choices,
+        coefficients,
+        unrelated=others,
+        engine=model.engine,
+    )
+    return measured.pss
 
 
 def _prompt(form: Literal["question", "cloze", "no"]) -> str:

@@ -18,6 +18,7 @@ rate and batches were chosen in the paper is not known: they are fields of `Trai
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -59,6 +60,8 @@ from paramspec.specwiki import Question
 from paramspec.store import require_writable, writing_to
 from paramspec.tokens import token_ids
 
+# Of texts, fp32 `[layers, width]`, as `mean_coefficients` gives them.
+Coefficients = Callable[[tuple[str, ...]], Tensor]
 Method = Literal["FT-FV", "FT-PV", "FT-CV", "FT-RV"]
 METHODS: tuple[Method, ...] = get_args(Method)
 Rule = Literal["coefficient", "score", "gradient", "magnitude", "other"]
@@ -237,11 +240,16 @@ def choose_vectors(
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     training: Training,
+    coefficients: Coefficients | None = None,
 ) -> Tensor:
     """`vectors = choose_vectors(view, tokenizer, questions, training)`: what a method trains.
 
     FT-PV and FT-RV of one share choose as many in every layer; FT-PV and FT-CV of one rule and
     seed share none and together are all.
+
+    Args:
+        coefficients: `mean_coefficients` of the model over some texts, for a caller that keeps them
+            for the next choice; measured here if not given.
 
     Returns:
         int32 `[n, 2]` of (layer, value vector), sorted.
@@ -270,7 +278,8 @@ def choose_vectors(
         of_each = [layer for layer in layers for _ in range(count)]
         like = torch.tensor([of_each, [0] * len(of_each)]).T
         return random_vectors(like, view.layers, view.width, draw)
-    chosen = _by_rule(view, tokenizer, questions, training, draw)
+    coefficients = coefficients or functools.partial(mean_coefficients, view, tokenizer)
+    chosen = _by_rule(view, tokenizer, questions, training, draw, coefficients)
     chosen = chosen[torch.isin(chosen[:, 0], torch.tensor(layers))]
     if training.method == "FT-PV":
         return chosen
@@ -287,20 +296,21 @@ def _by_rule(
     questions: Sequence[Question],
     training: Training,
     draw: torch.Generator,
+    coefficients: Coefficients,
 ) -> Tensor:
     texts = training_texts(questions, training.concepts, training.statements)
 
     def others() -> Tensor:
         names = other_concepts(questions, training)
         stated = training_texts(questions, names, training.statements)
-        return mean_coefficients(view, tokenizer, stated)
+        return coefficients(tuple(stated))
 
     if training.rule == "gradient":
         norms = gradient_norms(view, tokenizer, texts, training.batch)
         return top_vectors(norms, training.share)
     if training.rule == "other":
         return top_vectors(others(), training.share)
-    own = mean_coefficients(view, tokenizer, texts)
+    own = coefficients(tuple(texts))
     if training.rule == "score":
         own = own - others()
     chosen = top_vectors(own, training.share)

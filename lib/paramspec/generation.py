@@ -6,6 +6,7 @@ decode(view, tokenizer, prompts, likeliest, copies=3)                      # tok
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from paramspec.errors import InputError
 from paramspec.hooks import ValueVectorView, mask_rows, refuse_too_long, unembed_only
+from paramspec.scoring import attention_window
 from paramspec.specwiki import normalise
 from paramspec.tokens import token_ids
 
@@ -115,8 +117,9 @@ def decode(
 
     Each needed token is computed once: the beginning that all prompts share for all of them (where
     none is masked), the rest of a prompt for all its copies, and nothing after an answer's end.
-    Prompts of one length go together and none is padded, so that a sliding window reaches as far
-    back as it should.
+    Prompts of unlike length go together where the model takes positions and no sliding window is
+    shorter than they are: padding then stands behind the shared beginning, unseen. Elsewhere those
+    of one length go together.
 
     Args:
         pick: given a prompt's number, those of its copies that go on, and fp32 logits `[copies
@@ -139,17 +142,26 @@ def decode(
     shared = 0 if masked else _shared_beginning(encoded)
     beginning = DynamicCache(config=view.model.config.get_text_config(decoder=True))
     if shared:
-        _extend(view, torch.tensor([encoded[0][:shared]]), beginning)
+        first = torch.tensor([encoded[0][:shared]])
+        _extend(view, first, beginning, torch.ones_like(first), False)
     answers = [[Decoded() for _ in range(copies)] for _ in prompts]
-    for part in _equally_long(encoded, max(1, batch_size // copies)):
+    pads = shared > 0 and _may_pad(view, max(map(len, encoded)) + max_new_tokens)
+    for part in _parts(encoded, max(1, batch_size // copies), equal=not pads):
         cache = deepcopy(beginning)
         if shared:
             cache.batch_repeat_interleave(len(part))
-        rest = torch.tensor([encoded[index][shared:] for index in part])
+        width = max(len(encoded[index]) for index in part) - shared
+        rests = [encoded[index][shared:] for index in part]
+        rest = torch.tensor([[0] * (width - len(row)) + row for row in rests])
+        seen = torch.tensor(
+            [[1] * shared + [0] * (width - len(row)) + [1] * len(row) for row in rests]
+        )
         with mask_rows(view, [keeps[index] for index in part]):
-            logits, states = _extend(view, rest, cache)
+            logits, states = _extend(view, rest, cache, seen, pads)
         cache.batch_repeat_interleave(copies)
-        logits, states = (each.repeat_interleave(copies, dim=0) for each in (logits, states))
+        logits, states, seen = (
+            each.repeat_interleave(copies, dim=0) for each in (logits, states, seen)
+        )
         rows = [(index, copy) for index in part for copy in range(copies)]  # those that go on
         for _ in range(max_new_tokens):
             log_probabilities = logits.log_softmax(-1)
@@ -181,9 +193,11 @@ def decode(
             if len(on) < len(rows):
                 cache.batch_select_indices(torch.tensor(on, device=logits.device))
                 rows = [rows[place] for place in on]
+                seen = seen[on]
+            seen = torch.nn.functional.pad(seen, (0, 1), value=1)
             with mask_rows(view, [keeps[index] for index, _ in rows]):
                 last = torch.tensor([tokens[place] for place in on])
-                logits, states = _extend(view, last[:, None], cache)
+                logits, states = _extend(view, last[:, None], cache, seen, pads)
         progress(len(part))
     return answers
 
@@ -193,11 +207,16 @@ def likeliest(index: int, copies: list[int], logits: Tensor) -> Tensor:
     return logits.argmax(-1)
 
 
-def _extend(view: ValueVectorView, rows: Tensor, cache: DynamicCache) -> tuple[Tensor, Tensor]:
-    """Each row's logits, fp32, and hidden state at its last token; the cache grows by the rows."""
+def _extend(
+    view: ValueVectorView, rows: Tensor, cache: DynamicCache, seen: Tensor, pads: bool
+) -> tuple[Tensor, Tensor]:
+    """Each row's logits, fp32, and hidden state at its last token; the cache grows by the rows.
+
+    `seen`, `[rows, tokens]`, is 0 at padding; with `pads`, positions do not count it.
+    """
     device = view.model.get_input_embeddings().weight.device
     last = torch.tensor([(row, rows.shape[1] - 1) for row in range(len(rows))])
-    seen = torch.ones(len(rows), cache.get_seq_length() + rows.shape[1], dtype=torch.long)
+    places = seen.cumsum(1).sub(1).clamp(min=0)[:, -rows.shape[1] :]
     states: list[Tensor] = []
     with unembed_only(view.model, last), ExitStack() as stack:
         hook = view.model.get_output_embeddings().register_forward_pre_hook(
@@ -209,6 +228,7 @@ def _extend(view: ValueVectorView, rows: Tensor, cache: DynamicCache) -> tuple[T
             attention_mask=seen.to(device),
             past_key_values=cache,
             use_cache=True,
+            **({"position_ids": places.to(device)} if pads else {}),
         ).logits[0]
     return logits.float(), states[0]
 
@@ -219,10 +239,17 @@ def _shared_beginning(rows: Sequence[Sequence[int]]) -> int:
     return next((n for n in range(most) if len({row[n] for row in rows}) > 1), most)
 
 
-def _equally_long(rows: Sequence[Sequence[int]], most: int) -> Iterator[list[int]]:
-    """Indices of rows of one length, up to `most` together, the longest first."""
+def _may_pad(view: ValueVectorView, tokens: int) -> bool:
+    """Whether a row of so many tokens may hold unseen ones: it has positions, and no window."""
+    window = attention_window(view.model.config)
+    takes_positions = "position_ids" in inspect.signature(view.model.forward).parameters
+    return takes_positions and (window is None or tokens <= window)
+
+
+def _parts(rows: Sequence[Sequence[int]], most: int, *, equal: bool) -> Iterator[list[int]]:
+    """Indices of rows, up to `most` together, the longest first; `equal`, of one length."""
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
-    for _, group in itertools.groupby(order, key=lambda index: len(rows[index])):
+    for _, group in itertools.groupby(order, key=lambda index: equal and len(rows[index])):
         members = list(group)
         yield from (members[start : start + most] for start in range(0, len(members), most))
 

@@ -238,11 +238,18 @@ def general_questions(
 
 
 def asked_questions(
-    questions: Sequence[Question], concept: str, choices: Choices
+    questions: Sequence[Question],
+    concept: str,
+    choices: Choices,
+    unrelated: Sequence[Question] | None = None,
 ) -> list[tuple[Question, Literal["concept", "general"]]]:
-    """`asked_questions(questions, "France", choices)`: what each of its masks is scored on."""
+    """`asked_questions(questions, "France", choices)`: what each of its masks is scored on.
+
+    Args:
+        unrelated: what general questions are drawn from, if not from all `questions`.
+    """
     own = [q for q in questions if q.concept == concept and q.fold in choices.score_on]
-    general = general_questions(questions, concept, choices)
+    general = general_questions(questions if unrelated is None else unrelated, concept, choices)
     return [(q, "concept") for q in own] + [(q, "general") for q in general]
 
 
@@ -294,6 +301,7 @@ def measure_concepts(
     choices: Choices,
     coefficients: ConceptCoefficients,
     *,
+    unrelated: Sequence[Question] | None = None,
     engine: Engine | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Tables:
@@ -305,6 +313,7 @@ def measure_concepts(
         concepts: those to measure here.
         choices: see `Choices`.
         coefficients: of all concepts of the study, from `record_concepts`.
+        unrelated: what general questions are drawn from, if not from all `questions`.
         engine: see `score_options`.
         progress: called with the number of question evaluations done.
     """
@@ -312,7 +321,7 @@ def measure_concepts(
     items: dict[str, Item] = {}
     requests, rows, keeps, masks = [], [], [], {}
     for concept in concepts:
-        asked = asked_questions(questions, concept, choices)
+        asked = asked_questions(questions, concept, choices, unrelated)
         none = _Mask("none", 0.0, choices.seed, torch.empty(0, 2, dtype=torch.int32))
         for mask in (none, *concept_masks(coefficients, concept, choices)):
             if mask.kind == "none":

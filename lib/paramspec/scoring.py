@@ -301,7 +301,7 @@ def _inputs(model: PreTrainedModel, rows: Sequence[Row], length: int) -> dict[st
         added.masked_fill_(torch.from_numpy(~sees), torch.finfo(embedded.dtype).min)
         return added.to(embedded.device)
 
-    window = _window(model.config)
+    window = attention_window(model.config)
     attention_mask: object = bias(sees)
     if window is not None:
         near = bias(sees & (depths[:, None, :, None] - depths[:, None, None, :] < window))
@@ -316,7 +316,7 @@ def _inputs(model: PreTrainedModel, rows: Sequence[Row], length: int) -> dict[st
     }
 
 
-def _window(config: PreTrainedConfig) -> int | None:
+def attention_window(config: PreTrainedConfig) -> int | None:
     """How many tokens a sliding attention reaches back, itself included, if there is one."""
     return getattr(config.get_text_config(decoder=True), "sliding_window", None)
 
@@ -445,7 +445,7 @@ def choose_engine(view: ValueVectorView) -> Engine:
             break
     else:
         return Engine("plain", failure)
-    window = _window(view.model.config)
+    window = attention_window(view.model.config)
     if window is None or _keeps_windows(view.model.config, engine):
         return engine
     return replace(engine, longest=window)
