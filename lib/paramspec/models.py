@@ -742,7 +742,7 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     with quiet_transformers(), _told_in_one_line(path):
         if path.is_file():
             with _gguf_parsed_once():
-                config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+                config = _gguf_config(path, _read_gguf(path))
         else:
             _check_config(path)
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -1166,6 +1166,7 @@ def _load_gguf(
         network, report = AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,
+            config=_gguf_config(path, reader),
             # Since transformers 5 the weights stay packed unless this is asked for.
             quantization_config=GgufConfig(dequantize=True),
             dtype=dtype,
@@ -1184,6 +1185,14 @@ def _load_gguf(
         if factors:
             _apply_rope_factors(path, network, reader)
     return network, tokenizer
+
+
+def _gguf_config(path: Path, reader: GGUFReader) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    from paramspec.gguf_config import honoured
+
+    return honoured(path, AutoConfig.from_pretrained(path.parent, gguf_file=path.name), reader)
 
 
 def _read_gguf(path: Path) -> GGUFReader:
