@@ -7,6 +7,7 @@ with cluster(tmp_path, workers=2) as dask:
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -35,7 +36,8 @@ def cluster(place: Path, workers: int = 2) -> Iterator[Cluster]:
     def start(*words: str) -> subprocess.Popen:
         log = (place / f"{len(processes)}.log").open("wb")
         command = [sys.executable, "-m", "distributed.cli.dask_" + words[0], *words[1:]]
-        process = subprocess.Popen(command, cwd=place, stdout=log, stderr=log)
+        scratch = os.environ | {"DASK_TEMPORARY_DIRECTORY": str(place)}
+        process = subprocess.Popen(command, cwd=place, env=scratch, stdout=log, stderr=log)
         processes.append(process)
         return process
 

@@ -7,6 +7,7 @@ taken one text at a time, plain transformers to read what was written, and proce
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.metadata
 import json
 import math
@@ -969,22 +970,32 @@ def test_it_may_diverge_in_the_last_step(tmp_path):
         finetune(toy_loaded("gpt2"), QUESTIONS, training, tmp_path)
 
 
-def test_a_model_that_ends_as_a_uniform_guess_has_diverged(tmp_path):
+@pytest.fixture(scope="module")
+def real():
+    """SmolLM2, which takes long to read: trained in copies."""
+    return load_model("smollm2-135m")
+
+
+def copied(real):
+    return dataclasses.replace(real, model=copy.deepcopy(real.model))
+
+
+def test_a_model_that_ends_as_a_uniform_guess_has_diverged(real, tmp_path):
     """Norms divide huge values away, so the loss stays finite: that of knowing nothing."""
     training = Training(method="FT-PV", concepts=("France",), epochs=2, learning_rate=1e30)
     questions = load_questions(concepts=["France"])
     told = "the loss is 10.8 after the last step, step 6 of 6; no earlier state was kept"
     with pytest.raises(InputError, match=told):
-        finetune("smollm2-135m", questions, training, tmp_path / "guess", save_every=1)
+        finetune(copied(real), questions, training, tmp_path / "guess", save_every=1)
     record = json.loads((tmp_path / "guess" / "finetune.json").read_text())
     assert record["status"] == "diverged"
     assert record["losses"][0] < 6
 
 
-def test_a_run_may_pass_through_a_loss_as_bad_as_a_guess(tmp_path):
+def test_a_run_may_pass_through_a_loss_as_bad_as_a_guess(real, tmp_path):
     training = Training(method="FT-PV", concepts=("France",), epochs=4, learning_rate=0.01)
     questions = load_questions(concepts=["France"])
-    losses = finetune("smollm2-135m", questions, training, tmp_path / "learns")["losses"]
+    losses = finetune(copied(real), questions, training, tmp_path / "learns")["losses"]
     assert max(losses) > math.log(49_152) > 3 * losses[-1]
 
 

@@ -113,12 +113,12 @@ def test_packed_rows_under_several_masks_equal_one_option_at_a_time(smollm2, vie
         assert len({tuple(score.tolist()) for score in scores[start : start + 4]}) == 4
 
 
-COUNTRIES, RATIO = 48, 0.05
+COUNTRIES, MEASURED, RATIO = 48, 32, 0.05  # of the coefficients; of the masks
 
 
 @pytest.fixture(scope="module")
 def right(smollm2, view):
-    """`right[mask, role]`: which questions are answered rightly, `[countries, 10]`.
+    """`right[mask, role]`: which questions are answered rightly, `[measured, 10]`.
 
     The most frequent countries stand in pairs. Under a country's mask, C(k) is the accuracy on its
     own questions and G(k) that on its partner's: over all pairs, C and G are of the same questions,
@@ -132,7 +132,7 @@ def right(smollm2, view):
     coefficients = record_concepts(view, smollm2.tokenizer, asked)
     items = {question.id: encode(smollm2.tokenizer, question) for question in asked}
     keeps, requests, about = [], [], []
-    for place, name in enumerate(names):
+    for place, name in enumerate(names[:MEASURED]):
         partner = names[place ^ 1]
         vectors = top_vectors(value_vector_scores(coefficients, name), RATIO)
         draw = torch.Generator().manual_seed(place)
@@ -150,9 +150,7 @@ def right(smollm2, view):
     for (mask, role, question), score in zip(about, scores, strict=True):
         chosen = choose(score.tolist(), question.options).by_characters
         answers.setdefault((mask, role), []).append(chosen == question.answer)
-    return {
-        key: np.array(rows, dtype=float).reshape(COUNTRIES, 10) for key, rows in answers.items()
-    }
+    return {key: np.array(rows, dtype=float).reshape(MEASURED, 10) for key, rows in answers.items()}
 
 
 def gaps(answers, mask):

@@ -103,7 +103,7 @@ def wait_for(condition, seconds=600):
 def start(place, models, out, *options):
     command = [sys.executable, "-m", "paramspec.cli", "pss", *models, *OPTIONS]
     command += ["--questions", str(place / "questions.jsonl"), "--out", str(out), *options]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command,
         cwd=place,
         stdout=subprocess.PIPE,
@@ -111,6 +111,22 @@ def start(place, models, out, *options):
         text=True,
         start_new_session=True,
     )
+    STARTED.append(process)
+    return process
+
+
+STARTED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def ended():
+    """What a failed test has started ends with it."""
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
 
 
 def test_a_sweep_of_two_processes_killed_midway_continues(place, models, expected, tmp_path):
