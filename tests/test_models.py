@@ -1125,3 +1125,24 @@ def test_automodel_alone_would_have_run_on_random_weights(toy):
     model = AutoModelForCausalLM.from_pretrained(toy)
     assert len(model.model.layers) == 3
     assert "9 missing" in refusal(toy)
+
+
+# Errors keep their kind
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_lack_of_memory_is_told_as_one(error):
+    with (
+        pytest.raises(InputError, match="some/model: out of memory") as caught,
+        models._told_in_one_line(Path("some/model")),
+    ):
+        raise error
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [AttributeError, TypeError, AssertionError, IndexError])
+def test_a_fault_of_ours_is_not_told_as_an_incomplete_model(error):
+    with pytest.raises(error), models._told_in_one_line(Path("some/model")):
+        raise error("of ours")

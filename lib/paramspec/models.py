@@ -25,6 +25,7 @@ import json
 import math
 import re
 import threading
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -914,6 +915,8 @@ def _hub_snapshot(
             "check the name, or run `hf auth login`"
         ) from error
     except Exception as error:  # whatever else goes wrong between here and the hub
+        if not _is_of_a_library(error):
+            raise
         cause = error.__cause__ or error
         raise InputError(
             f"{name}: not a directory, not in the hub cache {constants.HF_HUB_CACHE}, and fetching "
@@ -1205,6 +1208,8 @@ def _read_gguf(path: Path) -> GGUFReader:
         reader = gguf.GGUFReader(path)
         architecture = reader.fields["general.architecture"].contents()
     except Exception as error:  # the reader meets the end of the file in many ways
+        if not _is_of_a_library(error):
+            raise
         raise InputError(
             f"{path}: GGUF file corrupt or cut short ({type(error).__name__}: {_line(error)}); "
             "copy or download it again"
@@ -1356,10 +1361,32 @@ def _told_in_one_line(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
+        from paramspec.batches import OutOfMemory, is_out_of_memory
+
+        if is_out_of_memory(error):
+            raise OutOfMemory(
+                f"{path}: out of memory while it is loaded; use a machine with more memory, "
+                "--dtype bfloat16, a smaller model, or fewer --jobs side by side"
+            ) from error
+        # Libraries meet bad files with any error, tokenizers with a bare Exception. What is raised
+        # elsewhere is a fault of this package, and is shown as it is.
+        if not _is_of_a_library(error):
+            raise
         raise InputError(
             f"{path}: cannot be loaded ({type(error).__name__}: {_line(error)}); "
             "check that it is a complete, supported model"
         ) from error
+
+
+def _is_of_a_library(error: BaseException) -> bool:
+    """Whether a library raised an error, or it is of a kind that bad files are met with."""
+    if isinstance(error, OSError | ValueError | KeyError | RuntimeError | ImportError):
+        return True
+    frame = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):  # noqa: B007
+        pass
+    file = Path(frame.f_code.co_filename)
+    return "site-packages" in file.parts and Path(__file__).parent not in file.parents
 
 
 def _read_json(file: Path) -> dict:
