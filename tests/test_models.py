@@ -1146,3 +1146,12 @@ def test_a_lack_of_memory_is_told_as_one(error):
 def test_a_fault_of_ours_is_not_told_as_an_incomplete_model(error):
     with pytest.raises(error), models._told_in_one_line(Path("some/model")):
         raise error("of ours")
+
+
+def test_a_lack_of_memory_is_not_told_as_a_damaged_gguf_file(tmp_path, monkeypatch):
+    def scarce(path):
+        raise MemoryError
+
+    path = write_gguf(tmp_path / "toy.gguf", toy_llama())
+    monkeypatch.setattr(gguf, "GGUFReader", scarce)
+    assert "out of memory while it is loaded" in refusal(path)

@@ -1380,6 +1380,8 @@ def _told_in_one_line(path: Path) -> Iterator[None]:
 
 def _is_of_a_library(error: BaseException) -> bool:
     """Whether a library raised an error, or it is of a kind that bad files are met with."""
+    if isinstance(error, MemoryError):
+        return False
     if isinstance(error, OSError | ValueError | KeyError | RuntimeError | ImportError):
         return True
     frame = None
