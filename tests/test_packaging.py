@@ -41,6 +41,17 @@ def project() -> dict:
     return tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 
 
+def test_one_figure_says_how_long_the_book_takes() -> None:
+    """The README, the profile and the status page are read by different people."""
+    places = ("README.md", "book/profiles/default.yaml", "book/status.md")
+    found = {
+        tuple(re.findall(r"(\d+) minutes on two\s+cores", (REPOSITORY / place).read_text()))
+        for place in places
+    }
+    assert len(found) == 1, found
+    assert len(found.pop()) == 1
+
+
 def test_pyproject_pins_what_the_lock_pins(lock: dict[str, str], project: dict) -> None:
     groups = project["project"]["optional-dependencies"].values()
     lines = project["build-system"]["requires"] + sum(groups, project["project"]["dependencies"])

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import threading
 import time
 from collections import Counter
@@ -504,7 +505,8 @@ def watching(
     def watch() -> None:
         while not over.wait(0.5):
             look()
-            bar.refresh()
+            if sys.stderr.isatty():  # elsewhere, each refresh is a line in a log
+                bar.refresh()
 
     thread = threading.Thread(target=watch, daemon=True)
     if waiting:
