@@ -117,8 +117,11 @@ COUNTRIES, MEASURED, RATIO = 48, 32, 0.05  # of the coefficients; of the masks
 
 
 @pytest.fixture(scope="module")
-def right(smollm2, view):
-    """`right[mask, role]`: which questions are answered rightly, `[measured, 10]`.
+def answers(smollm2, view):
+    """`answers[mask, role]`: `[measured, 10, 2]`, whether the answer is chosen, and its share.
+
+    The share is the answer's log-probability among the options, in nats: under a mask, it moves for
+    every question, and a choice for few.
 
     The most frequent countries stand in pairs. Under a country's mask, C(k) is the accuracy on its
     own questions and G(k) that on its partner's: over all pairs, C and G are of the same questions,
@@ -146,35 +149,40 @@ def right(smollm2, view):
                 requests.append(Request(items[question.id], len(keeps) - 1))
                 about.append((mask, role, question))
     scores = score_options(view, requests, keeps, engine=choose_engine(view))
-    answers = {}
+    found = {}
     for (mask, role, question), score in zip(about, scores, strict=True):
         chosen = choose(score.tolist(), question.options).by_characters
-        answers.setdefault((mask, role), []).append(chosen == question.answer)
-    return {key: np.array(rows, dtype=float).reshape(MEASURED, 10) for key, rows in answers.items()}
+        share = float(score.log_softmax(0)[question.answer])
+        found.setdefault((mask, role), []).append((chosen == question.answer, share))
+    return {
+        key: np.array(rows, dtype=float).reshape(MEASURED, 10, 2) for key, rows in found.items()
+    }
 
 
 def gaps(answers, mask):
-    """G(k) - C(k) of each pair of countries."""
+    """General less own of each pair of countries, `[pairs, 2]`: accuracy, and nats."""
     each = (answers[mask, "general"] - answers[mask, "own"]).mean(1)
-    return each.reshape(-1, 2).mean(1)
+    return each.reshape(-1, 2, 2).mean(1)
 
 
 def in_standard_errors(values):
-    return values.mean() / (values.std(ddof=1) / len(values) ** 0.5)
+    return values.mean(0) / (values.std(0, ddof=1) / len(values) ** 0.5)
 
 
-def test_masking_a_concept_hurts_its_own_questions_more(right):
-    """Two standard errors; PSS would be this gap over G(0)."""
-    values = gaps(right, "concept")
-    assert values.mean() > 0.05
-    assert in_standard_errors(values) > 2
+def test_masking_a_concept_hurts_its_own_questions_more(answers):
+    """Two standard errors; PSS would be the gap in accuracy over G(0)."""
+    values = gaps(answers, "concept")
+    assert values[:, 0].mean() > 0.05
+    assert in_standard_errors(values)[1] > 2
 
 
-def test_random_masks_of_the_same_size_do_not(right):
-    assert abs(in_standard_errors(gaps(right, "random"))) < 2
-    assert in_standard_errors(gaps(right, "concept") - gaps(right, "random")) > 2
+def test_random_masks_of_the_same_size_do_not(answers):
+    values, chance = gaps(answers, "concept"), gaps(answers, "random")
+    assert (abs(in_standard_errors(chance)) < 2).all()
+    assert in_standard_errors(values - chance)[1] > 2
     # And they leave most of what the model knows.
-    assert right["random", "own"].mean() > right["concept", "own"].mean() + 0.1
+    lost = answers["random", "own"] - answers["concept", "own"]
+    assert lost[..., 0].mean() > 0.1
 
 
 CAPITALS = {
