@@ -36,7 +36,7 @@ import paramspec
 
 choices = paramspec.Choices(ratios=(0.25,), general=2)
 with paramspec.workers(jobs=jobs):
-    study = paramspec.measure_pss({MODELS}, paramspec.load_questions(concepts=6), choices)
+    study = paramspec.measure_pss({MODELS}, paramspec.study_questions({MODELS}), choices)
 paramspec.write_study(study, Path("out"))
 """
 CHAPTER = f"""{HEADER}
@@ -52,7 +52,7 @@ jobs: int = 2  # processes
 {CELL}
 ```
 """
-OPTIONS = ["--concepts", "6", "--ratios", "0.25", "--general", "2", "--jobs", "2", "--out", "out"]
+OPTIONS = ["--ratios", "0.25", "--general", "2", "--jobs", "2", "--out", "out"]
 TUNING = ["--method", "FT-PV", "--concepts", "France,gold", "--epochs", "40", "--save-every", "1"]
 COMMANDS = {
     "build": ["build"],
@@ -63,7 +63,7 @@ COMMANDS = {
 # An undisturbed run's computing time, in that of `pss`: `pss` has two workers, each of which
 # imports torch; `run` a kernel as well.
 LENGTHS = {"build": 1.4, "run": 1.1, "pss": 1.0, "finetune": 0.35}
-MOMENTS = {"build": 4, "run": 5, "pss": 6, "finetune": 5}
+MOMENTS = {"build": 3, "run": 5, "pss": 6, "finetune": 6}
 FEW = 6  # ends after each other, before a run that may finish
 WITHIN = 5.0  # seconds until nothing runs
 
@@ -164,9 +164,8 @@ def finish(place: Path, command: str, wrapper: tuple[str, ...] = (), disturb=Non
     return sum(spent.values())
 
 
-def end(place: Path, command: str, progress: float, length: float, draw) -> End | None:
+def end(place: Path, command: str, number, progress: float, length: float, draw) -> End | None:
     """Send a signal when a share of the work is done; None if the command was done before."""
-    number = signal.Signals(draw.choice([signal.SIGHUP, signal.SIGINT, signal.SIGTERM]))
     # A terminal's signals go to all processes of a command.
     send = os.killpg if number != signal.SIGTERM or draw.random() < 0.5 else os.kill
     times, spent = int(draw.integers(1, 3)), {}
@@ -196,10 +195,12 @@ def lives(folder: Path, command: str, moments: list[float], expected: Expected, 
     """
     ends: list[End] = []
     places = (make_place(folder / str(number)) for number in itertools.count())
+    signals = itertools.cycle(draw.permutation([signal.SIGHUP, signal.SIGINT, signal.SIGTERM]))
     for first in range(0, len(moments), FEW):
         place = next(places)
         for progress in sorted(moments[first : first + FEW]):  # what is kept shortens the next run
-            while (one := end(place, command, progress, expected.length[command], draw)) is None:
+            number, length = signal.Signals(next(signals)), expected.length[command]
+            while (one := end(place, command, number, progress, length, draw)) is None:
                 assert_same(numbers(place, command), expected.numbers[command])
                 place, progress = next(places), progress / 2
             ends.append(one)

@@ -9,6 +9,7 @@ may come at any moment. Nothing here happens on import: in a notebook, signals s
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import select
@@ -52,9 +53,14 @@ def mind_signals() -> None:
             while True:
                 signal.pause()
 
+    def ignore() -> None:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, stop)
+    atexit.register(ignore)  # called last: the work is done, and the status is that of the command
     # What the trackers of joblib clean up after killed processes is nobody's concern.
     given = os.environ.get("PYTHONWARNINGS")
     ours = "ignore:resource_tracker"
