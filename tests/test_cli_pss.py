@@ -241,7 +241,7 @@ def refused(place, first, tmp_path, capfd):
     [
         ("--ratios 0.1,1.5", "ratio 1.5: expected a share of value vectors, from 0 to 1"),
         ("--ratios -0.1", "ratio -0.1: expected a share"),
-        ("--ratios nan", "ratio nan: expected a share"),
+        ("--ratios nan", "ratios 'nan': expected numbers from 0 to 1 separated by commas"),
         ("--ratios 10%", "ratios '10%': expected numbers from 0 to 1 separated by commas"),
         ("--ratios 0.1;0.2", "ratios '0.1;0.2': expected numbers"),
         ("--ratios ,", "ratios ',': expected numbers"),
@@ -249,7 +249,7 @@ def refused(place, first, tmp_path, capfd):
         ("--position first", "position 'first': "),
         ("--protocol train", "protocol 'train': "),
         ("--controls -1", "controls -1: expected at least 0"),
-        ("--controls two", "Invalid value for '--controls': Input should be a valid integer"),
+        ("--controls two", "Invalid value for '--controls': expected a whole number, as 10"),
         ("--controls two", ": 'two'"),
         ("--general 0", "general 0: expected at least 1"),
         ("--general 31", "general 31: only 30 questions on other concepts"),

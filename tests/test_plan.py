@@ -50,12 +50,14 @@ from paramspec.plan import (
 from paramspec.pss import Choices, measure_concepts
 from paramspec.rows import Engine, Request
 from paramspec.scoring import choose_engine, encode, score_options
+from paramspec.specwiki import load_questions
 from paramspec.store import Store
 from paramspec.zoo import (
     architecture,
     load_zoo,
     own_tokenizer,
     tokens_to_train,
+    train_tokenizer,
     train_zoo,
     training_record,
 )
@@ -437,6 +439,8 @@ def test_micro_models_that_are_not_trained_are_counted_by_run(offline, recipe):
 
 def test_tokens_are_the_model_s_own_where_its_tokenizer_lies_here(offline):
     own = save_toy(offline / "own")
+    clozes = [question.cloze for question in load_questions(concepts=30)]
+    train_tokenizer(clozes, 300).save_pretrained(own)
     planned = small([str(own), "qwen1.5-0.5b", "smollm2-135m"])
     toy, far, embedded = planned.models
     assert (toy.exact, far.exact, embedded.exact) == (True, False, True)

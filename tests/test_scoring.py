@@ -131,7 +131,7 @@ def test_a_model_that_lets_a_tree_out_of_its_window_is_scored_plainly_there(fami
     def without_window(model, rows):
         found = inputs(model, rows)
         with monkeypatch.context() as patch:
-            patch.setattr(scoring, "_window", lambda config: None)
+            patch.setattr(scoring, "attention_window", lambda config: None)
             return found | {"attention_mask": inputs(model, rows)["attention_mask"]}
 
     monkeypatch.setattr(scoring, "_inputs", without_window)

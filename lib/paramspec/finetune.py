@@ -624,12 +624,15 @@ def finetune(
         "optimizer_bytes": optimizer_bytes(len(vectors), view.hidden),
         "computed": [*(record or {}).get("computed", []), computed(**unit_record(loaded))],
     }
-    _write_record(out, record)
-    done = 0
+    done = None
 
     def count(more: int) -> None:
         nonlocal done
-        done += more
+        if (
+            done is None
+        ):  # a state that was there has been read: from here on, this process computes
+            _write_record(out, record)
+        done = (done or 0) + more
         progress(done, steps)
 
     with train_value_vectors(view, vectors) as trained:
