@@ -128,11 +128,11 @@ def test_a_model_that_lets_a_tree_out_of_its_window_is_scored_plainly_there(fami
     view, requests = windowed(family)
     inputs = scoring._inputs
 
-    def without_window(model, rows):
-        found = inputs(model, rows)
+    def without_window(*given):
+        found = inputs(*given)
         with monkeypatch.context() as patch:
             patch.setattr(scoring, "attention_window", lambda config: None)
-            return found | {"attention_mask": inputs(model, rows)["attention_mask"]}
+            return found | {"attention_mask": inputs(*given)["attention_mask"]}
 
     monkeypatch.setattr(scoring, "_inputs", without_window)
     engine = choose_engine(view)
