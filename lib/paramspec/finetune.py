@@ -628,9 +628,7 @@ def finetune(
 
     def count(more: int) -> None:
         nonlocal done
-        if (
-            done is None
-        ):  # a state that was there has been read: from here on, this process computes
+        if done is None:  # a state that was there has been read, and is continued
             _write_record(out, record)
         done = (done or 0) + more
         progress(done, steps)
