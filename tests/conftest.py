@@ -18,6 +18,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """GGUF files are unpacked once for all tests of a worker, and not into the checkout."""
+    from paramspec import models
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "UNPACKED", tmp_path_factory.mktemp("gguf"))
+        yield
+
+
 @pytest.fixture
 def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """`status, out, err = command("pss", "toy")`: the command, without a process of its own."""

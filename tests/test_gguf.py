@@ -10,6 +10,7 @@ import torch
 import transformers
 from test_models import toy_bpe
 
+from paramspec import models
 from paramspec.errors import InputError
 from paramspec.gguf_config import honoured
 from paramspec.models import load_model
@@ -46,6 +47,7 @@ def write(path, model, arch, facts):
     writer.add_token_types([1] * len(tokens))
     writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_eos_token_id(2)
+    writer.add_unk_token_id(3)  # as every file of Gemma's has one
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     for key, weight in model.state_dict().items():
         if key == "lm_head.weight" and config.tie_word_embeddings:
@@ -121,6 +123,24 @@ def test_what_a_class_cannot_do_is_refused_by_name(tmp_path, fact, value):
     path = write(tmp_path / "toy.gguf", model, gguf.MODEL_ARCH.QWEN2, {fact: value})
     with pytest.raises(InputError, match=rf"toy.gguf: qwen2.{fact} .*use the model's safetensors"):
         load_model(path)
+
+
+def test_a_file_is_unpacked_once_and_again_when_it_changes(tmp_path, monkeypatch):
+    model, facts = gemma2(), GEMMA_FACTS
+    path = write(tmp_path / "toy.gguf", model, gguf.MODEL_ARCH.GEMMA2, facts)
+    monkeypatch.setattr(models, "UNPACKED", tmp_path / "unpacked")
+    read, seen = models._read_gguf, []
+    monkeypatch.setattr(models, "_read_gguf", lambda path: seen.append(path) or read(path))
+    first, again = load_model(path), load_model(path)
+    assert len(seen) == 1
+    assert torch.equal(logits(first.model), logits(again.model))
+    assert load_model(path, dtype="bfloat16").dtype == torch.bfloat16
+    assert len(seen) == 2  # another dtype is another directory
+    model.model.layers[0].mlp.down_proj.weight[0, 0] += 1
+    write(path, model, gguf.MODEL_ARCH.GEMMA2, facts)
+    changed = load_model(path)
+    assert changed.digest != first.digest
+    torch.testing.assert_close(logits(changed.model), logits(model), rtol=0, atol=1e-4)
 
 
 # --- files too large for a test: their metadata alone ---------------------------------------------

@@ -1154,4 +1154,5 @@ def test_a_lack_of_memory_is_not_told_as_a_damaged_gguf_file(tmp_path, monkeypat
 
     path = write_gguf(tmp_path / "toy.gguf", toy_llama())
     monkeypatch.setattr(gguf, "GGUFReader", scarce)
+    monkeypatch.setattr(models, "UNPACKED", tmp_path / "unpacked")  # nothing is there yet
     assert "out of memory while it is loaded" in refusal(path)

@@ -49,6 +49,7 @@ from paramspec.limits import memory
 from paramspec.plain import read_yaml, require_unicode
 from paramspec.quiet import quiet_transformers
 from paramspec.specwiki import Question, load_questions, sample_concepts
+from paramspec.store import Store
 from paramspec.tokens import front_tokens
 from paramspec.zoo import (
     RECIPE,
@@ -70,6 +71,8 @@ if TYPE_CHECKING:
 
 REGISTRY = Path(__file__).with_name("models.yaml")
 DTYPES = ("auto", "float32", "bfloat16")
+UNPACKED = Path("results/gguf")  # where GGUF files are unpacked to, from the working directory
+ROPE_FACTORS = "rope_factors.safetensors"
 
 SetName = Literal[
     "twenty",
@@ -1159,12 +1162,43 @@ def _text_half(network: PreTrainedModel) -> PreTrainedModel:
 def _load_gguf(
     path: Path, dtype: torch.dtype, place: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """From the safetensors directory that the file is unpacked to, once: reading that is quick."""
+    from safetensors.torch import load_file, save_file
+
+    store = Store(UNPACKED)
+    key = {"unit": "gguf", "unpacking_version": 1, "dtype": str(dtype)}
+    key["file"] = digest_files(checkpoint_files(path))
+    with store.turn(key):
+        directory = store.get(key)
+        if directory is None:
+            network, tokenizer, factors = _unpack(path, dtype)
+
+            def write(folder: Path) -> None:
+                network.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+                if factors is not None:
+                    save_file({"factors": factors}, folder / ROPE_FACTORS)
+
+            directory = store.put(key, write)
+    network, tokenizer = _load_directory(directory, dtype, place)
+    if (directory / ROPE_FACTORS).is_file():
+        _apply_rope_factors(path, network, load_file(directory / ROPE_FACTORS)["factors"])
+    return network, tokenizer
+
+
+def _unpack(
+    path: Path, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.Tensor | None]:
+    """The network of a GGUF file on the CPU, its tokenizer, and what its rotation is divided by."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     with _gguf_parsed_once():
         reader = _read_gguf(path)
-        sizes = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
-        factors = sizes.pop("rope_freqs.weight", 0)
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        factors = tensors.pop("rope_freqs.weight", None)
+        held = sum(int(tensor.n_elements) for tensor in tensors.values())
+        _device_map(held * dtype.itemsize, torch.device("cpu"))  # refuses what has no room
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         network, report = AutoModelForCausalLM.from_pretrained(
             path.parent,
@@ -1175,19 +1209,19 @@ def _load_gguf(
             dtype=dtype,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            **_device_map(sum(sizes.values()) * dtype.itemsize, place),
         )
         _check_report(path, report)
-        held, taken = sum(sizes.values()), sum(part.numel() for part in network.parameters())
+        taken = sum(part.numel() for part in network.parameters())
         if held != taken:
             # transformers drops tensors it has no place for, without a word.
             raise InputError(
                 f"{path}: holds {held} weights, of which {type(network).__name__} takes {taken}; "
                 "use the model's safetensors"
             )
-        if factors:
-            _apply_rope_factors(path, network, reader)
-    return network, tokenizer
+        values = None if factors is None else torch.from_numpy(factors.data.copy())
+        if values is not None:
+            _apply_rope_factors(path, network, values)  # refused here, if it is not understood
+    return network, tokenizer, values
 
 
 def _gguf_config(path: Path, reader: GGUFReader) -> PreTrainedConfig:
@@ -1223,16 +1257,12 @@ def _read_gguf(path: Path) -> GGUFReader:
     return reader
 
 
-def _apply_rope_factors(path: Path, network: PreTrainedModel, reader: GGUFReader) -> None:
+def _apply_rope_factors(path: Path, network: PreTrainedModel, values: torch.Tensor) -> None:
     """Llama 3.1 and later: a GGUF file divides each rotary frequency by a factor of its own.
 
     transformers leaves `rope_freqs.weight` out. It is llama.cpp's form of `rope_type: llama3`.
     """
-    import torch
-
     rotary = getattr(network.get_decoder(), "rotary_emb", None)
-    factors = next(tensor for tensor in reader.tensors if tensor.name == "rope_freqs.weight")
-    values = torch.from_numpy(factors.data.copy())
     if network.config.model_type != "llama" or rotary.inv_freq.shape != values.shape:
         raise InputError(
             f"{path}: rope_freqs.weight is understood for Llama only; use the model's safetensors"
