@@ -65,6 +65,7 @@ COMMANDS = {
 LENGTHS = {"build": 1.4, "run": 1.1, "pss": 1.0, "finetune": 0.35}
 MOMENTS = {"build": 3, "run": 5, "pss": 6, "finetune": 6}
 FEW = 6  # ends after each other, before a run that may finish
+LOOK = 0.25  # seconds between two looks at the progress
 WITHIN = 5.0  # seconds until nothing runs
 
 
@@ -126,11 +127,11 @@ def started(place: Path, *words: str, wrapper: tuple[str, ...] = (), **options):
         process.wait()
 
 
-def seconds_until(condition: Callable[[], object], within: float = 600) -> float:
+def seconds_until(condition: Callable[[], object], within: float = 600, every=0.1) -> float:
     began = time.monotonic()
     while not condition():
         assert time.monotonic() < began + within, "waited in vain"
-        time.sleep(0.1)  # a look at all processes takes a hundredth
+        time.sleep(every)  # a look at all processes takes a hundredth
     return time.monotonic() - began
 
 
@@ -159,7 +160,7 @@ def finish(place: Path, command: str, wrapper: tuple[str, ...] = (), disturb=Non
             computing_time(process, spent)
             if disturb and sum(spent.values()) > 1:
                 disturb = disturb(process)
-            time.sleep(0.1)
+            time.sleep(LOOK)
     assert process.returncode == 0, (place / "told.txt").read_text()
     return sum(spent.values())
 
