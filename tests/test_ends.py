@@ -60,9 +60,8 @@ COMMANDS = {
     "pss": ["pss", *MODELS, *OPTIONS],
     "finetune": ["finetune", MODELS[1], *TUNING, "--out", "tuned"],
 }
-# An undisturbed run's computing time, in that of `pss`: `pss` has two workers, each of which
-# imports torch; `run` a kernel as well.
-LENGTHS = {"build": 1.4, "run": 1.1, "pss": 1.0, "finetune": 0.35}
+# Most of an undisturbed run's computing time, in that of `pss`, whose workers import torch, too.
+LENGTHS = {"build": 1.2, "run": 0.85, "pss": 1.0, "finetune": 0.28}
 MOMENTS = {"build": 3, "run": 5, "pss": 6, "finetune": 6}
 FEW = 6  # ends after each other, before a run that may finish
 LOOK = 0.25  # seconds between two looks at the progress
