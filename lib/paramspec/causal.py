@@ -562,6 +562,7 @@ def _measure_run(plan: _Plan, model: _Model, run: Run) -> None:
                 keep(part, _curve(record.get("losses", []), accuracy))
             else:
                 keep(part, _EVALUATIONS[part](plan, model, run, own))
+                release_memory()  # a packed copy of the weights
 
     def write(folder: Path) -> None:
         save_file({"vectors": vectors}, folder / TRAINED)

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from paramspec.batches import BATCH_TOKENS
+from paramspec.batches import BATCH_TOKENS, release_memory
 from paramspec.errors import InputError, naming
 from paramspec.hooks import down_projections, value_vector_view
 from paramspec.kernels import arithmetic
@@ -571,6 +571,7 @@ def _measure_units(
             }
             store.put(key, lambda folder, measured=measured: _save(measured, folder), record)
             computed += 1
+        release_memory()  # a packed copy of the weights
     return plan.name, computed
 
 
