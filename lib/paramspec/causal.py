@@ -97,9 +97,10 @@ from paramspec.trends import Draws, resample_models
 TRAINED = "vectors.safetensors"
 RECORD = "record.json"
 TABLES = ("answers", "generated", "texts", "pss", "curve", "samples")
-EVALUATION_VERSION = 2  # raised whenever a change of this file could move what is stored
+EVALUATION_VERSION = 3  # raised whenever a change of this file could move what is stored
 PROSE = Path(__file__).with_name("prose.txt")  # prose.md says whose it is
 PASSAGE_TOKENS = 128
+LIKELIHOOD_TOKENS = 256  # of texts in a forward pass, whose logits are all in memory
 
 
 class Evaluation(BaseModel):
@@ -866,7 +867,11 @@ def _likelihoods(plan: _Plan, model: _Model, run: Run, own: Sequence[Question]) 
     numbered = sorted(
         ((index, row) for index, (_, row) in enumerate(texts)), key=lambda pair: -len(pair[1])
     )
-    parts = [numbered[start : start + 2] for start in range(0, len(numbered), 2)]
+    parts: list[list[tuple[int, list[int]]]] = []
+    for index, row in numbered:  # the longest of a part is its first
+        if not parts or (len(parts[-1]) + 1) * len(parts[-1][0][1]) > LIKELIHOOD_TOKENS:
+            parts.append([])
+        parts[-1].append((index, row))
     nats = [0.0] * len(texts)
     for batch, values in in_batches(
         parts, forward, tokens=lambda rows: len(rows) * len(rows[0][1])

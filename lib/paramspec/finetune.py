@@ -69,7 +69,7 @@ RULES: tuple[Rule, ...] = get_args(Rule)
 
 RECORD = "finetune.json"  # beside the weights: what they were trained on, and how
 STATE = "unfinished.safetensors"  # what a killed run continues from
-FINETUNE_VERSION = 2  # raised whenever a change could move a trained weight
+FINETUNE_VERSION = 3  # raised whenever a change could move a trained weight
 
 
 class Training(BaseModel):
@@ -306,7 +306,7 @@ def _by_rule(
         return coefficients(tuple(stated))
 
     if training.rule == "gradient":
-        norms = gradient_norms(view, tokenizer, texts, training.batch)
+        norms = gradient_norms(view, tokenizer, texts)
         return top_vectors(norms, training.share)
     if training.rule == "other":
         return top_vectors(others(), training.share)
@@ -326,7 +326,7 @@ def _by_rule(
 
 
 def gradient_norms(
-    view: ValueVectorView, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch: int = 16
+    view: ValueVectorView, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch: int = 32
 ) -> Tensor:
     """`norms = gradient_norms(view, tokenizer, statements)`: how much each vector is asked to move.
 
@@ -335,7 +335,7 @@ def gradient_norms(
         vector.
     """
     everything = torch.ones(view.layers, view.width, dtype=torch.bool).nonzero().int()
-    rows = encode_texts(view, tokenizer, texts)
+    rows = sorted(encode_texts(view, tokenizer, texts), key=len)
     tokens = sum(len(row) - 1 for row in rows)
     with train_value_vectors(view, everything) as trained:
         for start in range(0, len(rows), batch):
