@@ -9,7 +9,15 @@ from collections.abc import Callable, Iterator
 import pytest
 
 # The longest, longest first: two workers that take a file at a time then end together.
-LONGEST = ("test_site", "test_smollm2", "test_workers", "test_plan", "test_finetune", "test_zoo")
+LONGEST = (
+    "test_site",
+    "test_ends",
+    "test_smollm2",
+    "test_workers",
+    "test_plan",
+    "test_finetune",
+    "test_zoo",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
