@@ -208,11 +208,10 @@ def score_options(
     ) -> None:
         batches = cell_batches(cells, batch_tokens, branches)
         # Halves of a batch keep its length: in bfloat16 padding is what moves a number.
-        lengths = {
-            id(cell): max(len(one.row.tokens) for one in batch)
-            for batch in batches
-            for cell in batch
-        }
+        lengths: dict[int, int] = {}
+        for batch in batches:
+            longest = max(len(cell.row.tokens) for cell in batch)
+            lengths |= dict.fromkeys(map(id, batch), longest)
         for batch, values in in_batches(
             batches,
             lambda batch: forward(batch, lengths[id(batch[0])]),
