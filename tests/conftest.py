@@ -56,6 +56,19 @@ def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, 
 
 
 @pytest.fixture
+def pretend_versions(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`pretend_versions(torch="9")`: as a process has them that starts with other libraries."""
+
+    def pretend(**changed: str) -> None:
+        from paramspec import provenance
+
+        real = provenance.version_of
+        monkeypatch.setattr(provenance, "version_of", lambda name: changed.get(name) or real(name))
+
+    return pretend
+
+
+@pytest.fixture
 def closed_port() -> Iterator[int]:
     """A port of this machine where nobody answers, and nobody else can begin to."""
     with socket.socket() as bound:

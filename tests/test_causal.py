@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 from importlib.metadata import version
 
 import numpy as np
@@ -335,14 +334,13 @@ def test_each_part_of_a_run_says_what_computed_it(model, questions, tmp_path, mo
     assert not {"another", "a third"} & set(cpus.values())
 
 
-def test_other_versions_train_and_ask_anew(model, questions, tmp_path, monkeypatch):
+def test_other_versions_train_and_ask_anew(
+    model, questions, tmp_path, monkeypatch, pretend_versions
+):
     run = Run("x", TRAINING, Evaluation())
     measure_runs(str(model), questions, [run], store=Store(tmp_path))
-    real, trained = importlib.metadata.version, []
-    monkeypatch.setattr(
-        importlib.metadata, "version", lambda name: {"torch": "999.0"}.get(name) or real(name)
-    )
-    train = causal.train
+    pretend_versions(torch="999.0")
+    train, trained = causal.train, []
     monkeypatch.setattr(causal, "train", lambda *a, **k: trained.append(1) or train(*a, **k))
     study = measure_runs(str(model), questions, [run], store=Store(tmp_path))
     assert trained == [1]

@@ -62,6 +62,32 @@ def study(request):
     return model, questions, measured(model, questions, CHOICES)
 
 
+def test_scores_that_are_known_without_a_mask_are_taken_as_they_are(study, monkeypatch):
+    model, questions, tables = study
+    none = tables.details[tables.details["mask"] == "none"]
+    assert set(none["question_id"]) >= {question.id for question in questions if question.fold}
+    known = {
+        name: torch.tensor(scores)
+        for name, scores in none[["question_id", "option_logprobs"]].values
+    }
+    done = []
+    again = measured(model, questions, CHOICES, unmasked=known, progress=done.append)
+    assert sum(done) == len(tables.details) - len(none)
+    pd.testing.assert_frame_equal(again.pss, tables.pss)
+    moved = {name: scores.flip(0) for name, scores in known.items()}
+    other = measured(model, questions, CHOICES, unmasked=moved).details
+    kept = other["mask"] != "none"
+    assert other["option_logprobs"][~kept].map(list).tolist() == [
+        known[name].flip(0).tolist() for name in other["question_id"][~kept]
+    ]
+    np.testing.assert_allclose(
+        np.stack(other["option_logprobs"][kept]),
+        np.stack(tables.details["option_logprobs"][kept]),
+        rtol=0,
+        atol=1e-4,
+    )
+
+
 # What is written
 
 

@@ -61,16 +61,12 @@ def test_what_was_put_is_found_and_nothing_else(store):
     assert json.loads((path / "key.json").read_text()) == {**KEY, "versions": number_versions()}
 
 
-def pretend(monkeypatch, **changed):
-    """Other versions of some libraries, as a process that starts with them has them."""
-    real = importlib.metadata.version
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: changed.get(name) or real(name))
-
-
 @pytest.mark.parametrize("name", NUMBER_LIBRARIES)
-def test_another_version_of_what_computes_is_another_key(store, monkeypatch, name):
+def test_another_version_of_what_computes_is_another_key(
+    store, monkeypatch, name, pretend_versions
+):
     path = store.put(KEY, write)
-    pretend(monkeypatch, **{name: "999.1"})
+    pretend_versions(**{name: "999.1"})
     other = Store(store.root)
     assert other.get(KEY) is None
     assert other.put(KEY, write) != path
@@ -81,18 +77,18 @@ def test_another_version_of_what_computes_is_another_key(store, monkeypatch, nam
     assert again.record(KEY)["versions"][name] == importlib.metadata.version(name)
 
 
-def test_what_a_build_is_for_is_in_the_record_and_not_in_the_key(store, monkeypatch):
+def test_what_a_build_is_for_is_in_the_record_and_not_in_the_key(store, pretend_versions):
     """A key has the device; 2.13.0+cpu and 2.13.0+cu130 are one release."""
-    pretend(monkeypatch, torch="2.13.0+cu130")
+    pretend_versions(torch="2.13.0+cu130")
     path = Store(store.root).put(KEY, write)
-    pretend(monkeypatch, torch="2.13.0")
+    pretend_versions(torch="2.13.0")
     assert Store(store.root).get(KEY) == path
     assert Store(store.root).record(KEY)["versions"]["torch"] == "2.13.0+cu130"
 
 
-def test_versions_that_change_no_number_do_not_matter(store, monkeypatch):
+def test_versions_that_change_no_number_do_not_matter(store, pretend_versions):
     path = store.put(KEY, write)
-    pretend(monkeypatch, pandas="999", paramspec="999", pyarrow="999")
+    pretend_versions(pandas="999", paramspec="999", pyarrow="999")
     assert Store(store.root).get(KEY) == path
 
 
@@ -109,10 +105,10 @@ def test_a_record_is_that_of_the_process_that_computed(store, monkeypatch):
     assert store.record({"another": "key"}) == {}
 
 
-def test_a_worker_with_other_versions_puts_nothing(store, monkeypatch):
+def test_a_worker_with_other_versions_puts_nothing(store, pretend_versions):
     """The key says what the run began with: a result of other versions would not be its own."""
     handed = pickle.dumps(store)
-    pretend(monkeypatch, transformers="4.57.1")
+    pretend_versions(transformers="4.57.1")
     began = store.versions["transformers"]
     with pytest.raises(InputError, match=f"^transformers 4.57.1: the run began with .* {began};"):
         pickle.loads(handed).put(KEY, write)

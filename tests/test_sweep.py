@@ -416,12 +416,6 @@ def test_the_four_files_hold_the_study(store, tmp_path):
     assert record["seconds"] >= 0
 
 
-def pretend(monkeypatch, **changed):
-    """Other versions of some libraries, as a process that starts with them has them."""
-    real = importlib.metadata.version
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: changed.get(name) or real(name))
-
-
 def records(study):
     """What computed each concept's unit."""
     return {
@@ -432,10 +426,10 @@ def records(study):
     }
 
 
-def test_an_upgrade_computes_anew_and_each_unit_names_its_own(store, monkeypatch):
+def test_an_upgrade_computes_anew_and_each_unit_names_its_own(store, monkeypatch, pretend_versions):
     model, questions = toy_loaded(), toy_questions(2)
     first = measure_pss([model], questions, SMALL, store=store)
-    pretend(monkeypatch, torch="999.0")
+    pretend_versions(torch="999.0")
     newer = measure_pss([model], questions, SMALL, store=Store(store.root))
     assert reused(newer) == [0]
     assert {r["versions"]["torch"] for r in records(newer).values()} == {"999.0"}
@@ -446,7 +440,7 @@ def test_an_upgrade_computes_anew_and_each_unit_names_its_own(store, monkeypatch
     assert again.run["models"][0]["computed"] == first.run["models"][0]["computed"]
 
 
-def test_units_of_two_machines_are_told_apart(store, monkeypatch):
+def test_units_of_two_machines_are_told_apart(store, monkeypatch, pretend_versions):
     """The second half is computed elsewhere; a third machine, where all is stored, is not named."""
     model, questions = toy_loaded(), toy_questions(4)
     measure, here = sweep.measure_concepts, provenance.hardware()["cpu"]
@@ -454,7 +448,7 @@ def test_units_of_two_machines_are_told_apart(store, monkeypatch):
     def elsewhere(*arguments, **options):
         if "gamma" in arguments[4]:
             monkeypatch.setattr(provenance, "hardware", lambda: {"cpu": "another", "gpus": []})
-            pretend(monkeypatch, pandas="999", torch="2.13.0+cu130")
+            pretend_versions(pandas="999", torch="2.13.0+cu130")
         return measure(*arguments, **options)
 
     monkeypatch.setattr(sweep, "measure_concepts", elsewhere)

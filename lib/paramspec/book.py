@@ -41,7 +41,7 @@ from paramspec.ends import out_of_the_main_thread
 from paramspec.errors import InputError
 from paramspec.markup import printable
 from paramspec.plain import read_value, read_yaml
-from paramspec.provenance import USED, hardware, machine, used_results, versions
+from paramspec.provenance import USED, hardware, machine, used_results, version_of, versions
 
 # The key in a notebook's metadata that holds the record of its execution, and in a chapter's front
 # matter what it reads.
@@ -332,16 +332,9 @@ def environment_digest(root: Path) -> str:
 
     The embedded model is one of these packages, so another release of it changes this digest.
     """
-    from importlib.metadata import PackageNotFoundError, version
-
-    lines = [platform.python_version()]
     locks = _read(root / "requirements.lock") + _read(root / "requirements-weights.lock")
-    for name in re.findall(r"^([\w.-]+)==", locks, re.M):
-        try:
-            lines.append(f"{name}=={version(name)}")
-        except PackageNotFoundError:
-            lines.append(f"{name} absent")
-    return _digest(*lines)
+    names = re.findall(r"^([\w.-]+)==", locks, re.M)
+    return _digest(platform.python_version(), *(f"{name}=={version_of(name)}" for name in names))
 
 
 def execution_key(text: str, profile: str, parameters: Mapping[str, Any], root: Path) -> str:

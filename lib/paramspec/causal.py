@@ -97,7 +97,7 @@ from paramspec.trends import Draws, resample_models
 TRAINED = "vectors.safetensors"
 RECORD = "record.json"
 TABLES = ("answers", "generated", "texts", "pss", "curve", "samples")
-EVALUATION_VERSION = 3  # raised whenever a change of this file could move what is stored
+EVALUATION_VERSION = 4  # raised whenever a change of this file could move what is stored
 PROSE = Path(__file__).with_name("prose.txt")  # prose.md says whose it is
 PASSAGE_TOKENS = 128
 LIKELIHOOD_TOKENS = 256  # of texts in a forward pass, whose logits are all in memory
@@ -382,6 +382,16 @@ class _Plan:
         keys = [self.part_key(run, part) for part in run.evaluation.parts()]
         return all(self.store.get(key) is not None for key in (self.key(run), *keys))
 
+    def stored(self, run: Run, part: str | None = None) -> Path:
+        """The directory of a run's record, or of one of its tables; it was there before."""
+        path = self.store.get(self.part_key(run, part) if part else self.key(run))
+        if path is None:
+            raise InputError(
+                f"{self.store.root}: a result of run {run.name!r} was damaged or removed as soon "
+                "as it was written; check the disk, and run again: what is whole is kept"
+            )
+        return path
+
     def part_key(self, run: Run, part: str) -> dict[str, object]:
         """Of one table of a run."""
         return {
@@ -468,22 +478,21 @@ def _shares(runs: Sequence[Run], questions: Sequence[Question], count: int) -> l
     return [share[::-1] if number % 2 else share for number, share in enumerate(shares)]
 
 
-def _cost(run: Run, questions: Sequence[Question]) -> int:
-    """Tokens through the model, roughly; a step of training counts threefold."""
+def _cost(run: Run, questions: Sequence[Question]) -> float:
+    """As many tokens of a question take as long, roughly: as was measured of SmolLM2 on a CPU."""
     training, asked = run.training, run.evaluation
     own = sum(q.concept in run.about and q.fold in asked.folds for q in questions)
-    cost = 20 * (own * (1 + asked.points) + asked.others) + 128 * asked.prose + 12 * asked.stated
+    cost = 20 * (own * asked.points + asked.others) + 3 * (128 * asked.prose + 12 * asked.stated)
     if asked.open_ended != "no":
-        cost += 30 * own + 24 * asked.sampled * (1 + asked.samples)
+        cost += 37 * own + 24 * asked.sampled * (1 + asked.samples)
     if asked.choices:
-        each = own * len(asked.choices.score_on) / len(asked.folds)
-        each += asked.choices.general * len(run.about)
-        cost += 12 * (own + asked.others) + round(20 * each * count_masks(asked.choices))
+        scored = own * len(asked.choices.score_on) / len(asked.folds)
+        each = scored + asked.choices.general * len(run.about)
+        cost += 20 * (scored + asked.others) + 23 * each * (count_masks(asked.choices) - 1)
     if training:
         texts = training_texts(questions, training.concepts, training.statements)
-        cost += (
-            36 * training.epochs * len(texts) * (2 if training.method in ("FT-FV", "FT-CV") else 1)
-        )
+        more = 1.25 if training.method in ("FT-FV", "FT-CV") else 1
+        cost += 57 * training.epochs * len(texts) * more
     return cost
 
 
@@ -713,6 +722,11 @@ def _specialization(plan: _Plan, model: _Model, run: Run, own: Sequence[Question
     view, tokenizer, choices = model.view, model.tokenizer, run.evaluation.choices
     others = _other_questions(plan.questions, run, run.evaluation)
     own = [question for question in own if question.fold in (*choices.choose_on, *choices.score_on)]
+    answers = pd.read_parquet(plan.stored(run, "answers") / "answers.parquet")
+    unmasked = {
+        name: torch.tensor(scores)
+        for name, scores in zip(answers["question_id"], answers["option_logprobs"], strict=True)
+    }
     coefficients = record_concepts(
         view,
         tokenizer,
@@ -729,6 +743,7 @@ def _specialization(plan: _Plan, model: _Model, run: Run, own: Sequence[Question
         choices,
         coefficients,
         unrelated=others,
+        unmasked=unmasked,
         engine=model.engine,
     )
     return measured.pss
@@ -860,9 +875,9 @@ def _likelihoods(plan: _Plan, model: _Model, run: Run, own: Sequence[Question]) 
         logits = network(input_ids=tokens, attention_mask=attention_mask, use_cache=False).logits
         labels = tokens.masked_fill(attention_mask == 0, -100)[:, 1:].to(logits.device)
         losses = torch.nn.functional.cross_entropy(
-            logits[:, :-1].transpose(1, 2).float(), labels, reduction="none"
+            logits[:, :-1].flatten(0, 1).float(), labels.flatten(), reduction="none"
         )
-        return losses.sum(1).tolist()
+        return losses.view(labels.shape).sum(1).tolist()
 
     numbered = sorted(
         ((index, row) for index, (_, row) in enumerate(texts)), key=lambda pair: -len(pair[1])
@@ -910,13 +925,7 @@ def _hash(seed: int, text: str) -> bytes:
 def _collect(plan: _Plan, runs: Sequence[Run]) -> CausalStudy:
     rows, vectors, tables, records = [], {}, {name: [] for name in TABLES}, []
     for run in runs:
-        path = plan.store.get(plan.key(run))
-        lost = InputError(
-            f"{plan.store.root}: a result of run {run.name!r} was damaged or removed as soon "
-            "as it was written; check the disk, and run again: what is whole is kept"
-        )
-        if path is None:
-            raise lost
+        path = plan.stored(run)
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))
         training = run.training
         losses = record.get("losses") or [np.nan]
@@ -941,9 +950,7 @@ def _collect(plan: _Plan, runs: Sequence[Run]) -> CausalStudy:
         records += [({"unit": "training", "run": run.name}, trained)] if trained else []
         for name, parts in tables.items():
             if name in run.evaluation.parts():
-                found = plan.store.get(plan.part_key(run, name))
-                if found is None:
-                    raise lost
+                found = plan.stored(run, name)
                 parts.append(pd.read_parquet(found / f"{name}.parquet").assign(run=run.name))
                 records.append(({"unit": name, "run": run.name}, read_computed(found)))
     for table in tables["pss"]:

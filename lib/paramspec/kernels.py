@@ -77,16 +77,18 @@ class Faster:
 
 @contextmanager
 def faster_layers(
-    model: PreTrainedModel, *, tokens: int, prepacked: bool = True
+    model: PreTrainedModel, *, tokens: int, prepacked: bool = True, decoders: bool = True
 ) -> Iterator[Faster]:
     """`with faster_layers(model, tokens=4096): model(...)`: faster where it pays, else as it was.
 
-    Within the block attention takes additive masks alone. Weights must not change within it.
+    Within the block attention takes additive masks alone, and no cache, unless `decoders` is False.
+    Weights must not change within it.
 
     Args:
         model: whose unembedding is left as it is, see `linear_of`.
         tokens: that will go through the model; for few of them, in float32, nothing is packed.
         prepacked: False leaves the linear layers as they are.
+        decoders: False leaves attention as it is.
 
     Yields:
         What has become faster.
@@ -101,7 +103,7 @@ def faster_layers(
     last = None
     with ExitStack() as stack:
         try:
-            for module, forward in _packed_forwards(model) if packing else ():
+            for module, forward in _packed_forwards(model, decoders) if packing else ():
                 module.forward = forward
                 stack.callback(delattr, module, "forward")
                 last = forward if isinstance(forward, _Decoder) else last
@@ -134,10 +136,10 @@ def linear_of(weight: Tensor, bias: Tensor | None, *, prepacked: bool = True) ->
 # --- linear layers ------------------------------------------------------------------------------
 
 
-def _packed_forwards(model: PreTrainedModel) -> Iterator[tuple[nn.Module, Linear]]:
+def _packed_forwards(model: PreTrainedModel, decoders: bool) -> Iterator[tuple[nn.Module, Linear]]:
     """Modules, and what is to be their forward pass."""
     done = {model.get_output_embeddings()}
-    for layer, decoder in _decoders(model):
+    for layer, decoder in _decoders(model) if decoders else ():
         done |= {part for part in layer.modules() if part is not layer.mlp.down_proj}
         yield layer, decoder
     for module in model.modules():

@@ -22,6 +22,7 @@ The record of a run, `run.json`, holds
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -58,11 +59,16 @@ def number_versions() -> dict[str, str]:
 
 def versions(*names: str) -> dict[str, str]:
     """`versions("torch")`: of those that are installed."""
-    found = {}
-    for name in names:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+    return {name: found for name in names if (found := version_of(name))}
+
+
+@functools.cache  # read from files, for each stored result; what is imported stays what it is
+def version_of(name: str) -> str | None:
+    """`version_of("torch")`: None if it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def hardware() -> dict[str, object]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -302,6 +302,7 @@ def measure_concepts(
     coefficients: ConceptCoefficients,
     *,
     unrelated: Sequence[Question] | None = None,
+    unmasked: Mapping[str, Tensor] | None = None,
     engine: Engine | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Tables:
@@ -314,6 +315,7 @@ def measure_concepts(
         choices: see `Choices`.
         coefficients: of all concepts of the study, from `record_concepts`.
         unrelated: what general questions are drawn from, if not from all `questions`.
+        unmasked: scores without a mask that are known, by question id, as `score_options` gives.
         engine: see `score_options`.
         progress: called with the number of question evaluations done.
     """
@@ -334,15 +336,22 @@ def measure_concepts(
                     items[question.id] = encode(tokenizer, question)
                 requests.append(Request(items[question.id], len(keeps) - 1))
                 rows.append((question, role, concept, mask))
-    scores = score_options(
-        view,
-        requests,
-        keeps,
-        engine=engine,
-        row_tokens=choices.row_tokens,
-        batch_tokens=choices.batch_tokens,
-        progress=progress,
+    known = [
+        (unmasked or {}).get(question.id) if mask.kind == "none" else None
+        for question, _, _, mask in rows
+    ]
+    found = iter(
+        score_options(
+            view,
+            [request for request, score in zip(requests, known, strict=True) if score is None],
+            keeps,
+            engine=engine,
+            row_tokens=choices.row_tokens,
+            batch_tokens=choices.batch_tokens,
+            progress=progress,
+        )
     )
+    scores = [next(found) if score is None else score for score in known]
     details = pd.DataFrame(
         [
             _detail(name, choices.protocol, row, request, score)
