@@ -415,6 +415,15 @@ def test_bad_input_is_told_before_any_training(model, questions, tmp_path, monke
         trained_concepts(questions, 9)
 
 
+def test_a_model_is_loaded_once_for_all_runs_and_not_kept(model, questions, tmp_path, monkeypatch):
+    loaded, load = [], causal.load_model
+    monkeypatch.setattr(causal, "load_model", lambda *a, **k: loaded.append(a) or load(*a, **k))
+    runs = [Run("x", TRAINING, Evaluation()), Run("y", None, Evaluation(), TRAINING.concepts)]
+    measure_runs(str(model), questions, runs, store=Store(tmp_path))
+    assert len(loaded) == 1
+    assert causal._HELD == {}
+
+
 def test_a_diverging_run_is_named_and_the_others_are_kept(model, questions, tmp_path, monkeypatch):
     store = Store(tmp_path)
     brief = Evaluation()

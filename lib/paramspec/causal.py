@@ -76,7 +76,7 @@ from paramspec.models import (
     place_and_dtype,
     require_taught,
 )
-from paramspec.parallel import begin_work, hand_out, on_this_machine, worker_count
+from paramspec.parallel import begin_work, hand_out, on_this_machine
 from paramspec.provenance import group_records, read_computed, unit_record
 from paramspec.pss import Choices, count_masks, measure_concepts
 from paramspec.rows import Engine, Request
@@ -328,10 +328,14 @@ def measure_runs(
         bar.update(len(runs) - len(missing))
         if missing and not on_this_machine():
             require_shared(plan.store, [plan.checkpoint.path])
-        tasks = [(plan, part) for part in _shares(missing, questions, worker_count())]
-        with watching(plan.store, {run.name: (plan.key(run), 1) for run in missing}, bar):
-            for _ in hand_out(_measure_runs, tasks):
-                pass
+        missing.sort(key=lambda run: -_cost(run, questions))
+        waiting = {run.name: (plan.key(run), 1) for run in missing}
+        try:
+            with watching(plan.store, waiting, bar):
+                for _ in hand_out(_measure_missing, [(plan, run) for run in missing]):
+                    pass
+        finally:
+            _HELD.clear()  # of this process, if it was the worker
     return _collect(plan, runs)
 
 
@@ -465,19 +469,6 @@ def _refuse(runs: Sequence[Run], questions: Sequence[Question]) -> None:
                 raise InputError(f"concept {concept!r}: no question on it; correct the name")
 
 
-def _shares(runs: Sequence[Run], questions: Sequence[Question], count: int) -> list[list[Run]]:
-    """Runs in as many shares as there are workers, of like cost: each loads the model once.
-
-    Every other worker begins with its cheapest, so that two optimizers of all vectors seldom meet
-    in one machine's memory.
-    """
-    costs = {run.name: _cost(run, questions) for run in runs}
-    shares: list[list[Run]] = [[] for _ in range(min(count, len(runs)))]
-    for run in sorted(runs, key=lambda run: -costs[run.name]):
-        min(shares, key=lambda share: sum(costs[one.name] for one in share)).append(run)
-    return [share[::-1] if number % 2 else share for number, share in enumerate(shares)]
-
-
 def _cost(run: Run, questions: Sequence[Question]) -> float:
     """As many tokens of a question take as long, roughly: as was measured of SmolLM2 on a CPU."""
     training, asked = run.training, run.evaluation
@@ -496,27 +487,38 @@ def _cost(run: Run, questions: Sequence[Question]) -> float:
     return cost
 
 
-def _measure_runs(plan: _Plan, runs: Sequence[Run]) -> None:
-    """A task: load the model once, then train and evaluate one run after the other."""
+def _measure_missing(plan: _Plan, run: Run) -> None:
+    """A task: train and evaluate a run, unless another study did meanwhile."""
     begin_work()
-    dtype = str(plan.identity.dtype).removeprefix("torch.")
-    loaded = load_model(plan.checkpoint, dtype=dtype, device=plan.place)
-    if loaded.digest != plan.identity.digest:
-        raise InputError(
-            f"{plan.checkpoint.path}: not the files that the study began with; let them be the "
-            "same, and run again"
-        )
-    require_same_arithmetic(plan.identity, loaded)
-    view = value_vector_view(loaded.model)
-    measured = functools.cache(functools.partial(mean_coefficients, view, loaded.tokenizer))
-    model = _Model(loaded, view, loaded.tokenizer, choose_engine(view), measured)
-    for run in runs:
-        with plan.store.turn(plan.key(run)):
-            if not plan.is_whole(run):
-                try:
-                    _measure_run(plan, model, run)
-                except InputError as error:
-                    raise InputError(f"{run.name}: {error}") from error
+    with plan.store.turn(plan.key(run)):
+        if not plan.is_whole(run):
+            try:
+                _measure_run(plan, _hold(plan), run)
+            except InputError as error:
+                raise InputError(f"{run.name}: {error}") from error
+
+
+# The model that a worker's last task was about: the next is most likely about the same.
+_HELD: dict[tuple[object, ...], _Model] = {}
+
+
+def _hold(plan: _Plan) -> _Model:
+    """The study's model, loaded once for all runs of a worker."""
+    which = (plan.checkpoint.path, plan.identity, plan.place)
+    if which not in _HELD:
+        _HELD.clear()  # before another one takes memory
+        dtype = str(plan.identity.dtype).removeprefix("torch.")
+        loaded = load_model(plan.checkpoint, dtype=dtype, device=plan.place)
+        if loaded.digest != plan.identity.digest:
+            raise InputError(
+                f"{plan.checkpoint.path}: not the files that the study began with; let them be "
+                "the same, and run again"
+            )
+        require_same_arithmetic(plan.identity, loaded)
+        view = value_vector_view(loaded.model)
+        measured = functools.cache(functools.partial(mean_coefficients, view, loaded.tokenizer))
+        _HELD[which] = _Model(loaded, view, loaded.tokenizer, choose_engine(view), measured)
+    return _HELD[which]
 
 
 class _Model(NamedTuple):
@@ -721,7 +723,8 @@ def _specialization(plan: _Plan, model: _Model, run: Run, own: Sequence[Question
     """Rows of PSS for each trained concept; unrelated are questions on concepts not trained on."""
     view, tokenizer, choices = model.view, model.tokenizer, run.evaluation.choices
     others = _other_questions(plan.questions, run, run.evaluation)
-    own = [question for question in own if question.fold in (*choices.choose_on, *choices.score_on)]
+    folds = {*choices.choose_on, *choices.score_on}
+    own, others = ([q for q in part if q.fold in folds] for part in (own, others))
     answers = pd.read_parquet(plan.stored(run, "answers") / "answers.parquet")
     unmasked = {
         name: torch.tensor(scores)

@@ -24,7 +24,6 @@ import numpy as np
 import pandas as pd
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
-from scipy import stats
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -663,6 +662,8 @@ def _interval(
     statistic: Callable[..., np.ndarray], concepts: int, resamples: int, seed: int
 ) -> tuple[np.ndarray | float, np.ndarray | float]:
     """Bounds of the 95 % bootstrap interval of a statistic of concept indices `[..., concepts]`."""
+    from scipy import stats  # half a second, of which workers have no use
+
     if concepts < 2:
         return float("nan"), float("nan")
     with warnings.catch_warnings():

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from paramspec.errors import InputError
 from paramspec.pss import ConceptCounts, cell_statistics
@@ -190,6 +189,8 @@ def _correlate(
     """Coefficients of rows `[rows, models]`; partial if something is held constant."""
     series = [x, y] if given is None else [x, y, given]
     if statistic == "Spearman":
+        from scipy import stats  # half a second, of which workers have no use
+
         series = [stats.rankdata(values, axis=1) for values in series]
     centred = [values - values.mean(axis=1, keepdims=True) for values in series]
 
