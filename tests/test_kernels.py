@@ -63,26 +63,6 @@ def test_packed_layers_give_the_same_logits_and_are_gone_afterwards(family, pack
     assert torch.equal(logits(model, tokens, **given), expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_that_keeps_its_attention_continues_from_a_cache(family, packing):
-    model = toy_model(family)
-    tokens = torch.randint(3, 97, (2, 11), generator=torch.Generator().manual_seed(0))
-    expected = logits(model, tokens)
-    with faster_layers(model, tokens=ENOUGH, decoders=False) as faster, torch.no_grad():
-        assert faster.packs
-        begun = model(input_ids=tokens[:, :7], use_cache=True)
-        rest = model(input_ids=tokens[:, 7:], past_key_values=begun.past_key_values).logits
-        linear = {module for module in model.modules() if type(module) in (nn.Linear, Conv1D)}
-        packed = {module for module in linear if "forward" in vars(module)}
-    torch.testing.assert_close(
-        torch.cat([begun.logits, rest], dim=1).float(), expected, rtol=0, atol=1e-3
-    )
-    gates = {layer.mlp for layer in model.base_model.layers} if family in GATED else set()
-    within = {part for mlp in gates for part in (mlp.gate_proj, mlp.up_proj)}
-    assert packed == linear - within - {model.get_output_embeddings()}
-    assert not any("forward" in vars(module) for module in model.modules())
-
-
 def test_a_failure_leaves_no_layer_behind(packing):
     model = toy_model("llama")
     with pytest.raises(KeyError), faster_layers(model, tokens=ENOUGH):
@@ -136,6 +116,10 @@ def test_a_linear_layer_with_a_bias(packing):
     for prepacked in (True, False):
         actual = linear_of(weight, bias, prepacked=prepacked)(states)
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    packed, anew = (linear_of(weight, bias, copied=copied) for copied in (True, False))
+    assert torch.equal(anew(states), packed(states))
+    anew_again, weight[:] = linear_of(weight, bias, copied=False), 0
+    assert torch.equal(anew_again(states), bias.expand(5, 11))  # it has no weight of its own
 
 
 def test_missing_operators_are_done_without(monkeypatch):

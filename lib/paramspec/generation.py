@@ -19,7 +19,6 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from paramspec.errors import InputError
 from paramspec.hooks import ValueVectorView, mask_rows, refuse_too_long, unembed_only
-from paramspec.kernels import faster_layers
 from paramspec.scoring import attention_window
 from paramspec.specwiki import normalise
 from paramspec.tokens import token_ids
@@ -147,61 +146,59 @@ def decode(
         _extend(view, first, beginning, torch.ones_like(first), False)
     answers = [[Decoded() for _ in range(copies)] for _ in prompts]
     pads = shared > 0 and _may_pad(view, max(map(len, encoded)) + max_new_tokens)
-    least = sum(len(row) - shared + copies for row in encoded)
-    with faster_layers(view.model, tokens=least, decoders=False):
-        for part in _parts(encoded, max(1, batch_size // copies), equal=not pads):
-            cache = deepcopy(beginning)
-            if shared:
-                cache.batch_repeat_interleave(len(part))
-            width = max(len(encoded[index]) for index in part) - shared
-            rests = [encoded[index][shared:] for index in part]
-            rest = torch.tensor([[0] * (width - len(row)) + row for row in rests])
-            seen = torch.tensor(
-                [[1] * shared + [0] * (width - len(row)) + [1] * len(row) for row in rests]
-            )
-            with mask_rows(view, [keeps[index] for index in part]):
-                logits, states = _extend(view, rest, cache, seen, pads)
-            cache.batch_repeat_interleave(copies)
-            logits, states, seen = (
-                each.repeat_interleave(copies, dim=0) for each in (logits, states, seen)
-            )
-            rows = [(index, copy) for index in part for copy in range(copies)]  # those that go on
-            for _ in range(max_new_tokens):
-                log_probabilities = logits.log_softmax(-1)
-                for (index, _), row in zip(rows, log_probabilities, strict=True):
-                    if row.isnan().any():
-                        raise InputError(
-                            f"prompt ...{prompts[index][-60:]!r}: the logits of "
-                            f"{type(view.model).__name__} are not numbers; the weights are "
-                            "damaged, or their dtype overflows: try float32"
-                        )
-                tokens = []
-                for index, group in itertools.groupby(rows, key=lambda row: row[0]):
-                    going = [copy for _, copy in group]
-                    own = logits[len(tokens) : len(tokens) + len(going)]
-                    tokens += pick(index, going, own).tolist()
-                chosen = log_probabilities[range(len(rows)), tokens].tolist()
-                for place, (index, copy) in enumerate(rows):
-                    answer = answers[index][copy]
-                    answer.tokens.append(tokens[place])
-                    answer.log_likelihood += chosen[place]
-                    answer.state = states[place]
-                on = [
-                    place
-                    for place, (index, copy) in enumerate(rows)
-                    if not _has_ended(view, tokenizer, answers[index][copy].tokens)
-                ]
-                if not on:
-                    break
-                if len(on) < len(rows):
-                    cache.batch_select_indices(torch.tensor(on, device=logits.device))
-                    rows = [rows[place] for place in on]
-                    seen = seen[on]
-                seen = torch.nn.functional.pad(seen, (0, 1), value=1)
-                with mask_rows(view, [keeps[index] for index, _ in rows]):
-                    last = torch.tensor([tokens[place] for place in on])
-                    logits, states = _extend(view, last[:, None], cache, seen, pads)
-            progress(len(part))
+    for part in _parts(encoded, max(1, batch_size // copies), equal=not pads):
+        cache = deepcopy(beginning)
+        if shared:
+            cache.batch_repeat_interleave(len(part))
+        width = max(len(encoded[index]) for index in part) - shared
+        rests = [encoded[index][shared:] for index in part]
+        rest = torch.tensor([[0] * (width - len(row)) + row for row in rests])
+        seen = torch.tensor(
+            [[1] * shared + [0] * (width - len(row)) + [1] * len(row) for row in rests]
+        )
+        with mask_rows(view, [keeps[index] for index in part]):
+            logits, states = _extend(view, rest, cache, seen, pads)
+        cache.batch_repeat_interleave(copies)
+        logits, states, seen = (
+            each.repeat_interleave(copies, dim=0) for each in (logits, states, seen)
+        )
+        rows = [(index, copy) for index in part for copy in range(copies)]  # those that go on
+        for _ in range(max_new_tokens):
+            log_probabilities = logits.log_softmax(-1)
+            for (index, _), row in zip(rows, log_probabilities, strict=True):
+                if row.isnan().any():
+                    raise InputError(
+                        f"prompt ...{prompts[index][-60:]!r}: the logits of "
+                        f"{type(view.model).__name__} are not numbers; the weights are damaged, or "
+                        "their dtype overflows: try float32"
+                    )
+            tokens = []
+            for index, group in itertools.groupby(rows, key=lambda row: row[0]):
+                going = [copy for _, copy in group]
+                own = logits[len(tokens) : len(tokens) + len(going)]
+                tokens += pick(index, going, own).tolist()
+            chosen = log_probabilities[range(len(rows)), tokens].tolist()
+            for place, (index, copy) in enumerate(rows):
+                answer = answers[index][copy]
+                answer.tokens.append(tokens[place])
+                answer.log_likelihood += chosen[place]
+                answer.state = states[place]
+            on = [
+                place
+                for place, (index, copy) in enumerate(rows)
+                if not _has_ended(view, tokenizer, answers[index][copy].tokens)
+            ]
+            if not on:
+                break
+            if len(on) < len(rows):
+                cache.batch_select_indices(torch.tensor(on, device=logits.device))
+                rows = [rows[place] for place in on]
+                seen = seen[on]
+            seen = torch.nn.functional.pad(seen, (0, 1), value=1)
+            with mask_rows(view, [keeps[index] for index, _ in rows]):
+                last = torch.tensor([tokens[place] for place in on])
+                logits, states = _extend(view, last[:, None], cache, seen, pads)
+        progress(len(part))
     return answers
 
 

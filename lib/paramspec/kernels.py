@@ -77,18 +77,16 @@ class Faster:
 
 @contextmanager
 def faster_layers(
-    model: PreTrainedModel, *, tokens: int, prepacked: bool = True, decoders: bool = True
+    model: PreTrainedModel, *, tokens: int, prepacked: bool = True
 ) -> Iterator[Faster]:
     """`with faster_layers(model, tokens=4096): model(...)`: faster where it pays, else as it was.
 
-    Within the block attention takes additive masks alone, and no cache, unless `decoders` is False.
-    Weights must not change within it.
+    Within the block attention takes additive masks alone. Weights must not change within it.
 
     Args:
         model: whose unembedding is left as it is, see `linear_of`.
         tokens: that will go through the model; for few of them, in float32, nothing is packed.
         prepacked: False leaves the linear layers as they are.
-        decoders: False leaves attention as it is.
 
     Yields:
         What has become faster.
@@ -103,7 +101,7 @@ def faster_layers(
     last = None
     with ExitStack() as stack:
         try:
-            for module, forward in _packed_forwards(model, decoders) if packing else ():
+            for module, forward in _packed_forwards(model) if packing else ():
                 module.forward = forward
                 stack.callback(delattr, module, "forward")
                 last = forward if isinstance(forward, _Decoder) else last
@@ -120,15 +118,18 @@ def faster_layers(
         yield Faster(packing, last)
 
 
-def linear_of(weight: Tensor, bias: Tensor | None, *, prepacked: bool = True) -> Linear:
+def linear_of(
+    weight: Tensor, bias: Tensor | None, *, prepacked: bool = True, copied: bool = True
+) -> Linear:
     """`linear_of(weight, bias)(states)`: a linear layer, packed where that can be.
 
     Args:
         weight: `[out, in]`.
         bias: `[out]`, or None.
+        copied: False packs the weight at each call, to the same numbers and without a copy of it.
     """
     if prepacked and _packable(weight):
-        packed = _pack(weight)
+        packed = _pack(weight) if copied else weight.detach()
         return lambda states: _run_packed(states, packed, bias)
     return lambda states: nn.functional.linear(states, weight, bias)
 
@@ -136,10 +137,10 @@ def linear_of(weight: Tensor, bias: Tensor | None, *, prepacked: bool = True) ->
 # --- linear layers ------------------------------------------------------------------------------
 
 
-def _packed_forwards(model: PreTrainedModel, decoders: bool) -> Iterator[tuple[nn.Module, Linear]]:
+def _packed_forwards(model: PreTrainedModel) -> Iterator[tuple[nn.Module, Linear]]:
     """Modules, and what is to be their forward pass."""
     done = {model.get_output_embeddings()}
-    for layer, decoder in _decoders(model) if decoders else ():
+    for layer, decoder in _decoders(model):
         done |= {part for part in layer.modules() if part is not layer.mlp.down_proj}
         yield layer, decoder
     for module in model.modules():

@@ -339,7 +339,11 @@ class _Head:
         weight, bias = module.weight, getattr(module, "bias", None)
         parts = weight.split(VOCABULARY_BLOCK)
         biases = [None] * len(parts) if bias is None else bias.split(VOCABULARY_BLOCK)
-        blocks = [linear_of(*part, prepacked=prepacked) for part in zip(parts, biases, strict=True)]
+        # A fifth of a small model's weights, for a few states: a copy would save 1 % of the time.
+        blocks = [
+            linear_of(*part, prepacked=prepacked, copied=False)
+            for part in zip(parts, biases, strict=True)
+        ]
         return cls(tuple(blocks), weight, bias, _finish(model.config))
 
     def log_probabilities(self, states: Tensor, which: Tensor, targets: Tensor) -> Tensor:
