@@ -43,6 +43,7 @@ from paramspec.finetune import (
     choose_vectors,
     count_steps,
     encode_texts,
+    next_token_nats,
     optimizer_bytes,
     train,
     training_texts,
@@ -64,7 +65,7 @@ from paramspec.hooks import (
     value_vector_view,
 )
 from paramspec.kernels import arithmetic
-from paramspec.masks import mean_coefficients, pad_right, record_concepts
+from paramspec.masks import mean_coefficients, record_concepts
 from paramspec.models import (
     Checkpoint,
     LoadedModel,
@@ -483,6 +484,7 @@ def _cost(run: Run, questions: Sequence[Question]) -> float:
     if training:
         texts = training_texts(questions, training.concepts, training.statements)
         more = 1.25 if training.method in ("FT-FV", "FT-CV") else 1
+        more += training.rule == "gradient"
         cost += 57 * training.epochs * len(texts) * more
     return cost
 
@@ -870,17 +872,9 @@ def _held_out(
 def _likelihoods(plan: _Plan, model: _Model, run: Run, own: Sequence[Question]) -> pd.DataFrame:
     network = model.view.model
     texts = _held_out(plan.questions, run, model.tokenizer)
-    device = network.get_input_embeddings().weight.device
 
     def forward(batch: Sequence[tuple[int, list[int]]]) -> list[float]:
-        tokens, attention_mask = pad_right([row for _, row in batch])
-        tokens, attention_mask = tokens.to(device), attention_mask.to(device)
-        logits = network(input_ids=tokens, attention_mask=attention_mask, use_cache=False).logits
-        labels = tokens.masked_fill(attention_mask == 0, -100)[:, 1:].to(logits.device)
-        losses = torch.nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), labels.flatten(), reduction="none"
-        )
-        return losses.view(labels.shape).sum(1).tolist()
+        return next_token_nats(network, [row for _, row in batch]).sum(1).tolist()
 
     numbered = sorted(
         ((index, row) for index, (_, row) in enumerate(texts)), key=lambda pair: -len(pair[1])

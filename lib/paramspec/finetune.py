@@ -69,7 +69,7 @@ RULES: tuple[Rule, ...] = get_args(Rule)
 
 RECORD = "finetune.json"  # beside the weights: what they were trained on, and how
 STATE = "unfinished.safetensors"  # what a killed run continues from
-FINETUNE_VERSION = 3  # raised whenever a change could move a trained weight
+FINETUNE_VERSION = 4  # raised whenever a change could move a trained weight
 
 
 class Training(BaseModel):
@@ -364,12 +364,27 @@ def encode_texts(
 
 def language_modelling_loss(model: nn.Module, rows: Sequence[Sequence[int]]) -> Tensor:
     """`language_modelling_loss(model, rows).backward()`: mean cross-entropy, nats a token."""
+    return next_token_nats(model, rows).sum() / sum(len(row) - 1 for row in rows)
+
+
+def next_token_nats(model: nn.Module, rows: Sequence[Sequence[int]]) -> Tensor:
+    """`next_token_nats(model, rows).sum(1)`: the negative log-likelihood of each row, in nats.
+
+    Returns:
+        fp32 `[rows, longest - 1]`, of each token but the first, 0 at padding. The last token of
+        the longest rows is never read.
+    """
     tokens, attention_mask = pad_right(rows)
     device = model.get_input_embeddings().weight.device
-    tokens, attention_mask = tokens.to(device), attention_mask.to(device)
-    logits = model(input_ids=tokens, attention_mask=attention_mask, use_cache=False).logits
-    labels = tokens.masked_fill(attention_mask == 0, -100)[:, 1:].flatten().to(logits.device)
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels)
+    labels = tokens.masked_fill(attention_mask == 0, -100)[:, 1:]
+    logits = model(
+        input_ids=tokens[:, :-1].to(device),
+        attention_mask=attention_mask[:, :-1].to(device),
+        use_cache=False,
+    ).logits
+    return nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten().to(logits.device), reduction="none"
+    ).view(labels.shape)
 
 
 def count_steps(texts: int, training: Training) -> int:
