@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -116,6 +117,12 @@ def _check(path: Path) -> tuple[list[Question], list[str]]:
         return [], [f"{path}: no such file; give the path of a JSON Lines file of questions"]
     except OSError as error:
         return [], [f"{path}: cannot be read ({error.strerror}); give a JSON Lines file"]
+    questions, problems = _check_content(path, data)
+    return list(questions), list(problems)
+
+
+@functools.lru_cache(maxsize=2)  # by content: a file may be edited while a process lives
+def _check_content(path: Path, data: bytes) -> tuple[Sequence[Question], Sequence[str]]:
     lines = data.removesuffix(b"\n").split(b"\n")
     if not data.strip():
         return [], [f"{path}: empty; write one question, a JSON object, a line"]
