@@ -114,9 +114,9 @@ def watched() -> Iterator[list[Run]]:
     optimize = zoo._optimize
     make, loss = MicroModel.__init__, MicroModel.loss_and_gradient
 
-    def watch_optimize(network, tokenizer, texts, recipe):
-        runs.append(Run(recipe, network, tokenizer, texts))
-        yield from optimize(network, tokenizer, texts, recipe)
+    def watch_optimize(network, tokenizer, texts, recipes):
+        runs.append(Run(recipes[0], network, tokenizer, texts))
+        yield from optimize(network, tokenizer, texts, recipes)
 
     def watch_make(model, network, texts):
         runs[-1].encoded = texts
@@ -136,7 +136,7 @@ def watched() -> Iterator[list[Run]]:
 
 @dataclass
 class Small:
-    """The smallest zoo, trained."""
+    """The smallest zoo, each recipe trained by itself."""
 
     root: Path
     models: dict[str, zoo.ZooModel]
@@ -154,7 +154,8 @@ def small(tmp_path_factory) -> Small:
     folder = tmp_path_factory.mktemp("zoo")
     models = models_of(Path(shutil.copy(SMOKE, folder / "mine.yaml")))
     with watched() as runs:
-        train_zoo(list(models.values()), root=folder / "store")
+        for model in models.values():
+            train_zoo([model], root=folder / "store")
     return Small(folder / "store", models, runs)
 
 
@@ -248,9 +249,11 @@ def test_windows_slide_where_the_family_has_them(family):
 
 def test_no_two_families_start_from_the_same_weights(tmp_path, monkeypatch):
     """Llama's and Mistral's classes differ in the window alone: one seed would make them one."""
-    monkeypatch.setattr(
-        zoo, "_optimize", lambda *given: iter([{"step": given[-1].steps, "seconds": 0.0}])
-    )
+
+    def untrained(network, tokenizer, texts, recipes):
+        yield recipes[0], {"step": recipes[0].steps, "seconds": 0.0}
+
+    monkeypatch.setattr(zoo, "_optimize", untrained)
     starts = {}
     for family in CLASSES:
         directory = trained(load_zoo()[f"zoo-{family}-1"], root=tmp_path)
@@ -529,7 +532,7 @@ def rates_of(recipe, monkeypatch, scale=1.0):
     monkeypatch.setattr(MicroModel, "loss_and_gradient", loss)
     texts = {"gold is yellow": 1.0}
     tokenizer = train_tokenizer(list(texts), 258)
-    for _ in zoo._optimize(network_of(recipe), tokenizer, texts, recipe):
+    for _ in zoo._optimize(network_of(recipe), tokenizer, texts, [recipe]):
         pass
     return np.array(seen).T
 
@@ -539,16 +542,27 @@ def small_recipe(**changed) -> zoo.ModelRecipe:
     return zoo.ModelRecipe(**given | changed)
 
 
-def test_the_learning_rate_warms_up_and_follows_a_cosine(monkeypatch):
+def test_the_learning_rate_warms_up_stays_and_falls(monkeypatch):
     rates, _ = rates_of(small_recipe(steps=400, learning_rate=0.01), monkeypatch)
     assert len(rates) == 400
-    cosine = np.array([0.5 + 0.5 * math.cos(math.pi * step / 400) for step in range(400)])
-    full = 0.01 * (0.05 + 0.95 * cosine)  # down to a twentieth
-    np.testing.assert_allclose(rates[20:], full[20:], rtol=1e-9)  # a twentieth of the steps
-    np.testing.assert_allclose(rates[:20], full[:20] * np.arange(1, 21) / 20, rtol=1e-9)
-    assert rates[0] == pytest.approx(0.0005)
-    assert np.argmax(rates) == 19
-    assert rates[-1] == pytest.approx(0.0005, rel=0.01)
+    np.testing.assert_allclose(rates[:20], 0.01 * np.arange(1, 21) / 20, rtol=1e-9)
+    np.testing.assert_allclose(rates[20:320], 0.01, rtol=1e-9)
+    fall = [0.01 * (1 - math.sqrt(step / 81)) for step in range(1, 81)]  # a fifth of the steps
+    np.testing.assert_allclose(rates[320:], fall, rtol=1e-9)
+
+
+def test_generations_share_their_way_and_come_out_as_each_by_itself(small, tmp_path, monkeypatch):
+    """Of 2 and 6 steps, whose rates fall from the last on: the first step is taken once."""
+    steps, loss = [], MicroModel.loss_and_gradient
+    monkeypatch.setattr(
+        MicroModel, "loss_and_gradient", lambda *given: steps.append(1) or loss(*given)
+    )
+    names = ("llama-2", "llama-1")
+    train_zoo([small.models[name] for name in names], root=tmp_path)
+    assert len(steps) == 2 + 6 - 1
+    for name in (*names, "llama-2@2", "llama-2@4"):
+        found = trained(small.models[name], train=False, root=tmp_path)
+        assert stored(found) == stored(small.directory(name)), name
 
 
 def test_gradients_are_clipped_to_norm_1(monkeypatch):
@@ -569,7 +583,7 @@ def test_a_micro_model_learns_a_few_texts_by_heart(family):
     )
     network, texts = network_of(recipe), dict.fromkeys(LINES, 1.0)
     tokenizer = train_tokenizer(LINES, 258)
-    *_, record = zoo._optimize(network, tokenizer, texts, recipe)
+    *_, (_, record) = zoo._optimize(network, tokenizer, texts, [recipe])
     assert record["loss"] < 0.3  # of which ln 3 over the tokens is the choice of the text
     for line in LINES:
         tokens = [*tokenizer(line)["input_ids"], tokenizer.eos_token_id]
@@ -598,7 +612,7 @@ def test_training_goes_below_the_entropy_of_single_tokens(tmp_path):
 def test_a_training_that_diverges_is_told_in_one_line_and_leaves_no_model(recipe, steps):
     edit(
         recipe,
-        ("learning_rate: 0.005", "learning_rate: 1e+39"),
+        ("learning_rate: 0.005", "learning_rate: 1e+41"),
         ("{1: 2, 2: 6}", f"{{1: {steps}, 2: 50}}"),
     )
     model = models_of(recipe)["llama-1"]
@@ -607,7 +621,7 @@ def test_a_training_that_diverges_is_told_in_one_line_and_leaves_no_model(recipe
     told = str(caught.value)
     assert "\n" not in told
     assert re.match(
-        r"mine\.yaml:llama-1: .*(step \d+).*; give a lower learning_rate than 1e\+39", told
+        r"mine\.yaml:llama-1: .*(step \d+).*; give a lower learning_rate than 1e\+41", told
     )
     assert list(zoo.ROOT.rglob("*.safetensors")) == []
     assert not list(zoo.ROOT.rglob(".partial-*"))
@@ -764,13 +778,13 @@ def test_models_train_side_by_side_and_come_out_the_same(small, recipe, monkeypa
     """Two processes at a time, each waiting until it has seen the other."""
     train, here = zoo._train, Path.cwd()
 
-    def meet(model, root):
+    def meet(models, root):
         (here / f"worker-{os.getpid()}").touch()
         deadline = time.monotonic() + 600
         while len(list(here.glob("worker-*"))) < 2:
             assert time.monotonic() < deadline, "alone"
             time.sleep(0.01)
-        train(model, root)
+        return train(models, root)
 
     monkeypatch.setattr(zoo, "_train", meet)
     try:

@@ -14,6 +14,7 @@ torch and transformers are imported where they are used, so that listing the zoo
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import itertools
@@ -50,13 +51,15 @@ if TYPE_CHECKING:
 RECIPE = Path(__file__).with_name("zoo.yaml")
 ROOT = Path("results/zoo")  # where trained models are kept, from the working directory
 RECORD = "training.json"
-VERSION = 3  # raised whenever a change could move a trained weight, or what its record says
+VERSION = 4  # raised whenever a change could move a trained weight, or what its record says
 
 Family = Literal["llama", "qwen2", "mistral", "gemma2"]
 CONTEXT = 256  # tokens
 WINDOW = 16  # tokens that an attention of Mistral, and every other one of Gemma 2, reaches back
 BEGIN, END = "<s>", "</s>"
 LARGEST = 200_000_000  # weights; five times as many numbers are in memory while it trains
+WARM_UP = 20  # steps
+FALL = 0.2  # of the steps, the last ones, in which the learning rate falls
 SORTED_TOGETHER = 16  # batches whose texts are sorted by length, so that little is padded
 
 # The sets of the registry that a recipe's models belong to.
@@ -142,6 +145,27 @@ class ModelRecipe(_Shared):
     @property
     def head_width(self) -> int:
         return self.width // self.heads
+
+    @property
+    def branch(self) -> int:
+        """The last step before the learning rate falls.
+
+        Until then, recipes that differ in their steps alone are one and the same training.
+        """
+        return self.steps - max(1, round(FALL * self.steps))
+
+    @property
+    def trunk(self) -> str:
+        """What recipes have in common that can be trained together, see `branch`."""
+        return self.model_dump_json(exclude={"steps", "checkpoints"})
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, from 1: a warm-up, a plateau, a fall to nearly nothing.
+
+        It falls with the root of the steps (Hägele et al., 2024, arXiv:2405.18392).
+        """
+        fallen = max(0, step - self.branch) / (self.steps - self.branch + 1)
+        return self.learning_rate * min(1, step / WARM_UP) * (1 - fallen**0.5)
 
     @property
     def parameters(self) -> int:
@@ -485,8 +509,8 @@ def architecture(recipe: ModelRecipe) -> PreTrainedConfig:
 def train_zoo(models: Sequence[ZooModel], *, root: Path = ROOT) -> None:
     """`train_zoo(list(load_zoo().values()))`: train what is not there yet, side by side.
 
-    One model a process of joblib (see `workers`), each on one core: such small models gain
-    nothing from a second one.
+    The generations of a family in a process of joblib (see `workers`), each on one core: such
+    small models gain nothing from a second one.
 
     Raises:
         InputError: if a corpus cannot fill a vocabulary, before any training; if a training
@@ -508,13 +532,23 @@ def train_zoo(models: Sequence[ZooModel], *, root: Path = ROOT) -> None:
     }
     for model in corpora.values():
         _corpus_and_tokenizer(model)
+    together: dict[str, list[ZooModel]] = {}
+    for model in missing.values():
+        together.setdefault(model.recipe.trunk, []).append(model)
     # The longest first, so that no core is left alone with it at the end.
-    queue = sorted(
-        missing.values(), key=lambda model: -model.recipe.steps * model.recipe.parameters
-    )
-    tasks = hand_out(_train, [(model, root) for model in queue])
-    for _ in tqdm(tasks, total=len(queue), desc="training the zoo", unit="model"):
-        pass
+    queue = sorted(together.values(), key=_cost, reverse=True)
+    tasks = hand_out(_train, [(group, root) for group in queue])
+    with tqdm(total=len(missing), desc="training the zoo", unit="model") as bar:
+        for count in tasks:
+            bar.update(count)
+
+
+def _cost(models: Sequence[ZooModel]) -> int:
+    """Of models that are trained together: the steps of all, times the weights of one."""
+    recipes = [model.recipe for model in models]
+    steps = max(recipe.branch for recipe in recipes)
+    steps += sum(recipe.steps - recipe.branch for recipe in recipes)
+    return steps * recipes[0].parameters
 
 
 def trained(model: ZooModel, *, train: bool = True, root: Path = ROOT) -> Path:
@@ -530,7 +564,7 @@ def trained(model: ZooModel, *, train: bool = True, root: Path = ROOT) -> Path:
             f"model {model.name!r}: a micro model, not trained yet; `paramspec pss` trains it"
         )
     if path is None:
-        _train(model, root)
+        _train([model], root)
         path = store.get(key)
     return path
 
@@ -620,23 +654,25 @@ def _corpus_and_tokenizer(model: ZooModel) -> tuple[dict[str, float], PreTrained
         raise InputError(f"{model.name}: {error}") from error
 
 
-def _train(model: ZooModel, root: Path) -> None:
-    """Train a model on one core and put it, and its checkpoints, into the store."""
+def _train(models: Sequence[ZooModel], root: Path) -> int:
+    """Train models of one trunk on one core; put them, and their checkpoints, into the store."""
     begin_work()
     import torch
     from transformers import AutoModelForCausalLM
 
     from paramspec.batches import release_memory
 
-    recipe, threads, store = model.recipe, torch.get_num_threads(), Store(root)
+    first, threads, store = models[0], torch.get_num_threads(), Store(root)
+    names = {model.recipe.steps: model.name.removesuffix(f"@{model.step}") for model in models}
     torch.set_num_threads(1)  # and so the same weights on a machine of any number of cores
     try:
-        texts, tokenizer = _corpus_and_tokenizer(model)
-        concepts = recipe.taught
+        texts, tokenizer = _corpus_and_tokenizer(first)
+        concepts = first.recipe.taught
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
-            network = AutoModelForCausalLM.from_config(architecture(recipe))
-        for record in _optimize(network, tokenizer, texts, recipe):
+            torch.manual_seed(first.recipe.seed)
+            network = AutoModelForCausalLM.from_config(architecture(first.recipe))
+        recipes = [model.recipe for model in models]
+        for recipe, record in _optimize(network, tokenizer, texts, recipes):
 
             def save(folder: Path, record=record) -> None:
                 with quiet_transformers():
@@ -644,68 +680,85 @@ def _train(model: ZooModel, root: Path) -> None:
                 tokenizer.save_pretrained(folder)
                 write_record(folder, record | {"concepts": concepts})
 
-            made = {"model": model.name, "device": "cpu", "seconds": record["seconds"]}
-            store.put(_key(recipe, record["step"]), save, made)
+            step = record["step"]
+            name = names[recipe.steps] + (f"@{step}" if step < recipe.steps else "")
+            made = {"model": name, "device": "cpu", "seconds": record["seconds"]}
+            store.put(_key(recipe, step), save, made)
     except _Diverged as error:
-        raise InputError(
-            f"{model.name}: {error}; give a lower learning_rate than {recipe.learning_rate}"
-        ) from error
+        name = names[error.recipe.steps]
+        rate = error.recipe.learning_rate
+        raise InputError(f"{name}: {error}; give a lower learning_rate than {rate}") from error
     finally:
         torch.set_num_threads(threads)
         release_memory()  # the process may have a larger model to load next
+    return len(models)
 
 
 class _Diverged(ArithmeticError):
-    pass
+    def __init__(self, recipe: ModelRecipe, told: str) -> None:
+        super().__init__(told)
+        self.recipe = recipe
 
 
 def _optimize(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     texts: Mapping[str, float],
-    recipe: ModelRecipe,
-) -> Iterator[dict[str, float]]:
-    """Train in place; yield a record at each step at which the model is to be kept."""
+    recipes: Sequence[ModelRecipe],
+) -> Iterator[tuple[ModelRecipe, dict[str, float]]]:
+    """Train in place; yield a recipe and a record at each step at which its model is to be kept.
+
+    Recipes of one trunk: each is trained from where the one before it left, and back to there.
+    """
     import torch
 
     from paramspec.micro import MicroModel
 
+    recipes = sorted(recipes, key=lambda recipe: recipe.steps)
     encoded = _encoded(tokenizer, texts)
     lengths = np.array([len(tokens) for tokens in encoded])
-    batches = _batches(lengths, list(texts.values()), recipe)
+    batches = _batches(lengths, list(texts.values()), recipes[-1])
+    drawn = list(itertools.islice(batches, recipes[-1].steps))
     micro = MicroModel(model, encoded)
-    optimizer = torch.optim.AdamW(
-        [micro.weights], lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0, fused=True
-    )
-    warm_up = max(10, recipe.steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: (
-            min(1, (step + 1) / warm_up)
-            * (0.05 + 0.475 * (1 + math.cos(math.pi * step / recipe.steps)))
-        ),
-    )
-    began, tokens_seen, losses = time.perf_counter(), 0, []
-    for step, rows in zip(range(1, recipe.steps + 1), batches, strict=False):
-        losses.append(micro.loss_and_gradient(rows))
+    optimizer = torch.optim.AdamW([micro.weights], betas=(0.9, 0.98), weight_decay=0, fused=True)
+    losses, seconds = [], []
+
+    def take(step: int, recipe: ModelRecipe) -> None:
+        began = time.perf_counter()
+        losses.append(micro.loss_and_gradient(drawn[step - 1]))
         torch.nn.utils.clip_grad_norm_([micro.weights], 1.0)
+        optimizer.param_groups[0]["lr"] = recipe.rate(step)
         optimizer.step()
-        schedule.step()
-        tokens_seen += int(lengths[rows].sum())
+        seconds.append(time.perf_counter() - began)
         if not math.isfinite(losses[-1]):
-            raise _Diverged(f"the loss is {losses[-1]} at step {step}")
-        if step in (*recipe.checkpoints, recipe.steps):
-            if not micro.weights.isfinite().all():
-                raise _Diverged(f"weights are not finite after step {step}")
-            micro.write_back()
-            yield {
-                "step": step,
-                "texts": step * recipe.batch,
-                "tokens": tokens_seen,
-                "loss": float(np.mean(losses[-max(1, recipe.steps // 40) :])),
-                "seconds": round(time.perf_counter() - began, 2),
-                "flops": 6 * recipe.parameters * tokens_seen,
-            }
+            raise _Diverged(recipe, f"the loss is {losses[-1]} at step {step}")
+
+    def record(step: int, recipe: ModelRecipe) -> dict[str, float]:
+        if not micro.weights.isfinite().all():
+            raise _Diverged(recipe, f"weights are not finite after step {step}")
+        micro.write_back()
+        tokens = int(lengths[np.concatenate(drawn[:step])].sum())
+        return {
+            "step": step,
+            "texts": step * recipe.batch,
+            "tokens": tokens,
+            "loss": float(np.mean(losses[-max(1, recipe.steps // 40) :])),
+            "seconds": round(sum(seconds), 2),
+            "flops": 6 * recipe.parameters * tokens,
+        }
+
+    for place, recipe in enumerate(recipes):
+        for step in range(len(losses) + 1, recipe.steps + 1):
+            if step == recipe.branch + 1:
+                left = micro.weights.detach().clone(), copy.deepcopy(optimizer.state_dict())
+            take(step, recipe)
+            for one in recipes[place:] if step <= recipe.branch else [recipe]:
+                if step in (*one.checkpoints, one.steps):
+                    yield one, record(step, one)
+        with torch.no_grad():
+            micro.weights.copy_(left[0])
+        optimizer.load_state_dict(left[1])
+        del losses[recipe.branch :], seconds[recipe.branch :]
 
 
 def _encoded(tokenizer: PreTrainedTokenizerFast, texts: Mapping[str, float]) -> list[list[int]]:
