@@ -28,6 +28,7 @@ from paramspec.hooks import (
     value_vector_view,
 )
 from paramspec.masks import record_concepts
+from paramspec.micro import MicroModel
 from paramspec.models import (
     empty_model,
     folds_asked,
@@ -435,6 +436,25 @@ def test_micro_models_that_are_not_trained_are_counted_by_run(offline, recipe):
     assert after.training == []
     assert all(model.on_disk for model in after.models)
     assert training_record(micro)["flops"] == planned[0].flops
+
+
+def test_what_generations_share_is_counted_once(offline, recipe, monkeypatch):
+    """Against the tokens of all texts that the training of both is shown."""
+    recipe.write_text(TINY.replace("{1: 4}", "{1: 4, 2: 9}"))
+    names = [f"{recipe.as_posix()}:llama-{number}" for number in (2, 1)]
+    planned = small(names).training
+    made, shown = [], []
+    make, loss = MicroModel.__init__, MicroModel.loss_and_gradient
+    monkeypatch.setattr(
+        MicroModel, "__init__", lambda *given: made.append(given[2]) or make(*given)
+    )
+    monkeypatch.setattr(
+        MicroModel, "loss_and_gradient", lambda *given: shown.extend(given[1]) or loss(*given)
+    )
+    train_zoo([load_zoo(recipe)[name] for name in names])
+    assert len(made) == 1
+    assert len(shown) == 8 * (4 + 9 - 3)  # texts, of which a quarter of the shorter's is a fall
+    assert sum(one.tokens for one in planned) == sum(len(made[0][row]) for row in shown)
 
 
 def test_tokens_are_the_model_s_own_where_its_tokenizer_lies_here(offline):

@@ -464,7 +464,10 @@ class ChapterPlan:
 
 @dataclass(frozen=True)
 class Training:
-    """A micro model that is not trained yet: tokens, six FLOPs a weight and token, core-hours."""
+    """A micro model that is not trained yet: tokens, six FLOPs a weight and token, core-hours.
+
+    Without what it shares with another one that is trained with it.
+    """
 
     model: str
     tokens: int
@@ -819,8 +822,13 @@ class _Known:
                 last = subject.micro.model_copy(update={"step": None, "name": name})
                 runs.setdefault(last.recipe.model_dump_json(), last)
         found = []
-        for model in runs.values():
+        shared: dict[str, ZooModel] = {}  # by trunk, the one that was on it before
+        for model in sorted(runs.values(), key=lambda model: model.recipe.steps):
             tokens = tokens_to_train(model)
+            if before := shared.get(model.recipe.trunk):
+                step = before.recipe.branch
+                tokens -= tokens_to_train(model.model_copy(update={"step": step}))
+            shared[model.recipe.trunk] = model
             spent = 6 * model.recipe.parameters * tokens
             found.append(Training(model.name, tokens, spent, spent / (CORE * utilisation) / 3600))
         return found
