@@ -323,7 +323,11 @@ def test_what_a_killed_command_started_ends_by_itself(tmp_path, command, child):
         pid = int(process.stdout.readline())
         seconds_until(start_of(child, running))
         os.kill(pid, signal.SIGKILL)
-        seconds_until(lambda: {one.pid for one in running()} == {process.pid}, within=10)
+        try:
+            seconds_until(lambda: {one.pid for one in running()} == {process.pid}, within=10)
+        except AssertionError:
+            left = [one.as_dict(["pid", "ppid", "status", "cmdline"]) for one in running()]
+            pytest.fail(f"still running: {left}")
 
 
 def test_ctrl_c_in_a_terminal_shows_one_line(tmp_path):
