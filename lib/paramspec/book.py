@@ -48,8 +48,7 @@ from paramspec.provenance import USED, hardware, machine, used_results, version_
 RECORD = "paramspec"
 READ_WHOLE = 10_000_000  # bytes of a file that is still read to find out whether it changed
 VERSIONS = ("torch", "transformers", "numpy", "pandas", "papermill")
-# Run first in a process that this one starts: it ends if this one is killed. (A kernel of Jupyter
-# watches its parent by itself, but not if that was killed before the kernel had started.)
+# Run first in a process that this one starts: it, and what it started, ends if this one is killed.
 _WATCH = "from paramspec.ends import watch_parent as _watch; _watch({})"
 
 
@@ -519,6 +518,7 @@ def _execute(
                 progress_bar=sys.stderr.isatty(),
                 extra_arguments=[
                     "--log-level=CRITICAL",  # the kernel's own log, not the chapter's
+                    "--IPKernelApp.parent_handle=0",  # its own watch ends it, and not its workers
                     f"--IPKernelApp.exec_lines={_WATCH.format(os.getpid())}",
                 ],
             )
