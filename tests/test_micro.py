@@ -140,8 +140,11 @@ def plain_training(
 ) -> None:
     """The first steps of a recipe in the usual way."""
     optimizer = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.98), weight_decay=0)
+    fall = recipe.steps // 5
     for step, texts in enumerate(batches, start=1):
-        optimizer.param_groups[0]["lr"] = recipe.rate(step)
+        fallen = max(0, step - (recipe.steps - fall)) / (fall + 1)
+        rate = recipe.learning_rate * min(1, step / 20) * (1 - fallen**0.5)
+        optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
         plain_loss(network, texts).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)

@@ -62,7 +62,7 @@ def study(request):
     return model, questions, measured(model, questions, CHOICES)
 
 
-def test_scores_that_are_known_without_a_mask_are_taken_as_they_are(study, monkeypatch):
+def test_scores_that_are_known_without_a_mask_are_taken_as_they_are(study):
     model, questions, tables = study
     none = tables.details[tables.details["mask"] == "none"]
     assert set(none["question_id"]) >= {question.id for question in questions if question.fold}
