@@ -22,7 +22,7 @@ book: .venv/installed  ## run every chapter, then build the site: _build/html/in
 test: .venv/installed  ## lint, and run every test (the site's need Chromium: CHROMIUM=/path)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 bench: .venv/installed  ## measure scoring beside other tools (an hour), fine-tuning and the zoo
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/scoring.py

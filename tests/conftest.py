@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-# The longest, longest first: two workers that take a file at a time then end together.
+# The longest, longest first: workers that take a file at a time then end together.
 LONGEST = (
     "test_site",
     "test_ends",
