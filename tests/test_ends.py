@@ -96,6 +96,24 @@ def make_place(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
+def heeded():
+    """Signals end what is started, also where these tests were started to ignore them (`nohup`)."""
+    numbers = (signal.SIGHUP, signal.SIGINT)
+    ignored = [number for number in numbers if signal.getsignal(number) == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heed():
+    with heeded():
+        yield
+
+
+@contextlib.contextmanager
 def started(place: Path, *words: str, wrapper: tuple[str, ...] = (), **options):
     """Start `paramspec`, in a session of its own; yield it and a test for what it started."""
     mark = uuid.uuid4().hex
@@ -203,6 +221,7 @@ def lives(folder: Path, command: str, moments: list[float], expected: Expected, 
             while (one := end(place, command, number, progress, length, draw)) is None:
                 assert_same(numbers(place, command), expected.numbers[command])
                 place, progress = next(places), progress / 2
+                assert progress > 0.001, f"{number.name} does not end `paramspec {command}`"
             ends.append(one)
         finish(place, command)
         assert_same(numbers(place, command), expected.numbers[command])
@@ -366,7 +385,7 @@ def test_a_terminal_that_is_closed_ends_the_command(tmp_path):
 
 if __name__ == "__main__":
     count = int(sys.argv[1])
-    with TemporaryDirectory() as name:
+    with heeded(), TemporaryDirectory() as name:
         shares = {command: -(-count * few // 20) for command, few in MOMENTS.items()}
         found = all_lives(Path(name), shares, seed=int(sys.argv[2]) if len(sys.argv) > 2 else 1)
     table = pd.DataFrame([vars(one) for lane in found.values() for one in lane])
