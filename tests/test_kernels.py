@@ -239,6 +239,8 @@ def test_a_layer_that_only_looks_alike_is_left_alone(change, packing):
 
 def test_decoder_layers_are_replaced_all_or_none(packing, monkeypatch):
     """Between them the states are float32, which a layer of the model's own does not take."""
+    if not kernels._packing_works(torch.bfloat16):
+        pytest.skip("torch has no packed linear layers of this dtype here")
     model, gated = toy_model("llama", dtype=torch.bfloat16), kernels._gated_forward
     odd = model.model.layers[1].mlp
     monkeypatch.setattr(kernels, "_gated_forward", lambda m: None if m is odd else gated(m))
