@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,13 +70,17 @@ def test_how_fast_an_operator_is_moves_nothing(view, monkeypatch):
 
 def test_few_tokens_are_computed_as_many_are(view):
     """Alone, a question has less than `WORTH_PACKING` tokens; the same row beside others, more."""
-    asked = requests(60)
-    row_tokens = 1  # a question fills a row: padding is its own
-    whole = score_options(view, asked, [None], row_tokens=row_tokens, batch_tokens=1)
-    for number in (0, 17, 59):
-        (alone,) = score_options(
-            view, [asked[number]], [None], row_tokens=row_tokens, batch_tokens=1
-        )
+    asked = requests(80)
+    given = {
+        "engine": replace(choose_engine(view), shares=False),
+        "row_tokens": 1,  # a question fills a row, whichever questions begin alike
+        "batch_tokens": 1,  # a batch is a row: padding is its own
+    }
+    together = asked * 3
+    assert sum(request.item.longest for request in together) >= kernels.WORTH_PACKING
+    whole = score_options(view, together, [None], **given)
+    for number, request in enumerate(asked):
+        (alone,) = score_options(view, [request], [None], **given)
         assert torch.equal(alone, whole[number])
 
 
