@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jupytext
+import nbclient
 import nbformat
 import papermill
 import pytest
@@ -715,3 +716,16 @@ def test_real_profiles_fit_their_chapters(profile: str) -> None:
     table = book.load_profile(profile, REPOSITORY)
     for name, values in table.items():
         book.check_parameters(book.find_chapter(name, REPOSITORY), values, profile)
+
+
+def test_every_figure_of_a_chapter_is_on_its_page():
+    """The second one, too: drawing the first puts back no setting that a kernel has of its own."""
+    rows = "pd.DataFrame({'vectors': [1, 2], 'layer': [0, 0], 'error': [0.5, 0.2]})"
+    start = "import pandas as pd\nfrom paramspec import figures\nfigures.use_book_style()\n"
+    sources = [f"{start}rows = {rows}", *["figures.promoted_share(rows);"] * 2]
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    _, *drawn = nbclient.NotebookClient(notebook, kernel_name="python3").execute().cells
+    assert [["image/png" in output.data for output in cell.outputs] for cell in drawn] == [
+        [True]
+    ] * 2

@@ -61,8 +61,14 @@ def as_written(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
     @functools.wraps(draw)
     def drawn(*tables: object, **options: object) -> Figure:
-        with plt.rc_context({"text.parse_math": False}):
+        # One setting, not `plt.rc_context`: that puts back all of them, and with them that a kernel
+        # shows figures, which it is told as late as the first one is drawn.
+        before = plt.rcParams["text.parse_math"]
+        plt.rcParams["text.parse_math"] = False
+        try:
             figure = draw(*tables, **options)
+        finally:
+            plt.rcParams["text.parse_math"] = before
         # Some labels of ticks are made as late as the figure is shown.
         for text in figure.findobj(Text):
             text.set_parse_math(False)
