@@ -29,11 +29,16 @@ GATED = {
 GATED |= {"cohere", "stablelm"}
 
 
+def require_packing(dtype):
+    """Skip a test of packed layers where there are none, as of bfloat16 on some processors."""
+    if not kernels._packing_works(dtype):
+        pytest.skip(f"torch has no packed linear layers of {dtype} here")
+
+
 @pytest.fixture
 def packing(monkeypatch):
     """Layers are packed, whether that pays on this machine or not."""
-    if not kernels._packing_works(torch.float32):
-        pytest.skip("torch has no packed linear layers here")
+    require_packing(torch.float32)
     monkeypatch.setattr(kernels, "packs", lambda dtype: True)
 
 
@@ -199,8 +204,7 @@ DECODERS = {"llama", "mistral", "qwen2", "granite"}
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", sorted(GATED))
 def test_decoder_layers_are_found_and_give_the_same(family, dtype, packing):
-    if not kernels._packing_works(dtype):
-        pytest.skip("torch has no packed linear layers of this dtype here")
+    require_packing(dtype)
     model = toy_model(family, dtype=dtype)
     with torch.no_grad():  # a norm's weight of one would hide that it is left out
         for name, weight in model.named_parameters():
@@ -239,8 +243,7 @@ def test_a_layer_that_only_looks_alike_is_left_alone(change, packing):
 
 def test_decoder_layers_are_replaced_all_or_none(packing, monkeypatch):
     """Between them the states are float32, which a layer of the model's own does not take."""
-    if not kernels._packing_works(torch.bfloat16):
-        pytest.skip("torch has no packed linear layers of this dtype here")
+    require_packing(torch.bfloat16)
     model, gated = toy_model("llama", dtype=torch.bfloat16), kernels._gated_forward
     odd = model.model.layers[1].mlp
     monkeypatch.setattr(kernels, "_gated_forward", lambda m: None if m is odd else gated(m))
@@ -250,8 +253,7 @@ def test_decoder_layers_are_replaced_all_or_none(packing, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_running_out_of_memory_in_a_decoder_layer_leaves_all_of_them(packing, dtype, monkeypatch):
-    if not kernels._packing_works(dtype):
-        pytest.skip("torch has no packed linear layers of this dtype here")
+    require_packing(dtype)
     model, pack, calls = toy_model("llama", dtype=dtype), kernels._pack, []
 
     def scarce(weight):
