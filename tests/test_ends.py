@@ -119,13 +119,15 @@ def started(place: Path, *words: str, wrapper: tuple[str, ...] = (), **options):
     mark = uuid.uuid4().hex
     environment = os.environ | {"STARTED_BY": mark}
 
-    def running() -> list[psutil.Process]:
+    def running() -> list[dict]:
+        """What runs now: a process may be gone when it is asked once more."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):  # not ours, or gone meanwhile
                 ours = process.environ().get("STARTED_BY") == mark
-                if ours and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
+                told = process.as_dict(["pid", "ppid", "status", "cmdline"])
+                if ours and told["status"] != psutil.STATUS_ZOMBIE:
+                    found.append(told)
         return found
 
     with (place / "told.txt").open("wb") as told:
@@ -139,8 +141,8 @@ def started(place: Path, *words: str, wrapper: tuple[str, ...] = (), **options):
         yield process, running
     finally:
         for left in running():
-            with contextlib.suppress(psutil.Error):
-                left.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(left["pid"], signal.SIGKILL)
         process.wait()
 
 
@@ -313,7 +315,7 @@ def test_a_signal_at_any_moment_ends_everything_and_loses_nothing(ends, command)
 
 def start_of(words: str, running) -> Callable[[], bool]:
     """Whether a process whose command line holds the words was started."""
-    return lambda: any(words in " ".join(process.cmdline()) for process in running())
+    return lambda: any(words in " ".join(process["cmdline"] or ()) for process in running())
 
 
 @pytest.mark.parametrize(
@@ -343,10 +345,9 @@ def test_what_a_killed_command_started_ends_by_itself(tmp_path, command, child):
         seconds_until(start_of(child, running))
         os.kill(pid, signal.SIGKILL)
         try:
-            seconds_until(lambda: {one.pid for one in running()} == {process.pid}, within=10)
+            seconds_until(lambda: {one["pid"] for one in running()} == {process.pid}, within=10)
         except AssertionError:
-            left = [one.as_dict(["pid", "ppid", "status", "cmdline"]) for one in running()]
-            pytest.fail(f"still running: {left}")
+            pytest.fail(f"still running: {running()}")
 
 
 def test_ctrl_c_in_a_terminal_shows_one_line(tmp_path):
