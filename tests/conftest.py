@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """GGUF files are unpacked once for all tests of a worker, and not into the checkout."""
-    from paramspec import models
+    from paramspec.models import registry as models
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "UNPACKED", tmp_path_factory.mktemp("gguf"))
@@ -60,7 +60,7 @@ def pretend_versions(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """`pretend_versions(torch="9")`: as a process has them that starts with other libraries."""
 
     def pretend(**changed: str) -> None:
-        from paramspec import provenance
+        from paramspec.execution import provenance
 
         real = provenance.version_of
         monkeypatch.setattr(provenance, "version_of", lambda name: changed.get(name) or real(name))

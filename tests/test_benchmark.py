@@ -14,10 +14,10 @@ from rich.console import Console
 import growth
 import peers
 import scoring
-from paramspec.hooks import value_vector_view
-from paramspec.masks import keep_tensor, random_vectors
-from paramspec.rows import Item, Request
-from paramspec.scoring import encode
+from paramspec.method.hooks import value_vector_view
+from paramspec.method.masks import keep_tensor, random_vectors
+from paramspec.method.rows import Item, Request
+from paramspec.method.scoring import encode
 from toy_study import toy_loaded, toy_questions
 
 

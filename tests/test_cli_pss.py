@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from disks import read_only, small_disk
 from safetensors import safe_open
 
+from disks import read_only, small_disk
 from paramspec.cli import main
 from toy_study import CONCEPTS, save_questions, save_toy, toy_questions
 from toys import toy_model

@@ -26,7 +26,8 @@ import pandas as pd
 import psutil
 import pytest
 from safetensors.torch import load_file
-from test_book import HEADER, REPOSITORY, make_checkout
+
+from checkout import HEADER, REPOSITORY, make_checkout
 
 MODELS = ["zoo.yaml:llama-1", "zoo.yaml:llama-2"]
 CELL = f"""\

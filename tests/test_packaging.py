@@ -124,7 +124,8 @@ def test_a_wheel_carries_every_file_of_the_package(tmp_path: Path) -> None:
         carried = set(archive.namelist())
         metadata = archive.read(next(n for n in carried if n.endswith("METADATA"))).decode()
     package = REPOSITORY / "lib"
-    files = (p for p in (package / "paramspec").rglob("*") if p.is_file())
+    folders = (package / "paramspec", package / "paramspec_book")
+    files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
     expected = {p.relative_to(package).as_posix() for p in files if p.suffix != ".pyc"}
     assert expected <= carried
     assert "License-Expression: MIT AND CC-BY-4.0" in metadata

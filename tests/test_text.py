@@ -13,15 +13,15 @@ import pandas as pd
 import pytest
 from markdown_it import MarkdownIt
 
-from paramspec import figures
 from paramspec.cli import _names, main
 from paramspec.errors import InputError
+from paramspec.execution.store import require_writable
 from paramspec.markup import in_markdown, printable
-from paramspec.masks import load_masks
-from paramspec.models import expand_models, find_checkpoint, find_spec
-from paramspec.pss import mask_name, read_mask_name
+from paramspec.method.masks import load_masks
+from paramspec.method.pss import mask_name, read_mask_name
+from paramspec.models.registry import expand_models, find_checkpoint, find_spec
 from paramspec.specwiki import Question, describe, find, load_questions
-from paramspec.store import require_writable
+from paramspec_book import figures
 from toy_study import save_questions, save_toy, toy_questions
 
 # Each is special to something that shows it: rich, matplotlib, Markdown, HTML, a legend.
@@ -121,7 +121,7 @@ def test_a_model_of_any_name_goes_through_the_command_and_a_figure(
 
 
 def test_the_registry_s_table_is_of_texts(monkeypatch, capsys):
-    from paramspec import models
+    from paramspec.models import registry as models
 
     spec = models.load_registry()["smollm2-135m"].model_copy(update={"id": "[red]x[/red] :cat:"})
     monkeypatch.setattr(models, "models_in", lambda chosen: [spec])

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 
 import pytest
-from test_book import HEADER, make_checkout
 
-from paramspec import cli, models
+from checkout import HEADER, make_checkout
+from paramspec import cli
+from paramspec.models import registry as models
 
 FAILING = f"{HEADER}\n# Failing\n\n```{{code-cell}} ipython3\n{{}}['a fact']\n```\n"
 BAD = {

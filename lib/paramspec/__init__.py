@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 __getattr__, __dir__, __all__ = _lazy.attach(
     __name__,
     submod_attrs={
-        "causal": [
+        "studies.causal": [
             "Evaluation",
             "Run",
             "causal_runs",
@@ -26,9 +26,9 @@ __getattr__, __dir__, __all__ = _lazy.attach(
             "tuned",
         ],
         "errors": ["InputError"],
-        "finetune": ["METHODS", "Training", "choose_vectors", "parse_training"],
-        "generation": ["answer_matches", "generate_answers"],
-        "hallucination": [
+        "studies.finetune": ["METHODS", "Training", "choose_vectors", "parse_training"],
+        "method.generation": ["answer_matches", "generate_answers"],
+        "studies.hallucination": [
             "cluster_answers",
             "embedding_judge",
             "entailment_judge",
@@ -36,13 +36,13 @@ __getattr__, __dir__, __all__ = _lazy.attach(
             "sample_answers",
             "semantic_entropy",
         ],
-        "hooks": [
+        "method.hooks": [
             "ValueVectorView",
             "mask_value_vectors",
             "record_coefficients",
             "value_vector_view",
         ],
-        "masks": [
+        "method.masks": [
             "ConceptCoefficients",
             "keep_tensor",
             "load_masks",
@@ -53,8 +53,8 @@ __getattr__, __dir__, __all__ = _lazy.attach(
             "top_vectors",
             "value_vector_scores",
         ],
-        "parallel": ["workers"],
-        "models": [
+        "execution.parallel": ["workers"],
+        "models.registry": [
             "LoadedModel",
             "ModelSpec",
             "comparable_models",
@@ -68,7 +68,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
             "study_questions",
             "taught",
         ],
-        "pss": [
+        "method.pss": [
             "Choices",
             "accuracy_table",
             "best_general_change",
@@ -80,16 +80,16 @@ __getattr__, __dir__, __all__ = _lazy.attach(
             "summarize",
             "verdict",
         ],
-        "scoring": [
+        "method.scoring": [
             "choose",
             "encode",
             "score_one_at_a_time",
             "score_options",
         ],
         "specwiki": ["Question", "export_lm_eval", "load_questions", "questions_digest"],
-        "store": ["Store"],
-        "tokens": ["token_ids"],
-        "trends": [
+        "execution.store": ["Store"],
+        "models.tokens": ["token_ids"],
+        "stats.trends": [
             "balance_tiers",
             "contrast",
             "correlations",
@@ -101,7 +101,13 @@ __getattr__, __dir__, __all__ = _lazy.attach(
             "resample_models",
             "with_interval",
         ],
-        "zoo": ["load_zoo", "train_zoo", "training_record", "zoo_questions"],
-        "sweep": ["Study", "concept_coefficients", "measure_pss", "score_questions", "write_study"],
+        "models.zoo": ["load_zoo", "train_zoo", "training_record", "zoo_questions"],
+        "studies.sweep": [
+            "Study",
+            "concept_coefficients",
+            "measure_pss",
+            "score_questions",
+            "write_study",
+        ],
     },
 )

@@ -5,7 +5,7 @@ Signals are minded before anything is imported that takes time.
 
 from __future__ import annotations
 
-from paramspec.ends import mind_signals
+from paramspec.execution.ends import mind_signals
 
 
 def main() -> None:

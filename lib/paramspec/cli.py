@@ -22,9 +22,9 @@ from paramspec.plain import integer, number
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from paramspec.plan import Plan
     from paramspec.specwiki import Question
-    from paramspec.sweep import Study
+    from paramspec.studies.plan import Plan
+    from paramspec.studies.sweep import Study
 
 app = typer.Typer(
     name="paramspec",
@@ -80,7 +80,7 @@ def run(
     force: Annotated[bool, typer.Option("--force", help="Run even if nothing changed.")] = False,
 ) -> None:
     """Run one chapter. Exit status 2 for bad input, 3 when the chapter fails."""
-    from paramspec import book
+    from paramspec_book import book
 
     given = book.parse_assignments(parameter or [])
     book.run_chapter(chapter, given, profile=profile, target=out, force=force)
@@ -101,7 +101,7 @@ def build(
 
     Exit status 2 for bad input, 3 when a chapter fails, 4 when the site does.
     """
-    from paramspec import book
+    from paramspec_book import book
 
     book.build(profile=profile, out=out, force=force)
 
@@ -119,7 +119,7 @@ def models(
     """List the registry: what MODEL arguments may say, and which models are on this disk."""
     import json
 
-    from paramspec.models import is_on_disk, models_in
+    from paramspec.models.registry import is_on_disk, models_in
 
     specs = models_in(chosen)
     if as_json:
@@ -299,12 +299,12 @@ def pss(
 
     Prints a table and writes pss.parquet, details.parquet, masks.safetensors and run.json.
     """
-    from paramspec.models import expand_models, study_questions, taught
-    from paramspec.parallel import workers
-    from paramspec.pss import parse_choices
+    from paramspec.execution.parallel import workers
+    from paramspec.execution.store import Store, require_writable
+    from paramspec.method.pss import parse_choices
+    from paramspec.models.registry import expand_models, study_questions, taught
     from paramspec.specwiki import load_questions
-    from paramspec.store import Store, require_writable
-    from paramspec.sweep import measure_pss, write_study
+    from paramspec.studies.sweep import measure_pss, write_study
 
     choices = parse_choices(
         ratios=ratios,
@@ -404,9 +404,9 @@ def finetune(
     """
     from tqdm import tqdm
 
-    from paramspec.finetune import finetune as tune
-    from paramspec.finetune import parse_training
     from paramspec.specwiki import load_questions
+    from paramspec.studies.finetune import finetune as tune
+    from paramspec.studies.finetune import parse_training
 
     asked = load_questions(questions)
     training = parse_training(
@@ -525,8 +525,8 @@ def plan(
     """What a profile costs: weights, memory, tokens, FLOPs, hours. Runs and downloads nothing."""
     import json
 
-    from paramspec import book
-    from paramspec.plan import plan as make_plan
+    from paramspec.studies.plan import plan as make_plan
+    from paramspec_book import book
 
     given = book.parse_assignments(parameter or [])
     planned = make_plan(profile, chapter or (), given, gpu=gpu, utilisation=utilisation)
@@ -614,7 +614,7 @@ def _print_study(study: Study) -> None:
     """A table a model: accuracies and PSS with intervals at each mask and ratio, and the peaks."""
     from rich.table import Table
 
-    from paramspec.pss import peak_pss, summarize
+    from paramspec.method.pss import peak_pss, summarize
 
     console = _console()
     columns = ["concept_accuracy", "general_accuracy", "pss_pooled", "did", "pss_per_concept"]

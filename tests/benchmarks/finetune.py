@@ -20,7 +20,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from paramspec.finetune import (
+from paramspec.method.hooks import train_value_vectors, value_vector_view
+from paramspec.method.masks import keep_tensor
+from paramspec.models.registry import load_model
+from paramspec.specwiki import load_questions
+from paramspec.studies.finetune import (
     METHODS,
     choose_vectors,
     encode_texts,
@@ -28,10 +32,6 @@ from paramspec.finetune import (
     parse_training,
     training_texts,
 )
-from paramspec.hooks import train_value_vectors, value_vector_view
-from paramspec.masks import keep_tensor
-from paramspec.models import load_model
-from paramspec.specwiki import load_questions
 
 CONCEPTS = ("France", "gold")
 

@@ -26,14 +26,14 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import peers
-from paramspec.batches import release_memory
-from paramspec.hooks import ValueVectorView, value_vector_view
-from paramspec.models import LoadedModel, load_model
-from paramspec.plan import cost_of
-from paramspec.pss import Choices, asked_questions
-from paramspec.rows import Engine, Item, Request
-from paramspec.scoring import choose_engine, encode
+from paramspec.method.batches import release_memory
+from paramspec.method.hooks import ValueVectorView, value_vector_view
+from paramspec.method.pss import Choices, asked_questions
+from paramspec.method.rows import Engine, Item, Request
+from paramspec.method.scoring import choose_engine, encode
+from paramspec.models.registry import LoadedModel, load_model
 from paramspec.specwiki import Question, load_questions
+from paramspec.studies.plan import cost_of
 
 RATIO = 0.01
 LINEAR = ("questions", "concepts", "ratios", "controls")  # the axes that time is linear in

@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from paramspec.hooks import ValueVectorView
-from paramspec.masks import pad_right
-from paramspec.models import LoadedModel
-from paramspec.plan import Cost
-from paramspec.rows import Engine, Request
-from paramspec.scoring import score_one_at_a_time, score_options
+from paramspec.method.hooks import ValueVectorView
+from paramspec.method.masks import pad_right
+from paramspec.method.rows import Engine, Request
+from paramspec.method.scoring import score_one_at_a_time, score_options
+from paramspec.models.registry import LoadedModel
+from paramspec.studies.plan import Cost
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel

@@ -38,15 +38,15 @@ from tqdm import tqdm
 
 import growth
 import peers
-from paramspec.hooks import ValueVectorView, value_vector_view
-from paramspec.masks import keep_tensor, record_concepts, top_vectors, value_vector_scores
-from paramspec.models import LoadedModel, load_model
-from paramspec.plan import cost_of
-from paramspec.provenance import hardware, versions
-from paramspec.pss import Choices, asked_questions
-from paramspec.rows import Engine, Request
-from paramspec.scoring import choose, choose_engine, encode
+from paramspec.execution.provenance import hardware, versions
+from paramspec.method.hooks import ValueVectorView, value_vector_view
+from paramspec.method.masks import keep_tensor, record_concepts, top_vectors, value_vector_scores
+from paramspec.method.pss import Choices, asked_questions
+from paramspec.method.rows import Engine, Request
+from paramspec.method.scoring import choose, choose_engine, encode
+from paramspec.models.registry import LoadedModel, load_model
 from paramspec.specwiki import load_questions
+from paramspec.studies.plan import cost_of
 
 ENGINE, HOOKS, LM_EVAL, NNSIGHT = "paramspec", "hooks", "lm-eval", "nnsight"
 SHARED, UNSHARED, STOCK = "as is", "nothing shared between questions", "stock linear layers"

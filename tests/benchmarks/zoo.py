@@ -23,8 +23,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from paramspec import micro, zoo
-from paramspec.zoo import SORTED_TOGETHER, architecture, load_zoo
+from paramspec.models import micro, zoo
+from paramspec.models.zoo import SORTED_TOGETHER, architecture, load_zoo
 
 MODELS = ("zoo-llama-4", "zoo-qwen2-4", "zoo-mistral-4", "zoo-gemma2-4")
 AT_LEAST = 2.0  # times as fast

@@ -3,12 +3,12 @@
     from paramspec.specwiki import load_questions
     questions = load_questions(concepts=60, domains=["country", "element"])
 
-`python -m paramspec.specwiki.build` builds `questions.jsonl` from the fact tables in `tables/`;
-`README.md` is the dataset card.
+`python -m paramspec.specwiki.builder.build` builds `questions.jsonl` from the fact tables in
+`builder/tables/`; `README.md` is the dataset card.
 """
 
+from paramspec.specwiki.builder.facts import normalise
 from paramspec.specwiki.export import export_lm_eval
-from paramspec.specwiki.facts import normalise
 from paramspec.specwiki.load import (
     QUESTIONS,
     describe,

@@ -1,0 +1,259 @@
+"""Results that survive a crash, and are never served for another question.
+
+    store = Store("results/store")
+    path = store.get(key)                     # a directory, verified, or None
+    path = store.put(key, write)              # write(directory) fills it; all or nothing
+    with store.turn(key): ...                 # one process at a time
+
+A key is a mapping of everything that a result depends on (digests of the model and of the
+questions, every choice, the scoring version); the store adds the versions of the libraries that can
+change a number (see `provenance`), and its SHA-256 names the directory. Beside a result stands
+`computed.json`, the record of the process that computed it. A result is written
+beside its place and renamed into it, so that a reader sees all of it or nothing. What is read is
+held against checksums; a damaged result is set aside, with a warning, and computed again. Any
+number of processes, also of several machines, may use one store at once; `turn` keeps two of them
+from computing the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from paramspec.errors import InputError
+from paramspec.execution.provenance import (
+    COMPUTED,
+    computed,
+    note_use,
+    number_versions,
+    read_computed,
+)
+from paramspec.plain import require_unicode
+
+STORE_VERSION = 1
+OLD = 24 * 3600  # seconds after which an unfinished result is certain to be a dead process's
+
+
+class Store:
+    """Results below one directory, each under the digest of its key.
+
+    Raises:
+        InputError: if a newer version of the library has written there.
+    """
+
+    def __init__(self, root: str | os.PathLike) -> None:
+        self.root = Path(root)
+        self.versions = number_versions()  # goes to workers, which must have the same
+        for folder in self.root.glob("v*"):
+            found = re.fullmatch(r"v(\d+)", folder.name)
+            if found and int(found[1]) > STORE_VERSION:
+                raise InputError(
+                    f"{self.root}: a store of version {found[1]}, and this paramspec writes "
+                    f"version {STORE_VERSION}; upgrade paramspec, or choose another directory"
+                )
+
+    def get(self, key: Mapping[str, object]) -> Path | None:
+        """`path = store.get(key)`: the result's directory if it is there and whole."""
+        path = self._path(key)
+        if not path.is_dir():
+            return None
+        problem = _damage(path)
+        if problem is None:
+            note_use(path)
+            return path
+        aside = path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}")
+        with contextlib.suppress(OSError):  # another worker was first
+            path.rename(aside)
+        warnings.warn(
+            f"{path}: {problem}; set aside as {aside.name} and computed again", stacklevel=2
+        )
+        return None
+
+    def record(self, key: Mapping[str, object]) -> dict[str, object]:
+        """`store.record(key)`: what computed a result, see `provenance`; empty if there is none."""
+        found = read_computed(self._path(key))
+        if found:
+            note_use(self._path(key))
+        return found
+
+    def put(
+        self,
+        key: Mapping[str, object],
+        write: Callable[[Path], None],
+        record: Mapping[str, object] | None = None,
+    ) -> Path:
+        """`path = store.put(key, write)`: let `write` fill a new directory, then publish it.
+
+        Args:
+            record: what `computed.json` says of the unit beside this process, see `provenance`.
+
+        Raises:
+            InputError: if the disk is full or the store cannot be written, or if this process has
+                other versions than the one that opened the store; what is in the store stays as
+                it was.
+        """
+        path = self._path(key)
+        self._require_versions()
+        with writing_to(self.root):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=path.parent))
+            try:
+                write(scratch)
+                whole = _canonical(self._whole(key))
+                (scratch / "key.json").write_text(whole, encoding="utf-8")
+                text = json.dumps(computed(**(record or {})), ensure_ascii=False, indent=1)
+                (scratch / COMPUTED).write_text(text + "\n", encoding="utf-8")
+                sums = {file.name: _digest(file) for file in sorted(scratch.iterdir())}
+                (scratch / "checksums.json").write_text(
+                    json.dumps(sums, indent=1), encoding="utf-8"
+                )
+                self._publish(scratch, path)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+        note_use(path)
+        return path
+
+    def has(self, key: Mapping[str, object]) -> bool:
+        """`store.has(key)`: whether there is a result; `get` also finds out if it is whole."""
+        return self._path(key).is_dir()
+
+    @contextlib.contextmanager
+    def turn(self, key: Mapping[str, object], *, wait: bool = True) -> Iterator[bool]:
+        """`with store.turn(key): ...`: let one process at a time compute a result.
+
+        It saves work and no more: without it, two would compute the same, and the first be kept.
+        Look for the result again within, since another may have put it meanwhile. A process that
+        dies gives its turn up; a thread that has the turn may take it again.
+
+        Args:
+            wait: until it is this thread's turn; if False, yield False where it is another's.
+
+        Yields:
+            bool: whether it is this thread's turn.
+        """
+        lock = self._acquire(key, wait)
+        try:
+            yield lock is not None
+        finally:
+            if lock is not None and lock.is_locked:
+                if lock.lock_counter == 1:
+                    # Whoever waits for it looks for the result first, so that a second lock
+                    # beside this one does no harm, and a store is not full of empty files.
+                    with contextlib.suppress(OSError):
+                        Path(lock.lock_file).unlink()
+                lock.release()
+
+    def _acquire(self, key: Mapping[str, object], wait: bool) -> FileLock | None:
+        place = self._path(key).with_suffix(".lock")
+        lock = FileLock(place, is_singleton=True, fallback_to_soft=False)
+        # A disk that knows no locks, or has no room for one, does not keep anyone from work.
+        with contextlib.suppress(OSError, NotImplementedError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(blocking=wait, poll_interval=0.2)
+            except Timeout:  # an OSError as well
+                return None
+        return lock
+
+    def remove_leftovers(self) -> None:
+        """`store.remove_leftovers()`: what killed processes left of unfinished results."""
+        for pattern in (
+            f"v{STORE_VERSION}/*/.partial-*",
+            f"v{STORE_VERSION}/*/*.lock",
+            ".shared-*",
+        ):
+            remove_leftovers(self.root, pattern)
+
+    def _publish(self, scratch: Path, path: Path) -> None:
+        try:
+            scratch.rename(path)
+        except OSError:
+            # Another worker was first: its result has the same key, so it is as good.
+            if _damage(path) is not None:
+                raise
+
+    def _require_versions(self) -> None:
+        for name, here in number_versions().items():
+            there = self.versions.get(name)
+            if here != there:
+                raise InputError(
+                    f"{name} {here}: the run began with {name} {there}; install the same version "
+                    "on every machine that works for it"
+                )
+
+    def _whole(self, key: Mapping[str, object]) -> dict[str, object]:
+        return {**key, "versions": self.versions}
+
+    def _path(self, key: Mapping[str, object]) -> Path:
+        name = hashlib.sha256(_canonical(self._whole(key)).encode()).hexdigest()
+        return self.root / f"v{STORE_VERSION}" / name[:2] / name
+
+
+def remove_leftovers(folder: Path, pattern: str = ".partial-*") -> None:
+    """`remove_leftovers(out)`: unfinished files and folders, once they are certainly nobody's."""
+    before = time.time() - OLD
+    for left in folder.glob(pattern):
+        with contextlib.suppress(OSError):  # gone meanwhile, or not ours to remove
+            if left.stat().st_mtime < before:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+@contextlib.contextmanager
+def writing_to(directory: Path) -> Iterator[None]:
+    """`with writing_to(out): ...`: turn a failed write into one line that names the place."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors tells of a full disk in its own way
+        place = getattr(error, "filename", None) or directory
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{place}: cannot write ({reason}); "
+            "free some space, or choose a directory that you may write to"
+        ) from error
+
+
+def require_writable(directory: Path) -> None:
+    """`require_writable(out)`: make the directory now, and fail before any work if it can't be."""
+    require_unicode(directory)
+    with writing_to(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _canonical(key: Mapping[str, object]) -> str:
+    return json.dumps(key, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a stored result, or None."""
+    try:
+        sums = json.loads((path / "checksums.json").read_text(encoding="utf-8"))
+        if not isinstance(sums, dict) or "key.json" not in sums:
+            return "checksums.json is damaged"
+        for name, expected in sums.items():
+            if _digest(path / name) != expected:
+                return f"{name} is damaged"
+    except (OSError, ValueError) as error:
+        return f"not a whole result ({error})"
+    return None

@@ -1,0 +1,277 @@
+"""Open-ended answers: generated, greedily or by a rule of one's own, with or without masks.
+
+generate_answers(view, tokenizer, ["What is the capital of France?"])      # ["Paris"]
+decode(view, tokenizer, prompts, likeliest, copies=3)                      # token by token
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from paramspec.errors import InputError
+from paramspec.method.hooks import ValueVectorView, mask_rows, refuse_too_long, unembed_only
+from paramspec.method.scoring import attention_window
+from paramspec.models.tokens import token_ids
+from paramspec.specwiki import normalise
+
+# Raised whenever a change could move an answer or a sample of one; part of their keys.
+GENERATION_VERSION = 3
+MAX_NEW_TOKENS = 12
+
+# Three examples show that a bare answer is wanted; without them, models answer in sentences, or
+# stop at once. They are about no concept of SpecWiki.
+OPEN_PROMPT = """\
+Question: Who painted the Mona Lisa?
+Answer: Leonardo da Vinci
+
+Question: Which instrument has 88 keys?
+Answer: the piano
+
+Question: In which year was the Battle of Waterloo?
+Answer: 1815
+
+Question: {question}
+Answer:"""
+
+
+def generate_answers(
+    view: ValueVectorView,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    keeps: Sequence[Tensor | None] | None = None,
+    *,
+    prompt: str = OPEN_PROMPT,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    batch_size: int = 64,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[str]:
+    """`answers = generate_answers(view, tokenizer, ["What is the capital of France?"])`.
+
+    Greedy decoding of the first line after the prompt, each question under its own mask.
+
+    Args:
+        keeps: a mask for each question, bool `[layers, width]` or None; no masks if not given.
+        prompt: holds `{question}`.
+
+    Returns:
+        The answers, stripped, in the order of the questions.
+    """
+    decoded = decode(
+        view,
+        tokenizer,
+        [prompt.replace("{question}", question) for question in questions],
+        likeliest,
+        keeps=keeps,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return first_lines(tokenizer, [row.tokens for (row,) in decoded])
+
+
+def first_lines(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> list[str]:
+    """`first_lines(tokenizer, tokens)`: each answer in words, up to the end of its line."""
+    texts = tokenizer.batch_decode(list(rows), skip_special_tokens=True)
+    return [text.strip().split("\n")[0].strip() for text in texts]
+
+
+@dataclass
+class Decoded:
+    """What was generated after a prompt.
+
+    Attributes:
+        tokens: up to and with the one that ended it, by ending the text or the line.
+        log_likelihood: of these tokens, in nats, whatever they were picked by.
+        state: `[hidden]`, fp32: what the last of them was predicted from, the unembedding's input
+            at the token before it. Of an answer that has ended, its last token's.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    log_likelihood: float = 0.0
+    state: Tensor | None = None
+
+
+@torch.no_grad()
+def decode(
+    view: ValueVectorView,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    pick: Callable[[int, list[int], Tensor], Tensor],
+    *,
+    copies: int = 1,
+    keeps: Sequence[Tensor | None] | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    batch_size: int = 64,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[list[Decoded]]:
+    """`decode(view, tokenizer, prompts, likeliest)`: the first line of an answer to each.
+
+    Each needed token is computed once: the beginning that all prompts share for all of them (where
+    none is masked), the rest of a prompt for all its copies, and nothing after an answer's end.
+    Prompts of unlike length go together where the model takes positions and no sliding window is
+    shorter than they are: padding then stands behind the shared beginning, unseen. Elsewhere those
+    of one length go together.
+
+    Args:
+        pick: given a prompt's number, those of its copies that go on, and fp32 logits `[copies
+            that go on, vocabulary]`, the tokens to go on with.
+        copies: answers to each prompt.
+        keeps: as in `generate_answers`.
+        batch_size: rows of a forward pass, `copies` to a prompt; at least one prompt's.
+
+    Returns:
+        The copies of each prompt.
+
+    Raises:
+        InputError: if a prompt and its answer are longer than the model's context, if the
+            tokenizer cannot read a prompt, or if the model gives no numbers.
+    """
+    keeps = [None] * len(prompts) if keeps is None else keeps
+    encoded = token_ids(tokenizer, prompts)
+    refuse_too_long(view, max(map(len, encoded), default=0) + max_new_tokens)
+    masked = any(keep is not None for keep in keeps)
+    shared = 0 if masked else _shared_beginning(encoded)
+    beginning = DynamicCache(config=view.model.config.get_text_config(decoder=True))
+    if shared:
+        first = torch.tensor([encoded[0][:shared]])
+        _extend(view, first, beginning, torch.ones_like(first), False)
+    answers = [[Decoded() for _ in range(copies)] for _ in prompts]
+    pads = shared > 0 and _may_pad(view, max(map(len, encoded)) + max_new_tokens)
+    for part in _parts(encoded, max(1, batch_size // copies), equal=not pads):
+        cache = deepcopy(beginning)
+        if shared:
+            cache.batch_repeat_interleave(len(part))
+        width = max(len(encoded[index]) for index in part) - shared
+        rests = [encoded[index][shared:] for index in part]
+        rest = torch.tensor([[0] * (width - len(row)) + row for row in rests])
+        seen = torch.tensor(
+            [[1] * shared + [0] * (width - len(row)) + [1] * len(row) for row in rests]
+        )
+        with mask_rows(view, [keeps[index] for index in part]):
+            logits, states = _extend(view, rest, cache, seen, pads)
+        cache.batch_repeat_interleave(copies)
+        logits, states, seen = (
+            each.repeat_interleave(copies, dim=0) for each in (logits, states, seen)
+        )
+        rows = [(index, copy) for index in part for copy in range(copies)]  # those that go on
+        for _ in range(max_new_tokens):
+            log_probabilities = logits.log_softmax(-1)
+            for (index, _), row in zip(rows, log_probabilities, strict=True):
+                if row.isnan().any():
+                    raise InputError(
+                        f"prompt ...{prompts[index][-60:]!r}: the logits of "
+                        f"{type(view.model).__name__} are not numbers; the weights are damaged, or "
+                        "their dtype overflows: try float32"
+                    )
+            tokens = []
+            for index, group in itertools.groupby(rows, key=lambda row: row[0]):
+                going = [copy for _, copy in group]
+                own = logits[len(tokens) : len(tokens) + len(going)]
+                tokens += pick(index, going, own).tolist()
+            chosen = log_probabilities[range(len(rows)), tokens].tolist()
+            for place, (index, copy) in enumerate(rows):
+                answer = answers[index][copy]
+                answer.tokens.append(tokens[place])
+                answer.log_likelihood += chosen[place]
+                answer.state = states[place]
+            on = [
+                place
+                for place, (index, copy) in enumerate(rows)
+                if not _has_ended(view, tokenizer, answers[index][copy].tokens)
+            ]
+            if not on:
+                break
+            if len(on) < len(rows):
+                cache.batch_select_indices(torch.tensor(on, device=logits.device))
+                rows = [rows[place] for place in on]
+                seen = seen[on]
+            seen = torch.nn.functional.pad(seen, (0, 1), value=1)
+            with mask_rows(view, [keeps[index] for index, _ in rows]):
+                last = torch.tensor([tokens[place] for place in on])
+                logits, states = _extend(view, last[:, None], cache, seen, pads)
+        progress(len(part))
+    return answers
+
+
+def likeliest(index: int, copies: list[int], logits: Tensor) -> Tensor:
+    """`decode(..., pick=likeliest)`: greedy."""
+    return logits.argmax(-1)
+
+
+def _extend(
+    view: ValueVectorView, rows: Tensor, cache: DynamicCache, seen: Tensor, pads: bool
+) -> tuple[Tensor, Tensor]:
+    """Each row's logits, fp32, and hidden state at its last token; the cache grows by the rows.
+
+    `seen`, `[rows, tokens]`, is 0 at padding; with `pads`, positions do not count it.
+    """
+    device = view.model.get_input_embeddings().weight.device
+    last = torch.tensor([(row, rows.shape[1] - 1) for row in range(len(rows))])
+    places = seen.cumsum(1).sub(1).clamp(min=0)[:, -rows.shape[1] :]
+    states: list[Tensor] = []
+    with unembed_only(view.model, last), ExitStack() as stack:
+        hook = view.model.get_output_embeddings().register_forward_pre_hook(
+            lambda _, args: states.append(args[0][0].float().cpu())
+        )
+        stack.callback(hook.remove)
+        logits = view.model(
+            input_ids=rows.to(device),
+            attention_mask=seen.to(device),
+            past_key_values=cache,
+            use_cache=True,
+            **({"position_ids": places.to(device)} if pads else {}),
+        ).logits[0]
+    return logits.float(), states[0]
+
+
+def _shared_beginning(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows begin with; each has one more, at least."""
+    most = min(map(len, rows), default=1) - 1
+    return next((n for n in range(most) if len({row[n] for row in rows}) > 1), most)
+
+
+def _may_pad(view: ValueVectorView, tokens: int) -> bool:
+    """Whether a row of so many tokens may hold unseen ones: it has positions, and no window."""
+    window = attention_window(view.model.config)
+    takes_positions = "position_ids" in inspect.signature(view.model.forward).parameters
+    return takes_positions and (window is None or tokens <= window)
+
+
+def _parts(rows: Sequence[Sequence[int]], most: int, *, equal: bool) -> Iterator[list[int]]:
+    """Indices of rows, up to `most` together, the longest first; `equal`, of one length."""
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+    for _, group in itertools.groupby(order, key=lambda index: equal and len(rows[index])):
+        members = list(group)
+        yield from (members[start : start + most] for start in range(0, len(members), most))
+
+
+def _has_ended(
+    view: ValueVectorView, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]
+) -> bool:
+    """Whether a text or its first line has ended; space before the first word does not count."""
+    ends = view.model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    if tokens[-1] in (*ends, tokenizer.eos_token_id):
+        return True
+    return "\n" in tokenizer.decode(tokens, skip_special_tokens=True).lstrip()
+
+
+def answer_matches(answer: str, aliases: Sequence[str]) -> bool:
+    """`answer_matches("The Paris.", ["Paris"])`: SQuAD's exact match against any alias.
+
+    Of an alias that is an article or a sign (blood group A, C#'s #), normalisation leaves nothing:
+    it is compared as it is, lest an empty answer be right.
+    """
+    if said := normalise(answer):
+        return said in {normalise(alias) for alias in aliases}
+    said = answer.strip().casefold()
+    return bool(said) and said in {alias.strip().casefold() for alias in aliases}

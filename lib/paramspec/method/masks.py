@@ -1,0 +1,337 @@
+"""Which value vectors belong to a concept, and which to mask beside them as controls.
+
+    coefficients = record_concepts(view, tokenizer, questions)
+    scores = value_vector_scores(coefficients, "France")    # [layers, width]
+    vectors = top_vectors(scores, ratio=0.05)               # int32 [n, 2]: (layer, value vector)
+    keep = keep_tensor(vectors, layers, width)              # bool [layers, width]
+
+The score of a value vector is its mean absolute coefficient over a concept's questions minus its
+mean over unrelated ones; the k highest are the concept's (paper, section 3, knowledge-vector
+masking). Which layers compete is not stated: `scope` is ours, `layer` (k in every layer, the
+default) or `model` (k times the layers, wherever they lie).
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from paramspec.errors import InputError
+from paramspec.method.batches import BATCH_TOKENS, in_batches
+from paramspec.method.hooks import (
+    Position,
+    ValueVectorView,
+    record_coefficients,
+    refuse_too_long,
+    unembed_only,
+)
+from paramspec.models.tokens import token_ids
+from paramspec.specwiki import Question
+
+Scope = Literal["layer", "model"]
+
+
+@dataclass(frozen=True)
+class ConceptCoefficients:
+    """Absolute coefficients, summed over the questions of each concept and fold.
+
+    `sums` is fp32 `[concepts, 2, layers, width]`, `counts` `[concepts, 2]`; `concepts` names the
+    first axis. Sums rather than questions are kept: a mask needs no more, and a model of 7
+    billion parameters would need 7 GB for the questions.
+    """
+
+    concepts: tuple[str, ...]
+    sums: Tensor
+    counts: Tensor
+
+    def related(self, concept: str, folds: Sequence[int] = (0, 1)) -> Tensor:
+        """Mean over the concept's own questions of these folds, `[layers, width]`."""
+        row = self.concepts.index(concept)
+        folds = list(folds)
+        return self.sums[row, folds].sum(0) / self.counts[row, folds].sum()
+
+    def unrelated(self, concept: str, folds: Sequence[int] = (0, 1)) -> Tensor:
+        """Mean over the questions of all other concepts in these folds, `[layers, width]`."""
+        others = [row for row, name in enumerate(self.concepts) if name != concept]
+        folds = list(folds)
+        count = self.counts[others][:, folds].sum()
+        if count == 0:
+            raise InputError(f"{concept}: no other concept to compare with; give at least two")
+        total = self.sums[:, folds].sum((0, 1)) - self.sums[
+            self.concepts.index(concept), folds
+        ].sum(0)
+        return total / count
+
+
+def record_concepts(
+    view: ValueVectorView,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    *,
+    position: Position = "mean",
+    batch_tokens: int = BATCH_TOKENS,
+    progress: Callable[[int], None] = lambda done: None,
+) -> ConceptCoefficients:
+    """`coefficients = record_concepts(view, tokenizer, questions)`: run every question's cloze.
+
+    Args:
+        questions: of at least two concepts.
+        position: the tokens that count, see `record_coefficients`.
+        batch_tokens: tokens of a forward pass, padding included; fewer where memory does not
+            suffice.
+        progress: called with the number of questions that each forward pass did.
+
+    Raises:
+        InputError: if a cloze is longer than the model's context, or too long for memory.
+    """
+    concepts = tuple(dict.fromkeys(question.concept for question in questions))
+    rows = {name: row for row, name in enumerate(concepts)}
+    sums = torch.zeros(len(concepts), 2, view.layers, view.width)
+    counts = torch.zeros(len(concepts), 2)
+    clozes = [question.cloze for question in questions]
+    names = [question.id for question in questions]
+    batches = _record_texts(view, tokenizer, clozes, names, position, batch_tokens)
+    for indices, coefficients in batches:
+        for index, row in zip(indices, coefficients, strict=True):
+            question = questions[index]
+            sums[rows[question.concept], question.fold] += row
+            counts[rows[question.concept], question.fold] += 1
+        progress(len(indices))
+    return ConceptCoefficients(concepts, sums, counts)
+
+
+def mean_coefficients(
+    view: ValueVectorView,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    position: Position = "mean",
+    batch_tokens: int = BATCH_TOKENS,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Tensor:
+    """`coefficients = mean_coefficients(view, tokenizer, statements)`: over any texts.
+
+    Args:
+        texts: at least one; the others are those of `record_concepts`.
+
+    Returns:
+        fp32 `[layers, width]`: absolute coefficients, averaged over each text's tokens, then over
+        the texts.
+    """
+    total = torch.zeros(view.layers, view.width)
+    names = ["a text"] * len(texts)
+    for indices, coefficients in _record_texts(
+        view, tokenizer, texts, names, position, batch_tokens
+    ):
+        total += coefficients.sum(0)
+        progress(len(indices))
+    return total / len(texts)
+
+
+@torch.no_grad()
+def _record_texts(
+    view: ValueVectorView,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    names: Sequence[str],
+    position: Position,
+    batch_tokens: int,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Indices of some texts, and their coefficients `[texts, layers, width]`, batch by batch."""
+    prompts = sorted_prompts(tokenizer, texts)
+    for prompt, index in prompts[:1]:  # the longest
+        refuse_too_long(view, len(prompt), names[index])
+
+    whole = list(prompt_batches(prompts, batch_tokens))
+    # Halves of a batch keep its length: in bfloat16 padding is what moves a number.
+    lengths = {index: len(batch[0][0]) for batch in whole for _, index in batch}
+
+    def forward(batch: Sequence[tuple[list[int], int]]) -> Tensor:
+        length = lengths[batch[0][1]]
+        tokens, attention_mask = pad_right([prompt for prompt, _ in batch], length)
+        tokens, attention_mask = tokens.to(view.model.device), attention_mask.to(view.model.device)
+        with (
+            record_coefficients(view, attention_mask, position) as recorded,
+            unembed_only(view.model, torch.zeros(1, 2, dtype=torch.long)),
+        ):
+            view.model(input_ids=tokens, attention_mask=attention_mask, use_cache=False)
+        coefficients = recorded.coefficients.cpu()
+        for row, (_, index) in zip(coefficients, batch, strict=True):
+            if not row.isfinite().all():
+                raise InputError(
+                    f"{names[index]}: a coefficient of {type(view.model).__name__} is not a finite "
+                    "number; the weights are damaged, or their dtype overflows: try float32"
+                )
+        return coefficients
+
+    batches = in_batches(
+        whole,
+        forward,
+        tokens=lambda rows: len(rows) * lengths[rows[0][1]],
+    )
+    for batch, coefficients in batches:
+        yield [index for _, index in batch], coefficients
+
+
+def pad_right(rows: Sequence[Sequence[int]], least: int = 0) -> tuple[Tensor, Tensor]:
+    """`tokens, attention_mask = pad_right([[5, 6], [7]])`: int64 `[rows, longest, or least]`."""
+    tokens = torch.zeros(len(rows), max(least, *map(len, rows)), dtype=torch.long)
+    attention_mask = torch.zeros_like(tokens)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = torch.tensor(row)
+        attention_mask[index, : len(row)] = 1
+    return tokens, attention_mask
+
+
+def prompt_batches(
+    prompts: list[tuple[list[int], int]], batch_tokens: int
+) -> Iterator[list[tuple[list[int], int]]]:
+    """Prompts, sorted longest first, as many together as the budget of tokens takes."""
+    start = 0
+    while start < len(prompts):
+        size = max(1, batch_tokens // len(prompts[start][0]))
+        yield prompts[start : start + size]
+        start += size
+
+
+def sorted_prompts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+) -> list[tuple[list[int], int]]:
+    """`sorted_prompts(tokenizer, clozes)`: tokens and index of each text, the longest first."""
+    return sorted(
+        ((row, index) for index, row in enumerate(token_ids(tokenizer, texts))),
+        key=lambda pair: -len(pair[0]),
+    )
+
+
+def value_vector_scores(
+    coefficients: ConceptCoefficients, concept: str, folds: Sequence[int] = (0, 1)
+) -> Tensor:
+    """`value_vector_scores(coefficients, "France")`: how much the concept's own each vector is.
+
+    Returns:
+        `[layers, width]`: mean absolute coefficient over the concept's questions minus the mean
+        over those of all other concepts, on the given folds.
+    """
+    return coefficients.related(concept, folds) - coefficients.unrelated(concept, folds)
+
+
+def masked_per_layer(ratio: float, width: int) -> int:
+    """k: the number of value vectors of a layer that a mask ratio stands for."""
+    if not 0 <= ratio <= 1:
+        raise InputError(f"ratio {ratio}: expected a share of the value vectors, from 0 to 1")
+    return round(ratio * width)
+
+
+def top_vectors(scores: Tensor, ratio: float, scope: Scope = "layer") -> Tensor:
+    """`top_vectors(scores, 0.05)`: the concept's value vectors, int32 `[n, 2]`, sorted.
+
+    Args:
+        scores: `[layers, width]`.
+        ratio: the share of value vectors to take, from 0 to 1.
+        scope: the highest of each `layer`, or of the whole `model`.
+    """
+    layers, width = scores.shape
+    count = masked_per_layer(ratio, width)
+    if scope == "layer":
+        chosen = scores.topk(count, dim=1).indices
+        keep = torch.ones_like(scores, dtype=torch.bool).scatter(1, chosen, False)
+    elif scope == "model":
+        keep = torch.ones(layers * width, dtype=torch.bool)
+        keep[scores.flatten().topk(count * layers).indices] = False
+        keep = keep.reshape(layers, width)
+    else:
+        raise InputError(f"scope {scope!r}: expected 'layer' or 'model'")
+    return (~keep).nonzero().int()
+
+
+def random_vectors(like: Tensor, layers: int, width: int, generator: torch.Generator) -> Tensor:
+    """`random_vectors(vectors, layers, width, generator)`: as many in each layer, at random."""
+    counts = torch.bincount(like[:, 0].long(), minlength=layers)
+    keep = torch.ones(layers, width, dtype=torch.bool)
+    for layer, count in enumerate(counts.tolist()):
+        keep[layer, torch.randperm(width, generator=generator)[:count]] = False
+    return (~keep).nonzero().int()
+
+
+def magnitude_matched_vectors(
+    like: Tensor, magnitudes: Tensor, generator: torch.Generator
+) -> Tensor:
+    """`magnitude_matched_vectors(vectors, magnitudes, generator)`: as active, but not the same.
+
+    For each vector of `like`, in random order, the vector of its layer that is nearest in
+    magnitude among those neither in `like` nor taken yet. Where `like` holds most of a layer, too
+    few are left to match: the rest of the layer is taken, and the control is smaller.
+
+    Args:
+        like: int32 `[n, 2]`.
+        magnitudes: `[layers, width]`, mean absolute coefficients on the concept's questions.
+    """
+    layers, width = magnitudes.shape
+    keep = keep_tensor(like, layers, width)
+    chosen = torch.zeros_like(keep)
+    for layer in range(layers):
+        values = magnitudes[layer].tolist()
+        free = sorted((values[index], index) for index in keep[layer].nonzero()[:, 0].tolist())
+        wanted = (~keep[layer]).nonzero()[:, 0]
+        for index in wanted[torch.randperm(len(wanted), generator=generator)].tolist():
+            if not free:
+                break
+            place = bisect.bisect_left(free, (values[index], -1))
+            if place == len(free) or (
+                place > 0 and values[index] - free[place - 1][0] < free[place][0] - values[index]
+            ):
+                place -= 1
+            chosen[layer, free.pop(place)[1]] = True
+    return chosen.nonzero().int()
+
+
+def keep_tensor(vectors: Tensor, layers: int, width: int) -> Tensor:
+    """`keep_tensor(vectors, layers, width)`: bool `[layers, width]`, False where masked."""
+    keep = torch.ones(layers, width, dtype=torch.bool)
+    keep[vectors[:, 0].long(), vectors[:, 1].long()] = False
+    return keep
+
+
+def save_masks(path: Path, masks: Mapping[str, Tensor], choices: Mapping[str, object]) -> None:
+    """`save_masks(path, {"MODEL/CONCEPT/0.05/concept/0": vectors}, choices)`.
+
+    Args:
+        path: a `.safetensors` file; replaced whole or not at all.
+        masks: int32 `[n, 2]` tensors of (layer, value vector); `pss.mask_name` names them, and
+            `pss.read_mask_name` reads a name back.
+        choices: what they were chosen from and how: digests, protocol, scope, position, ...
+    """
+    scratch = path.with_name(path.name + ".partial")
+    metadata = {name: json.dumps(value) for name, value in choices.items()}
+    try:
+        tensors = {name: vectors.contiguous() for name, vectors in masks.items()}
+        save_file(tensors, scratch, metadata)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def load_masks(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """`masks, choices = load_masks(path)`: what `save_masks` saved.
+
+    Raises:
+        InputError: if the file is missing, damaged, or not one of masks.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            masks = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            choices = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path}: not a readable masks file ({error}); write it again") from error
+    return masks, choices

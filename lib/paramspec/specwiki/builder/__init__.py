@@ -1,0 +1,1 @@
+"""How `questions.jsonl` is built from tables of facts; nothing else imports it."""

@@ -1,0 +1,362 @@
+"""How PSS goes with something over many models: tables of peaks, correlations, contrasts.
+
+    draws = resample_models(study.pss)                     # all models, the same resampled concepts
+    model_table(draws)                                     # a row a model, with intervals
+    correlations(draws, x="accuracy", y="peak_pss")        # Pearson, Spearman, their intervals
+    contrast(draws, "zoo-llama-5", "zoo-llama-1", "peak_pss")
+
+Twenty models are answered on the same questions, so their values move together when a concept is
+left out: a resample draws concepts once, for all of them. Models of one family are not independent
+points either: an interval over families resamples these instead (paper, sections 4.1 to 4.4, and
+what a reader would object to them).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from paramspec.errors import InputError
+from paramspec.method.pss import ConceptCounts, cell_statistics
+from paramspec.specwiki import TIERS
+
+CHANCE = 0.25
+LIKE_SIZED = 1.25  # times as many parameters, at most, has the larger of two models of like size
+
+# What is told of a model, and how the book calls it.
+MEASURES = {
+    "accuracy": "accuracy on the concepts' own questions, no mask",
+    "peak_pss": "peak over the ratios of |G(k) - C(k)| / G(0), pooled over concepts",
+    "peak_null": "the same under random masks of the same size",
+    "peak_excess": "peak_pss less peak_null",
+    "peak_did": "peak over the ratios of the difference in differences, pooled",
+    "peak_per_concept": "peak of the mean over concepts of |G(k) - C(k)| / G(0)",
+    "ceiling": "the largest PSS that losing all knowledge could give, (G(0) - chance) / G(0)",
+}
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Values of every model, as measured and in each resample of concepts.
+
+    `values[measure]` is `[1 + resamples, models]`; its first row is the measured one. A measure
+    that the study has no masks for is absent.
+    """
+
+    models: tuple[str, ...]
+    values: Mapping[str, np.ndarray]
+
+    def of(self, measure: str) -> np.ndarray:
+        if measure not in self.values:
+            raise InputError(f"measure {measure!r}: not in this study; it has {list(self.values)}")
+        return self.values[measure]
+
+    def index(self, model: str) -> int:
+        if model not in self.models:
+            raise InputError(f"model {model!r}: not in this study; it has {list(self.models)}")
+        return self.models.index(model)
+
+
+def resample_models(pss: pd.DataFrame, *, resamples: int = 1000, seed: int = 0) -> Draws:
+    """`draws = resample_models(study.pss)`: each model's measures in resamples of the concepts.
+
+    Args:
+        pss: rows of one protocol; every model has the same concepts.
+        resamples: how many, beside the measured values.
+        seed: of the resampled concepts.
+
+    Raises:
+        InputError: if models have different concepts, or protocols are mixed.
+    """
+    if pss["protocol"].nunique() != 1:
+        raise InputError(f"protocols {sorted(set(pss['protocol']))}: give the rows of one")
+    parts = [(model, ConceptCounts.of(part)) for model, part in pss.groupby("model", sort=False)]
+    names = sorted(parts[0][1].names)
+    for model, counts in parts:
+        if sorted(counts.names) != names:
+            raise InputError(f"model {model!r}: measured on other concepts than {parts[0][0]!r}")
+    draw = np.random.default_rng(seed)
+    samples = draw.integers(len(names), size=(resamples, len(names)))
+    samples = np.concatenate([np.arange(len(names))[None], samples])
+    columns: dict[str, list[np.ndarray]] = {}
+    for _, counts in parts:
+        order = np.argsort(counts.names)
+        for measure, values in _measures(counts, order[samples]).items():
+            columns.setdefault(measure, []).append(values)
+    values = {
+        measure: np.stack(each, axis=1)
+        for measure, each in columns.items()
+        if len(each) == len(parts)
+    }
+    return Draws(tuple(model for model, _ in parts), values)
+
+
+def _measures(counts: ConceptCounts, samples: np.ndarray) -> dict[str, np.ndarray]:
+    """Each measure of one model, `[samples]`, over concept indices `[samples, concepts]`."""
+    none = counts.none[..., samples]
+
+    def peak(mask: str, statistic: str) -> np.ndarray | None:
+        cells = [cell for cell in counts.cells if cell[0] == mask]
+        if not cells:
+            return None
+        each = [cell_statistics(none, counts.values[cell][..., samples]) for cell in cells]
+        return np.max([one[statistic] for one in each], axis=0).mean(axis=0)
+
+    base = cell_statistics(none, none)
+    accuracy, general = base["concept_accuracy"][0], base["general_accuracy"][0]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = {"accuracy": accuracy, "ceiling": np.maximum(general - CHANCE, 0) / general}
+    found["peak_pss"] = peak("concept", "pss_pooled")
+    found["peak_did"] = peak("concept", "did")
+    found["peak_per_concept"] = peak("concept", "pss_per_concept")
+    found["peak_null"] = peak("random", "pss_pooled")
+    if found["peak_pss"] is not None and found["peak_null"] is not None:
+        found["peak_excess"] = found["peak_pss"] - found["peak_null"]
+    return {measure: values for measure, values in found.items() if values is not None}
+
+
+def model_table(draws: Draws, about: pd.DataFrame | None = None) -> pd.DataFrame:
+    """`model_table(draws, about)`: a row a model, each measure with its 95 % interval.
+
+    Args:
+        draws: from `resample_models`.
+        about: more columns, joined by `model`.
+
+    Returns:
+        `model`, then for every measure the value, `_low` and `_high` (percentiles over resampled
+        concepts). A peak is a maximum of absolute values, so that noise moves its interval
+        upwards, at times beyond the value: read it beside that of `peak_null`.
+    """
+    table = pd.DataFrame({"model": draws.models})
+    for measure, values in draws.values.items():
+        low, high = percentiles(values[1:])
+        table[measure], table[f"{measure}_low"], table[f"{measure}_high"] = values[0], low, high
+    return table if about is None else table.merge(about, on="model", how="left", validate="1:1")
+
+
+def correlations(
+    draws: Draws,
+    *,
+    y: str = "peak_pss",
+    x: str | Sequence[float] = "accuracy",
+    models: Sequence[str] | None = None,
+    families: Mapping[str, str] | None = None,
+    given: str | None = None,
+) -> pd.DataFrame:
+    """`correlations(draws, y="peak_pss", families={"zoo-llama-1": "llama", ...})`.
+
+    Args:
+        draws: from `resample_models`.
+        x, y: measures; or, for x, a number for each of the models (tokens, days, MMLU).
+        models: those to correlate; all if not given.
+        families: the family of each, for the interval over families.
+        given: a measure to hold constant: the partial correlation.
+
+    Returns:
+        A row for Pearson's and for Spearman's coefficient: `statistic`, `r`, `n`, `low` and `high`
+        over resampled concepts, `family_low` and `family_high` over resampled families (all the
+        ways to draw as many as there are, with their probabilities).
+    """
+    models = list(draws.models if models is None else models)
+    places = [draws.index(model) for model in models]
+    if len(places) < 3:
+        raise InputError(f"{len(places)} models: a correlation needs at least 3")
+    up = draws.of(y)[:, places]
+    along = draws.of(x)[:, places] if isinstance(x, str) else np.tile(x, (len(up), 1))
+    held = None if given is None else draws.of(given)[:, places]
+    rows = []
+    for statistic in ("Pearson", "Spearman"):
+        values = _correlate(along, up, held, statistic)
+        row = {"statistic": statistic, "r": float(values[0]), "n": len(models)}
+        row["low"], row["high"] = map(float, percentiles(values[1:]))
+        if families is not None:
+            home = np.array([families[model] for model in models])
+            one = None if held is None else held[0]
+            row |= _over_families(along[0], up[0], one, home, statistic)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _correlate(
+    x: np.ndarray, y: np.ndarray, given: np.ndarray | None, statistic: str
+) -> np.ndarray:
+    """Coefficients of rows `[rows, models]`; partial if something is held constant."""
+    series = [x, y] if given is None else [x, y, given]
+    if statistic == "Spearman":
+        from scipy import stats  # half a second, of which workers have no use
+
+        series = [stats.rankdata(values, axis=1) for values in series]
+    centred = [values - values.mean(axis=1, keepdims=True) for values in series]
+
+    def r(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return (one * other).sum(1) / np.sqrt((one**2).sum(1) * (other**2).sum(1))
+
+    if given is None:
+        return r(*centred)
+    xy, xz, yz = (r(one, other) for one, other in itertools.combinations(centred, 2))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        partial = (xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2))
+    # What is held constant is one of the two: nothing is left to correlate, but rounding.
+    return np.where(np.isfinite(partial), partial, np.nan)
+
+
+def _over_families(
+    x: np.ndarray, y: np.ndarray, given: np.ndarray | None, home: np.ndarray, statistic: str
+) -> dict[str, float]:
+    """Percentiles of the coefficient over families drawn with replacement, exactly."""
+    families = sorted(set(home))
+    places = {family: np.flatnonzero(home == family) for family in families}
+    if len(families) < 2 or len(families) > 6:  # one says nothing; many are too many ways
+        return {"family_low": float("nan"), "family_high": float("nan")}
+    values = []
+    for drawn in itertools.product(families, repeat=len(families)):
+        chosen = np.concatenate([places[family] for family in drawn])
+        held = None if given is None else given[None, chosen]
+        values.append(_correlate(x[None, chosen], y[None, chosen], held, statistic)[0])
+    low, high = percentiles(np.array(values))
+    return {"family_low": float(low), "family_high": float(high)}
+
+
+def contrast(draws: Draws, one: str, other: str, measure: str = "peak_pss") -> dict[str, float]:
+    """`contrast(draws, "zoo-llama-5", "zoo-llama-1")`: one less the other, on the same concepts.
+
+    Returns:
+        `value`, and its 95 % interval over resampled concepts, `low` and `high`.
+    """
+    values = draws.of(measure)
+    difference = values[:, draws.index(one)] - values[:, draws.index(other)]
+    return interval(difference)
+
+
+def interval(values: np.ndarray) -> dict[str, float]:
+    """`interval(draws)`: the first of `[1 + resamples]` values, and percentiles of the others."""
+    low, high = percentiles(values[1:])
+    return {"value": float(values[0]), "low": float(low), "high": float(high)}
+
+
+def percentiles(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`low, high = percentiles(resamples)`: the bounds that hold 95 % of `[resamples, ...]`.
+
+    A resample that has no value (not a number) is not left out, for those that have one are not a
+    fair sample of all. It counts as lower than all others for `low`, and as higher for `high`. A
+    bound that falls among such resamples is not a number. Infinite values are values.
+    """
+
+    if not len(values):
+        return np.full(values.shape[1:], np.nan), np.full(values.shape[1:], np.nan)
+
+    def upper(values: np.ndarray) -> np.ndarray:
+        ordered = np.sort(values, axis=0)  # what is not a number comes last
+        place = 0.975 * (len(ordered) - 1)
+        below, above = ordered[math.floor(place)], ordered[math.ceil(place)]
+        share = place - math.floor(place)
+        with np.errstate(invalid="ignore"):
+            between = below + share * (above - below)
+        return np.where(below == above, below, between) if share else below
+
+    return -upper(-values), upper(values)
+
+
+def with_interval(row: Mapping[str, float], measure: str = "value", form: str = ".2f") -> str:
+    """`with_interval(contrast(draws, "b", "a"), form="+.2f")`: `+0.12 [+0.03, +0.20]`, unbroken.
+
+    Args:
+        row: `measure`, `measure_low` and `measure_high`; or `value`, `low` and `high`.
+        form: of each number.
+    """
+    bounds = ("low", "high") if measure == "value" else (f"{measure}_low", f"{measure}_high")
+    value, low, high = (format(row[key], form) for key in (measure, *bounds))
+    return f"{value}\u00a0[{low},\u00a0{high}]"
+
+
+def half_way(draws: Draws, models: Sequence[str], steps: Sequence[float], measure: str):
+    """`half_way(draws, checkpoints, steps, "accuracy")`: when a measure has made half its rise.
+
+    The step, by linear interpolation in log steps, at which the measure first passes the middle
+    between its first and its largest value, `[1 + resamples]`. Infinite where it never rises: if
+    it does at all, then later than at the last step. Not a number where a value is none.
+    """
+    values = draws.of(measure)[:, [draws.index(model) for model in models]]
+    # Never falling: a dip after the rise does not make the rise later.
+    values = np.maximum.accumulate(values, axis=1)
+    middle = (values[:, :1] + values[:, -1:]) / 2
+    logs = np.log(np.asarray(steps, dtype=float))
+    after = (values >= middle).argmax(axis=1)
+    rows = np.arange(len(values))
+    before = np.maximum(after - 1, 0)
+    low, high = values[rows, before], values[rows, after]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.where(high > low, (middle[:, 0] - low) / (high - low), 0.0)
+    steps_at = np.exp(logs[before] + share * (logs[after] - logs[before]))
+    rising = np.where(values[:, -1] > values[:, 0], steps_at, np.inf)
+    return np.where(np.isnan(values[:, -1]), np.nan, rising)
+
+
+def like_sized_ends(about: pd.DataFrame, *, factor: float = LIKE_SIZED) -> pd.DataFrame:
+    """`like_sized_ends(describe_models(names))`: in each family, an old and a new model to compare.
+
+    A new generation that is also larger, or smaller, says nothing of generations. So of all pairs
+    of models of a family in which one is of an older generation than the other, and the larger has
+    at most `factor` times the parameters of the smaller, this takes the pair that lies the most
+    generations apart; of several the most alike in size, then the first by name. The order in
+    which models are named has no part in it. Micro models are a family of their own.
+
+    Args:
+        about: from `models.describe_models`; models without a family or a place in its order are
+            left out.
+
+    Returns:
+        A row for each family: `family`, `micro`, `oldest` and `newest` (names, missing in a
+        family that has no such pair: there the claim can't be tested) and `times`, how many times
+        the parameters of the smaller the larger has.
+    """
+    rows = []
+    known = about.dropna(subset=["family", "order", "parameters"])
+    for (family, micro), part in known.groupby(["family", "micro"], sort=False):
+        pairs = []
+        for old, new in itertools.permutations(part.itertuples(), 2):
+            sizes = sorted((old.parameters, new.parameters))
+            if old.order < new.order and sizes[1] <= factor * sizes[0]:
+                times = sizes[1] / sizes[0]
+                pairs.append((old.order - new.order, times, old.model, new.model))
+        row = {"family": family, "micro": micro, "oldest": None, "newest": None, "times": np.nan}
+        if pairs:
+            _, row["times"], row["oldest"], row["newest"] = min(pairs)
+        rows.append(row)
+    return pd.DataFrame(rows, columns=["family", "micro", "oldest", "newest", "times"])
+
+
+def mean_over(draws: Draws, models: Sequence[str], measure: str) -> np.ndarray:
+    """`mean_over(draws, ["zoo-llama-4", "zoo-qwen2-4"], "accuracy")`: `[1 + resamples]`."""
+    return draws.of(measure)[:, [draws.index(model) for model in models]].mean(axis=1)
+
+
+def balance_tiers(pss: pd.DataFrame) -> pd.DataFrame:
+    """`balance_tiers(study.pss)`: of each domain, the rows of as many concepts of every tier.
+
+    Tiers are thirds of SpecWiki by frequency, and domains lie unevenly in them; what is left
+    compares like with like. Concepts are taken in the order of their names' hashes.
+
+    Raises:
+        InputError: if no domain has a concept of each tier.
+    """
+    concepts = pss.drop_duplicates("concept")[["concept", "domain", "tier"]]
+    counts = concepts.groupby(["domain", "tier"]).size().unstack(fill_value=0)
+    fewest = counts.reindex(columns=list(TIERS), fill_value=0).min(axis=1)
+    kept = [
+        name
+        for (domain, _), part in concepts.groupby(["domain", "tier"])
+        for name in sorted(
+            part["concept"], key=lambda name: hashlib.sha256(name.encode()).digest()
+        )[: fewest[domain]]
+    ]
+    if not kept:
+        raise InputError("concepts: no domain has one of each tier; measure more concepts")
+    return pss[pss["concept"].isin(kept)]

@@ -1,0 +1,181 @@
+"""The real book, built with the smoke profile, read in headless Chromium with the network cut."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from paramspec_book import book
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+PAGES = [
+    p.relative_to(REPOSITORY).with_suffix(".html").as_posix() for p in book.toc_pages(REPOSITORY)
+]
+WIDTHS = [1280, 390]  # a laptop's and a phone's, in px
+PATIENCE = 600_000  # ms, on a machine that has other things to do
+
+# Resolves when MathJax has drawn what is there, at once on a page without mathematics.
+DRAWN = "window.MathJax?.startup?.promise?.then(() => true) ?? !document.querySelector('.math')"
+
+FIGURES = """
+Array.from(document.images, i => ({
+  src: i.currentSrc || i.src, alt: i.alt, natural: i.complete && i.naturalWidth > 0,
+  hidden: i.offsetParent === null,
+}))
+"""
+
+EQUATIONS = """
+Array.from(document.querySelectorAll('.math'), m => ({
+  text: m.textContent.slice(0, 60),
+  drawn: (m.querySelector('mjx-container svg')?.getBoundingClientRect().width ?? 0) > 0,
+  error: m.querySelector('[data-mjx-error], merror') !== null,
+}))
+"""
+
+
+OVERFLOW = "document.documentElement.scrollWidth - window.innerWidth"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the site, built from a copy of the checkout so that nothing is left in it."""
+    root = tmp_path_factory.mktemp("site") / "checkout"
+    shutil.copytree(REPOSITORY / "book", root / "book", ignore=shutil.ignore_patterns("_executed"))
+    benchmarks = Path("tests", "benchmarks")  # run by the appendix on speed
+    shutil.copytree(REPOSITORY / benchmarks, root / benchmarks)
+    for path in (*REPOSITORY.glob("_*.yml"), *REPOSITORY.glob("*.lock")):
+        shutil.copy(path, root)
+    line = [sys.executable, "-c", "from paramspec.cli import main; main()", "build"]
+    line += ["--profile", "smoke", "--out", str(root / "out")]
+    done = subprocess.run(line, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    handler = functools.partial(Handler, directory=str(root / "out" / "_build" / "html"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Headless Chromium, the system's own."""
+    if not os.access(CHROMIUM, os.X_OK):
+        pytest.fail(f"no Chromium at {CHROMIUM}: install it, or set CHROMIUM to its path")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags, timeout=PATIENCE)
+        yield browser
+        browser.close()
+
+
+def visit(browser: Browser, site: str, page: str, scheme: str) -> tuple[Page, list[str]]:
+    """Open a page with every request beyond the site aborted; return it and all that went wrong."""
+    context = browser.new_context(color_scheme=scheme)  # type: ignore[arg-type]
+    context.set_default_timeout(PATIENCE)
+    wrong: list[str] = []
+
+    def gate(route: Any) -> None:
+        if route.request.url.startswith(site):
+            route.continue_()
+        else:
+            wrong.append(f"request to {route.request.url}")
+            route.abort()
+
+    context.route("**/*", gate)
+    tab = context.new_page()
+    tab.on("requestfailed", lambda r: wrong.append(f"failed {r.url}: {r.failure}"))
+    tab.on("response", lambda r: wrong.append(f"{r.status} {r.url}") if r.status >= 400 else None)
+    tab.on("pageerror", lambda e: wrong.append(f"script error {e}"))
+    tab.on("console", lambda m: wrong.append(f"console {m.text}") if m.type == "error" else None)
+    tab.goto(urljoin(site, page), wait_until="load")
+    tab.wait_for_function(DRAWN)
+    tab.wait_for_load_state("networkidle")
+    return tab, wrong
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_is_whole_without_network(browser: Browser, site: str, page: str) -> None:
+    colours = {}
+    for scheme in ("light", "dark"):
+        tab, wrong = visit(browser, site, page, scheme)
+        assert tab.evaluate("document.title.length > 0 && document.querySelector('h1') !== null")
+        for width in WIDTHS:
+            here = f"{page} at {width} px, {scheme}"
+            tab.set_viewport_size({"width": width, "height": 900})
+            figures, equations = tab.evaluate(FIGURES), tab.evaluate(EQUATIONS)
+            assert [f for f in figures if not f["natural"] and not f["hidden"]] == [], here
+            assert [e for e in equations if not e["drawn"] or e["error"]] == [], here
+            wide = tab.evaluate(OVERFLOW)
+            assert wide <= 0, f"{here}: scrolls sideways by {wide} px"
+        assert wrong == [], f"{page}, {scheme}"
+        colours[scheme] = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+        tab.context.close()
+    assert colours["light"] != colours["dark"]
+
+
+def test_every_link_within_the_site_leads_somewhere(browser: Browser, site: str) -> None:
+    """Links, view-source and download buttons; links elsewhere must be https."""
+    dead, seen = [], set()
+    for page in PAGES:
+        tab, _ = visit(browser, site, page, "light")
+        targets = tab.evaluate("Array.from(document.querySelectorAll('a[href]'), a => a.href)")
+        for target in set(targets) - seen:
+            seen.add(target)
+            if not target.startswith(site):
+                if urlsplit(target).scheme not in ("https", "mailto"):
+                    dead.append(f"{page}: {target}")
+                continue
+            address, _, anchor = target.partition("#")
+            response = tab.request.get(address)
+            # an id may hold characters that the address quotes, so compare unquoted
+            ids = tab.evaluate("h => decodeURIComponent(h)", anchor)
+            if not response.ok or (anchor and f'id="{ids}"' not in response.text()):
+                dead.append(f"{page}: {target}")
+        tab.context.close()
+    assert dead == []
+    assert any(target.endswith(".md") and "/_sources/" in target for target in seen)
+
+
+def test_a_mistake_would_be_seen(browser: Browser, tmp_path: Path) -> None:
+    """The checks above can fail: a page with one of each defect reports them all."""
+    (tmp_path / "bad.html").write_text(
+        "<!doctype html><title>x</title><h1>x</h1><img src='none.png'>"
+        "<script src='https://example.org/x.js'></script><script>console.error('oh')</script>"
+        "<p style='width: 900px'>wide</p><span class='math'>x</span>"
+        "<script>MathJax = {startup: {promise: Promise.resolve()}}</script>"
+    )
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        site = f"http://127.0.0.1:{server.server_port}/"
+        tab, wrong = visit(browser, site, "bad.html", "light")
+        tab.set_viewport_size({"width": 390, "height": 900})
+        figures, equations = tab.evaluate(FIGURES), tab.evaluate(EQUATIONS)
+        wide = tab.evaluate(OVERFLOW)
+        tab.context.close()
+        server.shutdown()
+    text = "\n".join(wrong)
+    assert "request to https://example.org/x.js" in text
+    assert f"404 {site}none.png" in text
+    assert "console oh" in text
+    assert [f["natural"] for f in figures] == [False]
+    assert [e["drawn"] for e in equations] == [False]
+    assert wide > 0

@@ -1,0 +1,417 @@
+"""Which value vectors a mask takes, and its controls, against sorting and counting by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+from scipy.stats import chisquare
+
+from paramspec.errors import InputError
+from paramspec.method.hooks import value_vector_view
+from paramspec.method.masks import (
+    keep_tensor,
+    load_masks,
+    magnitude_matched_vectors,
+    masked_per_layer,
+    random_vectors,
+    record_concepts,
+    save_masks,
+    top_vectors,
+    value_vector_scores,
+)
+from toy_study import CONCEPTS, planted_model, toy_questions, toy_tokenizer
+from toys import toy_model
+
+LAYERS, WIDTH = 4, 50
+
+
+@pytest.fixture
+def scores():
+    return torch.randn(LAYERS, WIDTH, generator=torch.Generator().manual_seed(3))
+
+
+def pairs(vectors):
+    return {tuple(pair) for pair in vectors.tolist()}
+
+
+def in_layer(vectors, layer):
+    return {vector for place, vector in vectors.tolist() if place == layer}
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# The concept's own
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.02, 0.1, 0.5, 0.98, 1.0])
+def test_the_highest_of_each_layer(scores, ratio):
+    expected = set()
+    for layer in range(LAYERS):
+        order = sorted(zip(scores[layer].tolist(), range(WIDTH), strict=True), reverse=True)
+        expected |= {(layer, vector) for _, vector in order[: round(ratio * WIDTH)]}
+    assert pairs(top_vectors(scores, ratio)) == expected
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.02, 0.1, 0.5, 1.0])
+def test_the_highest_of_the_model(scores, ratio):
+    order = np.argsort(-scores.numpy(), axis=None)[: round(ratio * WIDTH) * LAYERS]
+    expected = {divmod(int(place), WIDTH) for place in order}
+    assert pairs(top_vectors(scores, ratio, "model")) == expected
+
+
+def test_scopes_differ_where_a_layer_scores_higher(scores):
+    scores[2] += 100
+    by_model = top_vectors(scores, 0.1, "model")
+    assert {layer for layer, _ in pairs(by_model)} == {2}
+    assert len(by_model) == len(top_vectors(scores, 0.1)) == 5 * LAYERS
+
+
+def test_vectors_are_int32_sorted_and_unique(scores):
+    for scope in ("layer", "model"):
+        vectors = top_vectors(scores, 0.3, scope)
+        assert vectors.dtype == torch.int32
+        assert vectors.tolist() == sorted(vectors.tolist())
+        assert len(pairs(vectors)) == len(vectors) == 15 * LAYERS
+    assert top_vectors(scores, 0.0).shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "width", "count"),
+    # 1536 is SmolLM2's width; Python rounds a half to the even neighbour.
+    [(0.01, 1536, 15), (0.002, 1536, 3), (0.1, 48, 5), (0.01, 48, 0), (0.25, 10, 2), (0.35, 10, 4)],
+)
+def test_the_ratio_is_rounded_to_a_number_of_vectors(ratio, width, count):
+    assert masked_per_layer(ratio, width) == count
+    assert len(top_vectors(torch.randn(1, width), ratio)) == count
+
+
+def test_ties_are_cut_to_the_same_vectors_each_time():
+    tied = torch.zeros(2, 20)
+    tied[:, :3] = 1
+    chosen = [top_vectors(tied, 0.25) for _ in range(3)]
+    assert all(torch.equal(chosen[0], again) for again in chosen)
+    for layer in range(2):
+        assert {0, 1, 2} < in_layer(chosen[0], layer)
+        assert len(in_layer(chosen[0], layer)) == 5
+
+
+@pytest.mark.parametrize("ratio", [-0.01, 1.01, math.nan, math.inf])
+def test_a_ratio_that_is_no_share_is_refused(scores, ratio):
+    with pytest.raises(InputError, match=f"ratio {ratio}: expected a share"):
+        top_vectors(scores, ratio)
+
+
+def test_an_unknown_scope_is_refused(scores):
+    with pytest.raises(InputError, match="scope 'head': expected 'layer' or 'model'"):
+        top_vectors(scores, 0.1, "head")
+
+
+def test_keep_is_false_exactly_where_masked(scores):
+    vectors = top_vectors(scores, 0.2)
+    keep = keep_tensor(vectors, LAYERS, WIDTH)
+    for layer in range(LAYERS):
+        for vector in range(WIDTH):
+            assert bool(keep[layer, vector]) == ((layer, vector) not in pairs(vectors))
+
+
+# Random controls
+
+
+def test_random_masks_are_as_large_in_each_layer_and_come_from_the_seed(scores):
+    like = top_vectors(scores, 0.1, "model")  # as many as the layer happens to have
+    sizes = [len(in_layer(like, layer)) for layer in range(LAYERS)]
+    assert len(set(sizes)) > 1
+    first, again, other = (
+        random_vectors(like, LAYERS, WIDTH, generator(seed)) for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    for mask in (first, other):
+        assert mask.dtype == torch.int32
+        assert [len(in_layer(mask, layer)) for layer in range(LAYERS)] == sizes
+
+
+def test_random_masks_are_uniform_over_a_layer(scores):
+    """Chi-square over 4,000 draws of 5 of 50, in each layer; and which 5 does not matter."""
+    like = top_vectors(scores, 0.1)
+    draw = generator()
+    hits = np.zeros((LAYERS, WIDTH))
+    draws = 4000
+    for _ in range(draws):
+        hits += ~keep_tensor(random_vectors(like, LAYERS, WIDTH, draw), LAYERS, WIDTH).numpy()
+    assert (hits.sum(1) == 5 * draws).all()
+    for layer in range(LAYERS):
+        # Without replacement, counts vary less than a multinomial's, by (1 - 5 / 50).
+        statistic = chisquare(hits[layer]).statistic / (1 - 5 / WIDTH)
+        assert 0.5 * WIDTH < statistic < 1.7 * WIDTH  # about 6 standard deviations of chi-square
+
+
+# Controls of like magnitude
+
+
+@pytest.fixture
+def magnitudes():
+    """Log-normal, as coefficients are: a few large ones."""
+    return torch.randn(LAYERS, 400, generator=generator(5)).mul(1.5).exp()
+
+
+def log_ratio(magnitudes, like, mask):
+    """Mean absolute log-ratio of the two masks' magnitudes, vector by vector in order."""
+    total = []
+    for layer in range(len(magnitudes)):
+        ours = sorted(magnitudes[layer, sorted(in_layer(like, layer))].log().tolist())
+        theirs = sorted(magnitudes[layer, sorted(in_layer(mask, layer))].log().tolist())
+        total += [abs(one - other) for one, other in zip(ours, theirs, strict=True)]
+    return np.mean(total)
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.05, 0.2])
+def test_matched_masks_are_disjoint_as_large_and_nearer_than_random(magnitudes, ratio):
+    noise = torch.randn(magnitudes.shape, generator=generator(6))
+    like = top_vectors(magnitudes.log() + noise, ratio)  # high in magnitude, but not the highest
+    matched = magnitude_matched_vectors(like, magnitudes, generator())
+    chance = random_vectors(like, LAYERS, 400, generator())
+    assert not pairs(matched) & pairs(like)
+    for layer in range(LAYERS):
+        assert len(in_layer(matched, layer)) == len(in_layer(like, layer))
+    # At 0.2 the vectors left over are smaller: no mask could be nearer (see the next test).
+    assert log_ratio(magnitudes, like, matched) < 0.4 * log_ratio(magnitudes, like, chance)
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.05, 0.2])
+def test_matched_masks_cost_little_more_than_the_best_assignment(magnitudes, ratio):
+    """Oracle: the Hungarian algorithm on absolute differences, layer by layer."""
+    noise = torch.randn(magnitudes.shape, generator=generator(6))
+    like = top_vectors(magnitudes.log() + noise, ratio)
+    matched = magnitude_matched_vectors(like, magnitudes, generator())
+    ours = best = 0.0
+    for layer in range(LAYERS):
+        own = sorted(in_layer(like, layer))
+        free = [vector for vector in range(400) if vector not in own]
+        values = magnitudes[layer].numpy().astype(float)
+        cost = abs(values[own][:, None] - values[free][None])
+        best += cost[linear_sum_assignment(cost)].sum()
+        # On a line, matching in order of magnitude is the cheapest way to pair two equal sets.
+        chosen = np.sort(values[sorted(in_layer(matched, layer))])
+        ours += abs(np.sort(values[own]) - chosen).sum()
+    assert best - 1e-6 <= ours < 1.05 * best
+
+
+def test_each_vector_gets_its_nearest_when_there_is_no_rivalry():
+    magnitudes = torch.tensor([[1.0, 1.1, 5.0, 4.6, 9.0, 9.9, 20.0]])
+    like = torch.tensor([[0, 0], [0, 2], [0, 4]], dtype=torch.int32)
+    matched = magnitude_matched_vectors(like, magnitudes, generator())
+    assert in_layer(matched, 0) == {1, 3, 5}
+
+
+def test_matched_masks_come_from_the_seed_and_ties_are_no_obstacle():
+    magnitudes = torch.ones(1, 40)
+    like = torch.tensor([[0, vector] for vector in range(10)], dtype=torch.int32)
+    masks = [magnitude_matched_vectors(like, magnitudes, generator(seed)) for seed in (0, 0)]
+    assert torch.equal(*masks)
+    assert len(masks[0]) == 10
+    assert not pairs(masks[0]) & pairs(like)
+
+
+@pytest.mark.parametrize(("ratio", "left"), [(0.5, 25), (0.6, 20), (1.0, 0)])
+def test_where_too_few_are_left_the_rest_of_the_layer_is_taken(scores, ratio, left):
+    like = top_vectors(scores, ratio)
+    matched = magnitude_matched_vectors(like, scores.abs(), generator())
+    assert not pairs(matched) & pairs(like)
+    assert [len(in_layer(matched, layer)) for layer in range(LAYERS)] == [left] * LAYERS
+
+
+# Recording
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "gemma2", "opt"])
+def view(request):
+    return value_vector_view(toy_model(request.param))
+
+
+def alone(view, tokenizer, question, position):
+    """Oracle: one prompt, no padding; the inputs of each down projection, reduced in numpy."""
+    inputs = {}
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, args, layer=layer: inputs.update({layer: args[0]})
+        )
+        for layer, module in enumerate(view.modules)
+    ]
+    with torch.no_grad():
+        view.model(input_ids=torch.tensor([tokenizer.encode(question.cloze)]), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    rows = [np.abs(inputs[layer].reshape(-1, view.width).numpy()) for layer in range(view.layers)]
+    return np.stack([row.mean(0) if position == "mean" else row[-1] for row in rows])
+
+
+@pytest.mark.parametrize("position", ["mean", "last"])
+@pytest.mark.parametrize("folds", [(0, 1), (0,), (1,)])
+def test_scores_are_the_concepts_mean_minus_the_others(view, position, folds):
+    questions, tokenizer = toy_questions(4)[:-3], toy_tokenizer()  # concepts of unequal size
+    coefficients = record_concepts(view, tokenizer, questions, position=position)
+    each = {question.id: alone(view, tokenizer, question, position) for question in questions}
+    for concept in CONCEPTS[:4]:
+        own = [each[q.id] for q in questions if q.concept == concept and q.fold in folds]
+        others = [each[q.id] for q in questions if q.concept != concept and q.fold in folds]
+        expected = np.mean(own, axis=0) - np.mean(others, axis=0)
+        actual = value_vector_scores(coefficients, concept, folds)
+        np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            coefficients.related(concept, folds).numpy(), np.mean(own, axis=0), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_a_model_without_numbers_chooses_no_vectors():
+    """`topk` would take what is not a number for the highest."""
+    view, questions = value_vector_view(toy_model("llama")), toy_questions(2)
+    word = toy_tokenizer().convert_tokens_to_ids("beta")
+    view.model.model.embed_tokens.weight[word] = torch.inf
+    with pytest.raises(InputError, match=r"^beta/\w+: a coefficient of LlamaForCausalLM is not a"):
+        record_concepts(view, toy_tokenizer(), questions)
+
+
+def test_positions_and_folds_give_different_scores(view):
+    """Otherwise the test above could not tell them apart."""
+    questions, tokenizer = toy_questions(4), toy_tokenizer()
+    mean, last = (
+        record_concepts(view, tokenizer, questions, position=position)
+        for position in ("mean", "last")
+    )
+    several = [
+        value_vector_scores(mean, "beta"),
+        value_vector_scores(last, "beta"),
+        value_vector_scores(mean, "beta", (0,)),
+        value_vector_scores(mean, "beta", (1,)),
+    ]
+    for place, one in enumerate(several):
+        for other in several[place + 1 :]:
+            assert float((one - other).abs().max()) > 1e-2
+
+
+def test_the_batch_does_not_move_coefficients(view):
+    questions, tokenizer = toy_questions(5), toy_tokenizer()
+    whole = record_concepts(view, tokenizer, questions)
+    for batch_tokens in (1, 7, 60):
+        done = []
+        again = record_concepts(
+            view, tokenizer, questions, batch_tokens=batch_tokens, progress=done.append
+        )
+        assert again.concepts == whole.concepts == CONCEPTS[:5]
+        assert torch.equal(again.counts, whole.counts)
+        torch.testing.assert_close(again.sums, whole.sums, rtol=1e-4, atol=1e-4)
+        assert sum(done) == 50
+    assert whole.counts.tolist() == [[5, 5]] * 5
+
+
+def test_a_single_concept_has_nothing_to_be_compared_with():
+    view = value_vector_view(toy_model("llama"))
+    coefficients = record_concepts(view, toy_tokenizer(), toy_questions(1))
+    with pytest.raises(InputError, match="alpha: no other concept to compare with"):
+        value_vector_scores(coefficients, "alpha")
+
+
+def test_planted_facts_are_found_among_vectors_that_are_always_on():
+    """Each fact is one value vector; the distractors are more active, but for every concept."""
+    questions = toy_questions()
+    model, home = planted_model(questions)
+    view = value_vector_view(model)
+    for position in ("mean", "last"):
+        coefficients = record_concepts(view, toy_tokenizer(), questions, position=position)
+        for concept in CONCEPTS:
+            scores = value_vector_scores(coefficients, concept)
+            planted = {home[q.id] for q in questions if q.concept == concept}
+            assert len(planted) == 10
+            # Ten vectors over two layers are 5 % of the model; a layer holds six at most.
+            assert pairs(top_vectors(scores, 0.05, "model")) == planted
+            assert planted < pairs(top_vectors(scores, 0.06, "layer"))
+            # Chosen on one fold, they are that fold's facts: each is stored by itself.
+            fold = {home[q.id] for q in questions if q.concept == concept and q.fold == 0}
+            scores = value_vector_scores(coefficients, concept, (0,))
+            highest = scores.flatten().topk(5).indices.tolist()
+            assert {divmod(place, view.width) for place in highest} == fold
+
+
+# Files
+
+
+@pytest.fixture
+def saved(tmp_path):
+    masks = {
+        "toy/New York/0.05/concept/0": torch.tensor([[0, 3], [1, 7]], dtype=torch.int32),
+        "org/toy/Côte d'Ivoire/0.05/random/1": torch.tensor([[2, 0]], dtype=torch.int32),
+        "toy/New York/0/concept/0": torch.empty(0, 2, dtype=torch.int32),
+    }
+    choices = {"questions": {"digest": "ab" * 32}, "ratios": [0.05], "position": "mean", "seed": 0}
+    path = tmp_path / "masks.safetensors"
+    save_masks(path, masks, choices)
+    return path, masks, choices
+
+
+def test_masks_come_back_with_their_choices(saved):
+    path, masks, choices = saved
+    loaded, read = load_masks(path)
+    assert read == choices
+    assert loaded.keys() == masks.keys()
+    for name, vectors in masks.items():
+        assert loaded[name].dtype == torch.int32
+        assert torch.equal(loaded[name], vectors)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "missing", "directory"])
+def test_an_unreadable_masks_file_is_told_in_one_line(saved, damage):
+    path = saved[0]
+    content = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(content[:-5])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "text":
+        path.write_text("model,concept\n" * 20)
+    else:
+        path.unlink()
+    if damage == "directory":
+        path.mkdir()
+    with pytest.raises(InputError, match=re.escape(f"{path}: not a readable masks file")) as caught:
+        load_masks(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_other_tensors_is_no_masks_file(saved):
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.ones(2)}, saved[0], {"format": "pt"})
+    with pytest.raises(InputError, match="not a readable masks file"):
+        load_masks(saved[0])
+
+
+def test_saving_over_a_file_keeps_it_when_the_disk_is_full(saved, monkeypatch):
+    path, masks, _ = saved
+    before = path.read_bytes()
+
+    def full(tensors, target, metadata):
+        target.write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(target))
+
+    monkeypatch.setattr("paramspec.method.masks.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_masks(path, masks, {})
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_choices_are_readable_by_any_reader_of_safetensors(saved):
+    path, _, choices = saved
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    header = json.loads(path.read_bytes()[8 : 8 + size])
+    assert {name: json.loads(text) for name, text in header["__metadata__"].items()} == choices

@@ -1,0 +1,1045 @@
+"""PSS against tables worked by hand, exact enumeration and models of planted knowledge."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections import Counter, defaultdict
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import binom, chisquare
+
+from paramspec.errors import InputError
+from paramspec.method.hooks import value_vector_view
+from paramspec.method.masks import keep_tensor, record_concepts
+from paramspec.method.pss import (
+    DETAIL_COLUMNS,
+    PSS_COLUMNS,
+    Choices,
+    best_general_change,
+    concept_masks,
+    evaluations,
+    general_questions,
+    mask_name,
+    measure_concepts,
+    method_key,
+    other_concept,
+    parse_choices,
+    peak_pss,
+    sampling_floor,
+    summarize,
+    verdict,
+)
+from paramspec.method.scoring import encode, score_one_at_a_time
+from toy_study import CONCEPTS, planted_model, toy_questions, toy_tokenizer
+from toys import toy_model
+
+KINDS = {"none", "concept", "random", "magnitude", "other"}
+
+
+def measured(model, questions, choices, concepts=None, name="toy", **options):
+    view = value_vector_view(model)
+    tokenizer = toy_tokenizer()
+    coefficients = record_concepts(view, tokenizer, questions, position=choices.position)
+    concepts = concepts or list(dict.fromkeys(question.concept for question in questions))
+    return measure_concepts(
+        name, view, tokenizer, questions, concepts, choices, coefficients, **options
+    )
+
+
+GENERAL = 4
+CHOICES = Choices(ratios=(0.1, 0.5), controls=2, general=GENERAL, seed=3)
+
+
+@pytest.fixture(scope="module", params=["llama", "bloom"])  # a packed and a plain engine
+def study(request):
+    questions = toy_questions(3)
+    model = toy_model(request.param)
+    return model, questions, measured(model, questions, CHOICES)
+
+
+def test_scores_that_are_known_without_a_mask_are_taken_as_they_are(study):
+    model, questions, tables = study
+    none = tables.details[tables.details["mask"] == "none"]
+    assert set(none["question_id"]) >= {question.id for question in questions if question.fold}
+    known = {
+        name: torch.tensor(scores)
+        for name, scores in none[["question_id", "option_logprobs"]].values
+    }
+    done = []
+    again = measured(model, questions, CHOICES, unmasked=known, progress=done.append)
+    assert sum(done) == len(tables.details) - len(none)
+    pd.testing.assert_frame_equal(again.pss, tables.pss)
+    moved = {name: scores.flip(0) for name, scores in known.items()}
+    other = measured(model, questions, CHOICES, unmasked=moved).details
+    kept = other["mask"] != "none"
+    assert other["option_logprobs"][~kept].map(list).tolist() == [
+        known[name].flip(0).tolist() for name in other["question_id"][~kept]
+    ]
+    np.testing.assert_allclose(
+        np.stack(other["option_logprobs"][kept]),
+        np.stack(tables.details["option_logprobs"][kept]),
+        rtol=0,
+        atol=1e-4,
+    )
+
+
+# What is written
+
+
+def test_columns_and_types_are_those_of_the_schema(study):
+    _, _, tables = study
+    assert list(tables.pss.columns) == list(PSS_COLUMNS)
+    assert list(tables.details.columns) == list(DETAIL_COLUMNS)
+    # As the design page names them, and in its order.
+    design = "model concept ratio mask seed protocol "
+    design += "concept_accuracy general_accuracy n_concept n_general"
+    assert [name for name in PSS_COLUMNS if name not in ("domain", "tier")] == design.split()
+    assert set(DETAIL_COLUMNS) > {
+        *("question_id", "mask_concept", "ratio", "mask", "seed", "option_logprobs"),
+        *("option_tokens", "predicted", "predicted_norm", "correct", "correct_norm"),
+    }
+    kinds = {**tables.pss.dtypes, **tables.details.dtypes}
+    for name in ("ratio", "concept_accuracy", "general_accuracy"):
+        assert kinds[name] == "float64"
+    for name in ("seed", "n_concept", "n_general", "predicted", "predicted_norm"):
+        assert kinds[name] == "int64"
+    for name in ("correct", "correct_norm"):  # 1/n where the answer ties with others
+        assert kinds[name] == "float64"
+    assert not tables.pss.isna().any(axis=None)
+
+
+def test_there_is_a_row_for_every_concept_ratio_mask_and_seed(study):
+    _, questions, tables = study
+    expected = {(concept, 0.0, "none", 3) for concept in CONCEPTS[:3]}
+    expected |= {(concept, ratio, "concept", 3) for concept in CONCEPTS[:3] for ratio in (0.1, 0.5)}
+    expected |= set(
+        itertools.product(CONCEPTS[:3], (0.1, 0.5), ("random", "magnitude", "other"), (3, 4))
+    )
+    keys = list(tables.pss[["concept", "ratio", "mask", "seed"]].itertuples(index=False, name=None))
+    assert len(keys) == len(set(keys))
+    assert set(keys) == expected
+    assert set(tables.pss["n_concept"]) == {10}
+    assert set(tables.pss["n_general"]) == {GENERAL}
+    assert len(tables.details) == (10 + GENERAL) * len(expected)
+    assert evaluations(CHOICES, questions, CONCEPTS[:3]) == len(tables.details)
+    about = {question.concept: (question.domain, question.tier) for question in questions}
+    for row in tables.pss.itertuples():
+        assert (row.domain, row.tier) == about[row.concept]
+
+
+def test_every_detail_equals_scoring_one_option_at_a_time(study):
+    model, questions, tables = study
+    view, tokenizer = value_vector_view(model), toy_tokenizer()
+    by_id = {question.id: question for question in questions}
+    every = 1 if type(model).__name__ == "LlamaForCausalLM" else 3
+    for row in tables.details.iloc[::every].itertuples():
+        question = by_id[row.question_id]
+        name = mask_name("toy", row.mask_concept, row.ratio, row.mask, row.seed)
+        keep = None
+        if row.mask != "none":
+            keep = keep_tensor(tables.masks[name], view.layers, view.width)
+        item = encode(tokenizer, question)
+        expected = score_one_at_a_time(view, item, keep).numpy()
+        np.testing.assert_allclose(row.option_logprobs, expected, rtol=0, atol=1e-3)
+        assert row.option_tokens == [len(option.split()) for option in question.options]
+        per_character = [
+            value / len(option)
+            for value, option in zip(row.option_logprobs, question.options, strict=True)
+        ]
+        assert row.predicted == max(range(4), key=lambda i, v=row.option_logprobs: v[i])
+        assert row.predicted_norm == max(range(4), key=lambda i, v=per_character: v[i])
+        assert row.correct == (row.predicted == question.answer)
+        assert row.correct_norm == (row.predicted_norm == question.answer)
+
+
+def test_details_hold_all_outcomes(study):
+    """Otherwise the test above could not tell `acc` from `acc_norm`, or a mask from none."""
+    details = study[2].details
+    assert set(zip(details["correct"], details["correct_norm"], strict=True)) == set(
+        itertools.product((False, True), repeat=2)
+    )
+    unmasked = details[details["mask"] == "none"].set_index(["mask_concept", "question_id"])
+    for kind in KINDS - {"none"}:
+        moved = [
+            np.max(np.abs(np.subtract(row.option_logprobs, unmasked.loc[key, "option_logprobs"])))
+            for row in details[details["mask"] == kind].itertuples()
+            for key in [(row.mask_concept, row.question_id)]
+        ]
+        assert min(moved) > 1e-2
+
+
+def test_what_a_model_cannot_decide_is_shared_by_the_options(study):
+    """Every word is equally likely: sums tie where options have as many words."""
+    questions = toy_questions(3)
+    model = toy_model("llama")
+    model.lm_head.weight.zero_()
+    tables = measured(model, questions, Choices(ratios=(0.1,), general=5))
+    share = {}
+    for question in questions:
+        lengths = [len(option) for option in question.options]
+        longest = [place for place in range(4) if lengths[place] == max(lengths)]
+        share[question.id] = (question.answer in longest) / len(longest)
+    assert {0, 0.5, 1} < set(share.values()) | {0.25}
+    for row in tables.details.itertuples():
+        assert (row.correct, row.correct_norm) == (0.25, share[row.question_id])
+        assert row.predicted == 0
+    own = [np.mean([share[q.id] for q in questions if q.concept == c]) for c in CONCEPTS[:3]]
+    none = tables.pss[tables.pss["mask"] == "none"]
+    np.testing.assert_allclose(none["concept_accuracy"], own)
+    summary = summarize(tables.pss).set_index(["mask", "ratio"])
+    assert summary.loc[("none", 0), "concept_accuracy"] == pytest.approx(np.mean(own))
+
+
+def test_accuracies_are_shares_of_the_details(study):
+    _, questions, tables = study
+    concept_of = {question.id: question.concept for question in questions}
+    right = defaultdict(list)
+    for row in tables.details.itertuples():
+        own = concept_of[row.question_id] == row.mask_concept
+        assert row.role == ("concept" if own else "general")
+        right[row.mask_concept, row.ratio, row.mask, row.seed, own].append(row.correct_norm)
+    for row in tables.pss.itertuples():
+        own = right[row.concept, row.ratio, row.mask, row.seed, True]
+        general = right[row.concept, row.ratio, row.mask, row.seed, False]
+        assert row.concept_accuracy == pytest.approx(sum(own) / 10)
+        assert row.general_accuracy == pytest.approx(sum(general) / GENERAL)
+
+
+def test_all_masks_of_a_concept_meet_the_same_questions(study):
+    details = study[2].details
+    for concept in CONCEPTS[:3]:
+        part = details[details["mask_concept"] == concept]
+        asked = {
+            tuple(group["question_id"]) for _, group in part.groupby(["ratio", "mask", "seed"])
+        }
+        assert len(asked) == 1
+        assert len(set(next(iter(asked)))) == 10 + GENERAL
+
+
+def test_masks_are_those_that_the_rows_name(study):
+    model, _, tables = study
+    width = value_vector_view(model).width
+    rows = tables.pss[tables.pss["mask"] != "none"]
+    names = {
+        mask_name("toy", row.concept, row.ratio, row.mask, row.seed) for row in rows.itertuples()
+    }
+    assert names == set(tables.masks)
+    for name, vectors in tables.masks.items():
+        _, concept, ratio, kind, _ = name.split("/")
+        assert vectors.dtype == torch.int32
+        assert vectors.shape[1] == 2
+        own = tables.masks[f"toy/{concept}/{ratio}/concept/3"]
+        sizes = Counter(own[:, 0].tolist())
+        assert sizes == dict.fromkeys(range(3), round(float(ratio) * width))
+        assert Counter(vectors[:, 0].tolist()) == sizes
+        if kind == "magnitude":
+            both = torch.cat([own, vectors])
+            assert len(torch.unique(both, dim=0)) == len(both)
+
+
+def test_the_other_mask_is_another_concepts_own(study):
+    tables = study[2]
+    for ratio, seed in itertools.product(("0.1", "0.5"), (3, 4)):
+        for concept in CONCEPTS[:3]:
+            theirs = tables.masks[f"toy/{concept}/{ratio}/other/{seed}"]
+            owners = [
+                owner
+                for owner in CONCEPTS[:3]
+                if torch.equal(theirs, tables.masks[f"toy/{owner}/{ratio}/concept/3"])
+            ]
+            assert owners == [other_concept(CONCEPTS[:3], concept, seed)]
+            assert owners != [concept]
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_partners_stand_on_a_circle(count):
+    """All concepts stand on one circle, and every circle is as likely."""
+    names, circles = CONCEPTS[:count], Counter()
+    for seed in range(400):
+        partner = {name: other_concept(names, name, seed) for name in names}
+        circle = [names[0]]
+        for _ in names:
+            circle.append(partner[circle[-1]])
+        assert sorted(circle[:-1]) == sorted(names)
+        assert circle[-1] == names[0]
+        circles[tuple(circle)] += 1
+    possible = math.factorial(count - 1)
+    if possible <= 2:
+        # Five standard deviations of a fair coin thrown 400 times are 50.
+        assert len(circles) == possible
+        assert all(abs(seen - 400 / possible) < 50 for seen in circles.values())
+    else:  # of 5,040, a birthday in 400 is met about 16 times
+        assert 400 - len(circles) < 40
+
+
+def test_shards_give_what_the_whole_gives(study):
+    """A concept's masks, general questions and scores do not depend on who is measured beside."""
+    model, questions, whole = study
+    parts = [measured(model, questions, CHOICES, [concept]) for concept in CONCEPTS[:3]]
+    pd.testing.assert_frame_equal(
+        pd.concat([part.pss for part in parts], ignore_index=True).sort_values(
+            ["concept", "ratio", "mask", "seed"], ignore_index=True
+        ),
+        whole.pss.sort_values(["concept", "ratio", "mask", "seed"], ignore_index=True),
+    )
+    details = pd.concat([part.details for part in parts], ignore_index=True)
+    pd.testing.assert_frame_equal(
+        details.drop(columns="option_logprobs"), whole.details.drop(columns="option_logprobs")
+    )
+    np.testing.assert_allclose(
+        details["option_logprobs"].tolist(), whole.details["option_logprobs"].tolist(), atol=1e-3
+    )
+    for name, vectors in itertools.chain(*(part.masks.items() for part in parts)):
+        assert torch.equal(vectors, whole.masks[name])
+
+
+def test_the_same_seed_gives_the_same_study_and_another_seed_another():
+    model, questions = toy_model("llama"), toy_questions(3)
+    choices = Choices(ratios=(0.2,), general=5)
+    first, again = (measured(model, questions, choices) for _ in range(2))
+    pd.testing.assert_frame_equal(first.details, again.details)
+    other = measured(model, questions, choices.model_copy(update={"seed": 1}))
+    for concept in CONCEPTS[:3]:
+        own = f"toy/{concept}/0.2/concept"
+        assert torch.equal(first.masks[f"{own}/0"], other.masks[f"{own}/1"])
+        chance = f"toy/{concept}/0.2/random"
+        assert not torch.equal(first.masks[f"{chance}/0"], other.masks[f"{chance}/1"])
+    asked = [set(tables.details["question_id"].iloc[10:15]) for tables in (first, other)]
+    assert asked[0] != asked[1]
+
+
+def test_progress_counts_every_evaluation():
+    done = []
+    choices = Choices(ratios=(0.2,), general=5, batch_tokens=200)
+    tables = measured(toy_model("llama"), toy_questions(3), choices, progress=done.append)
+    assert sum(done) == len(tables.details)
+    assert len(done) > 3
+
+
+def test_names_of_masks_tell_ratios_apart():
+    ratios = (0.05, 0.0500001, 0.1234567, 0.12345678, 1e-7, 1.0)
+    names = {mask_name("org/toy", "alpha", ratio, "concept", 0) for ratio in ratios}
+    assert len(names) == len(ratios)
+    assert mask_name("org/toy", "alpha", 0.05, "concept", 0) == "org/toy/alpha/0.05/concept/0"
+    for ratio in ratios:
+        assert float(mask_name("toy", "alpha", ratio, "concept", 0).split("/")[2]) == ratio
+
+
+# General questions
+
+
+def test_general_questions_are_of_other_concepts_and_of_the_scored_fold():
+    questions = toy_questions()
+    for protocol, folds in (("paper", {0, 1}), ("holdout", {1})):
+        for concept in CONCEPTS:
+            choices = Choices(protocol=protocol, general=12)
+            chosen = general_questions(questions, concept, choices)
+            assert len({question.id for question in chosen}) == 12
+            assert concept not in {question.concept for question in chosen}
+            assert {question.fold for question in chosen} == folds
+            assert chosen == general_questions(questions, concept, choices)
+
+
+def test_every_other_question_is_as_likely_to_be_general():
+    questions = toy_questions(4)
+    hits = Counter(
+        question.id
+        for seed in range(600)
+        for question in general_questions(questions, "beta", Choices(general=3, seed=seed))
+    )
+    assert len(hits) == 30
+    statistic = chisquare(list(hits.values())).statistic / (1 - 3 / 30)
+    assert 10 < statistic < 62  # 29 degrees of freedom; 1 in 3,000 beyond either
+
+
+def test_too_many_general_questions_are_refused():
+    with pytest.raises(InputError, match=r"general 21: only 20 questions on other concepts"):
+        general_questions(toy_questions(3), "beta", Choices(general=21))
+    with pytest.raises(InputError, match=r"general 11: only 10 questions"):
+        general_questions(toy_questions(3), "beta", Choices(general=11, protocol="holdout"))
+
+
+# The held-out protocol
+
+
+def with_other_clozes(questions, fold):
+    """The same questions, those of a fold asked in other words."""
+    return [
+        question.model_copy(update={"cloze": f"old {question.cloze}"})
+        if question.fold == fold
+        else question
+        for question in questions
+    ]
+
+
+def test_holdout_scores_on_fold_1_and_chooses_on_fold_0():
+    model, questions = toy_model("llama"), toy_questions(4)
+    choices = Choices(ratios=(0.2,), general=5, protocol="holdout")
+    tables = measured(model, questions, choices)
+    fold = {question.id: question.fold for question in questions}
+    assert {fold[name] for name in tables.details["question_id"]} == {1}
+    assert set(tables.pss["n_concept"]) == {5}
+    assert set(tables.pss["protocol"]) == {"holdout"}
+
+    scored_otherwise = measured(model, with_other_clozes(questions, 1), choices)
+    assert tables.masks.keys() == scored_otherwise.masks.keys()
+    for name, vectors in tables.masks.items():
+        assert torch.equal(vectors, scored_otherwise.masks[name]), name
+    assert tables.details["option_logprobs"].tolist() != (
+        scored_otherwise.details["option_logprobs"].tolist()
+    )
+    chosen_otherwise = measured(model, with_other_clozes(questions, 0), choices)
+    for kind in ("concept", "magnitude", "other"):
+        name = f"toy/alpha/0.2/{kind}/0"
+        assert not torch.equal(tables.masks[name], chosen_otherwise.masks[name])
+
+
+def test_the_papers_protocol_chooses_and_scores_on_both_folds():
+    model, questions = toy_model("llama"), toy_questions(4)
+    choices = Choices(ratios=(0.2,), general=5)
+    tables = measured(model, questions, choices)
+    assert set(tables.pss["n_concept"]) == {10}
+    for fold in (0, 1):
+        otherwise = measured(model, with_other_clozes(questions, fold), choices)
+        name = "toy/alpha/0.2/concept/0"
+        assert not torch.equal(tables.masks[name], otherwise.masks[name])
+
+
+# Planted knowledge
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+@pytest.mark.parametrize("protocol", ["paper", "holdout"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_answer_is_right_exactly_while_its_value_vector_is_kept(scope, protocol, shared):
+    """The whole method on a model where it is known which value vector holds which answer."""
+    questions = toy_questions(shortest=True, same_answers=shared)
+    model, home = planted_model(questions, shared=shared)
+    choices = Choices(
+        ratios=(0.02, 0.06, 0.4), controls=2, general=9, scope=scope, protocol=protocol
+    )
+    tables = measured(model, questions, choices)
+    kinds = defaultdict(set)
+    for row in tables.details.itertuples():
+        known = True
+        if row.mask != "none":
+            name = mask_name("toy", row.mask_concept, row.ratio, row.mask, row.seed)
+            known = list(home[row.question_id]) not in tables.masks[name].tolist()
+        assert row.correct_norm == known
+        kinds[row.mask].add(known)
+    assert kinds["none"] == {True}
+    assert kinds["random"] == {False, True}
+
+
+def test_planted_knowledge_is_found_and_its_pss_is_one():
+    questions = toy_questions(shortest=True)
+    model, _ = planted_model(questions)
+    choices = Choices(ratios=(0.05,), controls=3, general=70, scope="model")
+    summary = summarize(measured(model, questions, choices).pss).set_index("mask")
+    own = summary.loc["concept"]
+    assert (own["concept_accuracy"], own["general_accuracy"]) == (0, 1)
+    assert own["pss_pooled"] == own["pss_per_concept"] == own["did"] == 1
+    assert own["general_change"] == 0
+    # Another concept's mask takes 10 of the 70 general questions and none of the own ones.
+    assert summary.loc["other", "concept_accuracy"] == 1
+    assert summary.loc["other", "general_accuracy"] == pytest.approx(60 / 70)
+    assert summary.loc["other", "did"] == pytest.approx(-10 / 70)
+    # 80 of 200 value vectors hold a fact, and 10 are masked: chance takes a twentieth of each.
+    assert summary.loc["random", "concept_accuracy"] == pytest.approx(0.95, abs=0.05)
+    assert abs(summary.loc["random", "did"]) < 0.05
+
+
+def test_what_is_stored_by_fact_is_not_found_from_other_facts():
+    """Chosen on fold 0, masks hold fold 0's facts, and fold 1 stays known: held-out PSS is none."""
+    questions = toy_questions(shortest=True)
+    model, _ = planted_model(questions)
+    choices = Choices(ratios=(0.02,), general=35, protocol="holdout", controls=0)
+    summary = summarize(measured(model, questions, choices).pss)
+    assert set(summary["concept_accuracy"]) == {1}
+    paper = Choices(ratios=(0.02,), general=70, controls=0)
+    summary = summarize(measured(model, questions, paper).pss).set_index("mask")
+    assert summary.loc["concept", "concept_accuracy"] == pytest.approx(0.6)  # 4 of 10 are masked
+    assert summary.loc["concept", "general_accuracy"] == 1
+
+
+def test_superposed_knowledge_has_no_pss():
+    """One value vector a relation serves all concepts: a mask takes as much from all of them."""
+    questions = toy_questions(shortest=True, same_answers=True)
+    model, home = planted_model(questions, shared=True)
+    assert len(set(home.values())) == 10
+    choices = Choices(ratios=(0.3, 0.6), controls=1, general=70)
+    tables = measured(model, questions, choices)
+    summary = summarize(tables.pss)
+    masked = summary[summary["mask"] == "random"]
+    assert (masked["concept_accuracy"] < 0.9).all()
+    np.testing.assert_allclose(summary["pss_pooled"], 0, atol=1e-12)
+    np.testing.assert_allclose(summary["pss_per_concept"], 0, atol=1e-12)
+
+
+# Summaries of a table made by hand
+
+
+def row(concept, mask, ratio, own, general, seed=0, protocol="paper", model="toy"):
+    """`own` and `general` as (right, questions)."""
+    return {
+        "model": model,
+        "concept": concept,
+        "domain": "greek",
+        "tier": "high",
+        "ratio": ratio,
+        "mask": mask,
+        "seed": seed,
+        "protocol": protocol,
+        "concept_accuracy": own[0] / own[1],
+        "general_accuracy": general[0] / general[1],
+        "n_concept": own[1],
+        "n_general": general[1],
+    }
+
+
+HAND = [
+    row("a", "none", 0.0, (9, 10), (6, 10)),
+    row("b", "none", 0.0, (2, 5), (4, 5)),
+    row("a", "concept", 0.1, (3, 10), (5, 10)),
+    row("b", "concept", 0.1, (4, 5), (3, 5)),
+    row("a", "concept", 0.2, (1, 10), (4, 10)),
+    row("b", "concept", 0.2, (1, 5), (1, 5)),
+]
+
+
+def test_the_statistics_of_a_table_worked_by_hand():
+    """Pooled: C(0) 11/15, G(0) 10/15, C(.1) 7/15, G(.1) 8/15, C(.2) 2/15, G(.2) 5/15."""
+    summary = summarize(pd.DataFrame(HAND)).set_index(["mask", "ratio"])
+    expected = {
+        ("none", 0.0): {
+            "concept_accuracy": 11 / 15,
+            "general_accuracy": 10 / 15,
+            "pss_pooled": (1 / 15) / (10 / 15),
+            "pss_per_concept": (0.3 + 0.4) / 2 / (10 / 15),
+            "did": 0,
+            "general_change": 0,
+        },
+        ("concept", 0.1): {
+            "concept_accuracy": 7 / 15,
+            "general_accuracy": 8 / 15,
+            "pss_pooled": 0.1,
+            "pss_per_concept": (0.2 + 0.2) / 2 / (10 / 15),
+            "did": (1 / 15 + 1 / 15) / (10 / 15),
+            "general_change": -2 / 15,
+        },
+        ("concept", 0.2): {
+            "concept_accuracy": 2 / 15,
+            "general_accuracy": 5 / 15,
+            "pss_pooled": 0.3,
+            "pss_per_concept": (0.3 + 0.0) / 2 / (10 / 15),
+            "did": (3 / 15 + 1 / 15) / (10 / 15),
+            "general_change": -5 / 15,
+        },
+    }
+    assert set(summary.index) == set(expected)
+    for cell, values in expected.items():
+        for name, value in values.items():
+            assert summary.loc[cell, name] == pytest.approx(value), (cell, name)
+    assert set(summary["concepts"]) == {2}
+
+
+def test_peaks_of_the_table_worked_by_hand():
+    """Pooled, PSS peaks at 0.2; per concept, at 0.1."""
+    peaks = peak_pss(pd.DataFrame(HAND))
+    assert len(peaks) == 1
+    assert peaks.loc[0, "peak_pooled"] == pytest.approx(0.3)
+    assert peaks.loc[0, "peak_per_concept"] == pytest.approx(0.3)
+    assert peaks.loc[0, "ratio"] == 0.2
+    # Without 0.2, only the pooled peak falls.
+    peaks = peak_pss(pd.DataFrame(HAND[:4]))
+    assert peaks.loc[0, "peak_pooled"] == pytest.approx(0.1)
+    assert peaks.loc[0, "peak_per_concept"] == pytest.approx(0.3)
+
+
+def test_models_and_protocols_are_kept_apart():
+    rows = [
+        one | {"model": model, "protocol": protocol}
+        for model in ("x", "y")
+        for protocol in ("paper", "holdout")
+        for one in HAND
+    ]
+    rows = [
+        one | {"concept_accuracy": 0.0}
+        if (one["model"], one["protocol"]) == ("y", "paper")
+        else one
+        for one in rows
+    ]
+    for table, per_group in ((summarize(pd.DataFrame(rows)), 3), (peak_pss(pd.DataFrame(rows)), 1)):
+        assert len(table) == 4 * per_group
+        alone = {
+            key: part.drop(columns=["model", "protocol"]).reset_index(drop=True)
+            for key, part in table.groupby(["model", "protocol"])
+        }
+        pd.testing.assert_frame_equal(alone["x", "paper"], alone["y", "holdout"])
+        assert not alone["x", "paper"].equals(alone["y", "paper"])
+
+
+def test_a_control_is_the_mean_over_its_draws_so_that_more_draws_do_not_shrink_it():
+    """Each draw has a PSS of 0.2 / 0.5; averaged before the absolute value, it would be 0."""
+    rows = [row(name, "none", 0.0, (5, 10), (5, 10)) for name in "ab"]
+    for name in "ab":
+        rows.append(row(name, "random", 0.1, (3, 10), (5, 10), seed=0))
+        rows.append(row(name, "random", 0.1, (7, 10), (5, 10), seed=1))
+    summary = summarize(pd.DataFrame(rows)).set_index("mask").loc["random"]
+    assert summary["concept_accuracy"] == pytest.approx(0.5)
+    assert summary["did"] == pytest.approx(0)
+    assert summary["pss_pooled"] == pytest.approx(0.4)
+    assert summary["pss_per_concept"] == pytest.approx(0.4)
+    peak = peak_pss(pd.DataFrame(rows)).iloc[0]
+    assert peak["peak_pooled"] == peak["peak_per_concept"] == pytest.approx(0.4)
+
+
+def test_the_peak_of_a_control_is_that_of_one_draw():
+    """Draw 0 peaks at 0.1 and draw 1 at 0.2, each with 0.4."""
+    rows = [row(name, "none", 0.0, (5, 10), (5, 10)) for name in "ab"]
+    for name in "ab":
+        for ratio, seed, right in ((0.1, 0, 3), (0.1, 1, 5), (0.2, 0, 5), (0.2, 1, 3)):
+            rows.append(row(name, "random", ratio, (right, 10), (5, 10), seed=seed))
+    assert peak_pss(pd.DataFrame(rows)).loc[0, "peak_pooled"] == pytest.approx(0.4)
+
+
+def test_drawing_the_same_control_twice_adds_nothing():
+    rows = [*HAND, *[one | {"mask": "random"} for one in HAND if one["mask"] == "concept"]]
+    once = summarize(pd.DataFrame(rows))
+    again = [one | {"seed": 1} for one in rows if one["mask"] == "random"]
+    pd.testing.assert_frame_equal(once, summarize(pd.DataFrame([*rows, *again])))
+
+
+def test_a_table_with_a_hole_is_refused():
+    with pytest.raises(InputError, match=r"mask 'concept', ratio 0\.2, seed 0: no row for 'b'"):
+        summarize(pd.DataFrame(HAND[:-1]))
+    second = row("a", "random", 0.1, (3, 10), (5, 10), seed=1)
+    rows = [*HAND, *[one | {"mask": "random"} for one in HAND[2:4]], second]
+    with pytest.raises(InputError, match=r"mask 'random', ratio 0\.1, seed 1: no row for 'b'"):
+        summarize(pd.DataFrame(rows))
+    rows += [row("b", "random", 0.1, (3, 10), (5, 10), seed=1)]
+    rows += [one | {"mask": "random"} for one in HAND[4:]]
+    with pytest.raises(InputError, match=r"mask 'random', ratio 0\.1: not as many draws"):
+        summarize(pd.DataFrame(rows))
+    with pytest.raises(InputError, match=r"mask 'none': no row"):
+        summarize(pd.DataFrame(HAND[2:]))
+
+
+def test_a_study_measured_twice_is_refused():
+    with pytest.raises(InputError, match=r"more than one row for 'a'"):
+        summarize(pd.DataFrame([*HAND, HAND[0]]))
+
+
+def test_a_single_concept_has_no_interval():
+    summary = summarize(pd.DataFrame([one for one in HAND if one["concept"] == "a"]))
+    assert summary["pss_pooled"].notna().all()
+    assert summary[["pss_pooled_low", "did_high"]].isna().all(axis=None)
+
+
+def test_a_model_that_knows_nothing_has_no_pss():
+    """G(0) = 0: the ratio is undefined, not an error and not a number."""
+    rows = [one | {"concept_accuracy": 0.0, "general_accuracy": 0.0} for one in HAND]
+    summary = summarize(pd.DataFrame(rows))
+    assert summary["pss_pooled"].isna().all()
+    assert summary["floor_pooled"].isna().all()
+    assert (summary["general_accuracy"] == 0).all()
+
+
+# Intervals
+
+
+def simulated(rng, concepts, *, drop=0.2):
+    """Concepts of very different difficulty: a concept's questions go together."""
+    rows = []
+    for number in range(concepts):
+        easy = rng.beta(1.2, 0.8)
+        hit = easy * (1 - drop * rng.uniform(0, 2))
+        general = rng.beta(30, 20)
+        rows.append(
+            row(str(number), "none", 0.0, (rng.binomial(10, easy), 10), (rng.binomial(10, 0.6), 10))
+        )
+        own, others = rng.binomial(10, hit), rng.binomial(10, general)
+        rows.append(row(str(number), "concept", 0.1, (own, 10), (others, 10)))
+    return pd.DataFrame(rows)
+
+
+def test_intervals_equal_a_bootstrap_written_by_hand():
+    table = simulated(np.random.default_rng(4), 30)
+    summary = summarize(table, resamples=9000).set_index("mask").loc["concept"]
+    none, masked = (
+        table[table["mask"] == mask].reset_index(drop=True) for mask in ("none", "concept")
+    )
+    none, masked = (
+        part[["concept_accuracy", "general_accuracy"]].to_numpy() for part in (none, masked)
+    )
+    rng = np.random.default_rng(99)
+    draws = defaultdict(list)
+    for _ in range(9000):
+        sample = rng.integers(0, 30, 30)
+        c0, g0 = none[sample].mean(0)
+        both = masked[sample]
+        c, g = both.mean(0)
+        draws["concept_accuracy"].append(c)
+        draws["general_accuracy"].append(g)
+        draws["pss_pooled"].append(abs(g - c) / g0)
+        draws["pss_per_concept"].append(np.abs(both[:, 1] - both[:, 0]).mean() / g0)
+        draws["did"].append((g - c - g0 + c0) / g0)
+        draws["general_change"].append(g - g0)
+    for name, values in draws.items():
+        # The Monte Carlo error of a 2.5 % quantile of 9,000 normal draws is 0.028 of their
+        # standard deviation; two independent bootstraps differ by that times root 2.
+        tolerance = 5 * 0.028 * 2**0.5 * np.std(values)
+        for end, percent in (("low", 2.5), ("high", 97.5)):
+            expected = np.percentile(values, percent)
+            assert summary[f"{name}_{end}"] == pytest.approx(expected, abs=tolerance), name
+
+
+@pytest.fixture
+def no_floors(monkeypatch):
+    """Floors take most of the time of a summary, and are tested by themselves."""
+    monkeypatch.setattr("paramspec.method.pss.sampling_floor", lambda *_: (0.0, 0.0))
+
+
+def test_intervals_cover_the_truth_about_95_times_in_100(no_floors):
+    """Truth from the definition of the simulation; questions of a concept are not independent."""
+    easy = 1.2 / 2.0
+    truth = {
+        "concept_accuracy": easy * 0.8,
+        "general_accuracy": 0.6,
+        "pss_pooled": (0.6 - easy * 0.8) / 0.6,
+        "did": ((0.6 - easy * 0.8) - (0.6 - easy)) / 0.6,
+        "general_change": 0.0,
+    }
+    rng = np.random.default_rng(7)
+    covered = Counter()
+    studies = 250
+    for _ in range(studies):
+        summary = summarize(simulated(rng, 60), resamples=400).set_index("mask").loc["concept"]
+        for name, value in truth.items():
+            covered[name] += summary[f"{name}_low"] <= value <= summary[f"{name}_high"]
+    for name in truth:
+        # 3 standard errors of 250 studies are 0.041; a percentile interval of 60 concepts
+        # covers a little less than 0.95. Bootstrapping questions instead would cover 0.75.
+        assert 0.90 <= covered[name] / studies <= 0.99, (name, covered[name] / studies)
+
+
+def test_intervals_come_from_the_seed():
+    table = simulated(np.random.default_rng(4), 20)
+    pd.testing.assert_frame_equal(summarize(table), summarize(table))
+    assert not summarize(table).equals(summarize(table, seed=1))
+
+
+# The floor
+
+
+def exact_floor(n_concept, n_general, accuracy):
+    """Mean |G - C| of two binomials, by enumeration."""
+    own, general = np.arange(n_concept + 1), np.arange(n_general + 1)
+    weights = np.outer(binom.pmf(general, n_general, accuracy), binom.pmf(own, n_concept, accuracy))
+    return float((weights * abs(general[:, None] / n_general - own / n_concept)).sum())
+
+
+@pytest.mark.parametrize("accuracy", [0.25, 0.7, 1.0])
+def test_the_floor_equals_exact_enumeration(accuracy):
+    own, general = np.array([3, 10, 5]), np.array([4, 10, 12])
+    pooled, per_concept = sampling_floor(own, general, accuracy, draws=20_000)
+    expected = np.mean(
+        [exact_floor(one, other, accuracy) for one, other in zip(own, general, strict=True)]
+    )
+    assert per_concept == pytest.approx(expected / accuracy, rel=0.02)
+    assert pooled == pytest.approx(exact_floor(18, 26, accuracy) / accuracy, rel=0.02)
+
+
+def test_the_floors_that_a_careful_reader_expects():
+    """Ten questions a concept at accuracy 0.7: |G - C| is 0.16 a concept, 0.007 over 5,250."""
+    tens = np.full(525, 10)
+    pooled, per_concept = sampling_floor(tens, tens, 0.7)
+    assert per_concept * 0.7 == pytest.approx(0.16, abs=0.005)
+    assert pooled * 0.7 == pytest.approx(0.007, abs=0.0005)
+    assert per_concept * 0.7 == pytest.approx(exact_floor(10, 10, 0.7), rel=0.01)
+
+
+def test_floors_in_a_summary_are_in_units_of_pss():
+    """Divided by G(0), as PSS is; the accuracy is that under the mask."""
+    names = [str(number) for number in range(40)]
+    rows = [row(name, "none", 0.0, (8, 10), (8, 10)) for name in names]
+    rows += [row(name, "concept", 0.1, (3, 10), (5, 10)) for name in names]
+    summary = summarize(pd.DataFrame(rows), resamples=50).set_index("mask").loc["concept"]
+    assert summary["floor_per_concept"] == pytest.approx(exact_floor(10, 10, 0.4) / 0.8, rel=0.03)
+    assert summary["floor_pooled"] == pytest.approx(exact_floor(400, 400, 0.4) / 0.8, rel=0.05)
+
+
+def test_a_model_at_one_accuracy_has_the_floor_for_its_pss(no_floors):
+    """Simulated answers without any effect: mean PSS over studies is the floor."""
+    rng = np.random.default_rng(0)
+    pooled, per_concept = [], []
+    for _ in range(150):
+        right = rng.binomial(10, 0.6, (20, 2))
+        rows = [row(str(n), "none", 0.0, (6, 10), (6, 10)) for n in range(20)]
+        rows += [
+            row(str(n), "concept", 0.1, (own, 10), (general, 10))
+            for n, (own, general) in enumerate(right)
+        ]
+        summary = summarize(pd.DataFrame(rows), resamples=2).set_index("mask").loc["concept"]
+        pooled.append(summary["pss_pooled"])
+        per_concept.append(summary["pss_per_concept"])
+    pair = sampling_floor(np.full(20, 10), np.full(20, 10), 0.6)
+    for values, floor in zip((pooled, per_concept), pair, strict=True):
+        assert np.mean(values) == pytest.approx(floor, abs=4 * np.std(values) / 150**0.5)
+
+
+def test_there_is_no_floor_without_a_right_answer():
+    assert all(map(math.isnan, sampling_floor(np.array([10]), np.array([10]), 0.0)))
+
+
+# Choices
+
+
+def test_ratios_are_sorted_unique_and_without_zero():
+    choices = parse_choices(ratios="0.2, 0.01,0.2,0,0.05")
+    assert choices.ratios == (0.01, 0.05, 0.2)
+    assert parse_choices(ratios="0").ratios == ()
+    assert parse_choices(ratios="1").ratios == (1.0,)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"ratios": "0.1,1.5"}, r"ratio 1\.5: expected a share of value vectors, from 0 to 1"),
+        ({"ratios": "-0.1"}, r"ratio -0\.1: expected"),
+        ({"ratios": "nan"}, r"ratios 'nan': expected"),
+        ({"ratios": "inf"}, r"ratios 'inf': expected"),
+        ({"ratios": "0.1;0.2"}, r"ratios '0\.1;0\.2': expected numbers from 0 to 1 separated"),
+        ({"ratios": "5%"}, r"ratios '5%': expected numbers"),
+        ({"ratios": ""}, r"ratios '': expected numbers"),
+        ({"ratios": ","}, r"ratios ',': expected numbers"),
+        ({"ratios": [0.1, "a"]}, r"ratios.*'a'"),
+        ({"position": "first"}, r"position 'first': .*'mean' or 'last'"),
+        ({"scope": "head"}, r"scope 'head': .*'layer' or 'model'"),
+        ({"protocol": "train"}, r"protocol 'train': .*'paper' or 'holdout'"),
+        ({"controls": -1}, r"controls -1: expected at least 0"),
+        ({"general": 0}, r"general 0: expected at least 1"),
+        ({"row_tokens": 0}, r"row_tokens 0: expected at least 1"),
+        ({"batch_tokens": 0}, r"batch_tokens 0: expected at least 1"),
+        ({"controls": "many"}, r"controls 'many'"),
+        ({"seed": 2**70}, r"seed 1180591620717411303424: expected"),
+        ({"seed": -1}, r"seed -1: expected"),
+        ({"ratio": 0.1}, r"ratio"),
+    ],
+)
+def test_a_choice_that_is_none_is_told_in_one_line(given, message):
+    with pytest.raises(InputError, match=message) as caught:
+        parse_choices(**given)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_controls_there_are_none():
+    masks = measured(
+        toy_model("llama"), toy_questions(3), Choices(ratios=(0.2,), controls=0, general=5)
+    )
+    assert set(masks.pss["mask"]) == {"none", "concept"}
+
+
+def test_without_ratios_only_the_model_itself_is_scored():
+    tables = measured(toy_model("llama"), toy_questions(3), Choices(ratios=(0.0,), general=5))
+    assert set(tables.pss["mask"]) == {"none"}
+    assert tables.masks == {}
+    assert len(summarize(tables.pss)) == 1
+    assert peak_pss(tables.pss).empty
+
+
+def test_the_concept_mask_grows_with_the_ratio():
+    """Masks of a concept are nested: a larger ratio adds to a smaller one's."""
+    view = value_vector_view(toy_model("llama"))
+    coefficients = record_concepts(view, toy_tokenizer(), toy_questions(3))
+    choices = Choices(ratios=(0.1, 0.2, 0.5, 1.0), controls=0)
+    masks = concept_masks(coefficients, "beta", choices)
+    for smaller, larger in itertools.pairwise(masks):
+        assert set(map(tuple, smaller.vectors.tolist())) < set(map(tuple, larger.vectors.tolist()))
+    assert len(masks[-1].vectors) == view.layers * view.width
+
+
+# The folds and the kinds of controls that a study takes
+
+
+def test_a_study_of_one_fold_is_that_of_its_questions_alone():
+    """Of the other fold, neither the questions nor their coefficients are used."""
+    model, questions = toy_model("llama"), toy_questions(4)
+    both = Choices(ratios=(0.2,), controls=2, general=5)
+    for fold in (0, 1):
+        choices = both.model_copy(update={"folds": (fold,)})
+        part = measured(model, questions, choices)
+        alone = measured(model, [q for q in questions if q.fold == fold], both)
+        pd.testing.assert_frame_equal(part.details, alone.details)
+        pd.testing.assert_frame_equal(part.pss, alone.pss)
+        assert part.masks.keys() == alone.masks.keys()
+        assert all(torch.equal(part.masks[name], alone.masks[name]) for name in part.masks)
+        otherwise = measured(model, with_other_clozes(questions, 1 - fold), choices)
+        pd.testing.assert_frame_equal(part.details, otherwise.details)
+        assert evaluations(choices, questions, CONCEPTS[:4]) == len(part.details)
+
+
+def test_one_fold_scores_its_own_questions_as_a_study_of_both_does():
+    """Without a mask, own questions are answered alike, whatever else is asked."""
+    model, questions = toy_model("llama"), toy_questions(4)
+    fold_of = {question.id: question.fold for question in questions}
+    own = ["mask_concept", "question_id"]
+    whole = measured(model, questions, Choices(ratios=(), general=5)).details
+    whole = whole[whole["role"] == "concept"].set_index(own)
+    seen = []
+    for fold in (0, 1):
+        choices = Choices(ratios=(0.2,), general=5, folds=(fold,))
+        tables = measured(model, questions, choices)
+        assert {fold_of[name] for name in tables.details["question_id"]} == {fold}
+        assert set(tables.pss["n_concept"]) == {5}
+        part = tables.details
+        part = part[(part["role"] == "concept") & (part["mask"] == "none")].set_index(own)
+        expected = whole[[fold_of[name] == fold for _, name in whole.index]]
+        assert list(part.index) == list(expected.index)
+        np.testing.assert_allclose(
+            part["option_logprobs"].tolist(), expected["option_logprobs"].tolist(), atol=1e-3
+        )
+        seen += list(part.index)
+    assert sorted(seen) == sorted(whole.index)
+
+
+@pytest.mark.parametrize(
+    "nulls",
+    [
+        (),
+        *itertools.combinations(("random", "magnitude", "other"), 1),
+        *itertools.combinations(("random", "magnitude", "other"), 2),
+    ],
+    ids="-".join,
+)
+def test_fewer_kinds_of_controls_are_those_rows_of_a_full_study(nulls):
+    """A kind's draws do not depend on which other kinds are drawn beside it."""
+    model, questions = toy_model("llama"), toy_questions(3)
+    full = Choices(ratios=(0.1, 0.5), controls=2, general=GENERAL, seed=3)
+    whole = measured(model, questions, full)
+    choices = full.model_copy(update={"nulls": nulls})
+    part = measured(model, questions, choices)
+    kinds = {"none", "concept", *nulls}
+    for one, other in ((part.pss, whole.pss), (part.details, whole.details)):
+        assert set(one["mask"]) == kinds
+        expected = other[other["mask"].isin(kinds)].reset_index(drop=True)
+        inexact = [name for name in one.columns if name == "option_logprobs"]
+        pd.testing.assert_frame_equal(one.drop(columns=inexact), expected.drop(columns=inexact))
+        for name in inexact:
+            np.testing.assert_allclose(one[name].tolist(), expected[name].tolist(), atol=1e-3)
+    expected = {name for name in whole.masks if name.split("/")[3] in kinds}
+    assert set(part.masks) == expected
+    assert all(torch.equal(part.masks[name], whole.masks[name]) for name in expected)
+    assert evaluations(choices, questions, CONCEPTS[:3]) == len(part.details)
+
+
+def test_folds_and_kinds_of_controls_are_part_of_the_key():
+    given = [
+        Choices(folds=folds, nulls=nulls)
+        for folds in ((0,), (1,), (0, 1))
+        for nulls in ((), ("random",), ("other",), ("random", "magnitude", "other"))
+    ]
+    keys = [json.dumps(method_key(choices), sort_keys=True) for choices in given]
+    assert len(set(keys)) == len(given)
+    both = Choices().with_folds((0, 1))  # as a study does where no micro model is measured
+    assert method_key(both) == method_key(given[-1])
+    # Said otherwise, the same: nothing is measured twice.
+    again = Choices(folds=(1, 0, 1), nulls=("other", "random", "magnitude", "random"))
+    assert method_key(again) == method_key(both)
+    assert evaluations(again, toy_questions(3), CONCEPTS[:3]) == (
+        evaluations(Choices(), toy_questions(3), CONCEPTS[:3])
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"folds": ()}, r"folds \[\]: expected 0, 1 or both"),
+        ({"folds": (2,)}, r"folds \[2\]: expected 0, 1 or both"),
+        ({"folds": (0, -1)}, r"folds \[0, -1\]: expected 0, 1 or both"),
+        ({"folds": "1"}, r"folds '1': Input should be a valid tuple"),
+        ({"folds": ("one",)}, r"folds 'one': Input should be a valid integer"),
+        ({"nulls": ("chance",)}, r"nulls 'chance': .*'random', 'magnitude' or 'other'"),
+        ({"nulls": ("random", "none")}, r"nulls 'none': .*'random', 'magnitude' or 'other'"),
+        ({"nulls": "random"}, r"nulls 'random': Input should be a valid tuple"),
+    ],
+)
+def test_folds_and_controls_that_are_none_are_told_in_one_line(given, message):
+    with pytest.raises(InputError, match=message) as caught:
+        parse_choices(**given)
+    assert "\n" not in str(caught.value)
+
+
+# --- claims
+
+
+@pytest.mark.parametrize(
+    ("lows", "expected"),
+    [
+        ((0.3,), "reproduced"),
+        ((0.3, 0.1), "reproduced"),
+        ((0.3, np.inf), "reproduced"),
+        ((0.3, 0.0), "not reproduced"),
+        ((-0.3, 0.1), "not reproduced"),
+        ((-np.inf,), "not reproduced"),
+        ((np.nan,), "not run here"),
+        ((0.3, np.nan), "not run here"),
+        ((np.nan, 0.3), "not run here"),
+        ((0.3, np.nan, 0.2, np.nan), "not run here"),
+        ((-0.3, np.nan), "not run here"),
+        ((), "not run here"),
+    ],
+)
+def test_a_bound_that_is_missing_supports_no_claim(lows, expected):
+    assert verdict(*lows) == expected
+    assert verdict(*map(np.float64, lows)) == expected
+    assert verdict(*lows, measured=False) == "not run here"
+
+
+def unmoved(seed, ratios, concepts=60):
+    """PSS rows of a model whose masks change nothing: whatever changes is chance."""
+    draw = np.random.default_rng(seed)
+    rows = []
+    for mask, ratio in [("none", 0.0), *(("concept", ratio) for ratio in ratios)]:
+        table = pd.DataFrame({"concept": [f"c{n}" for n in range(concepts)]})
+        table["general_accuracy"] = draw.binomial(5, 0.6, concepts) / 5
+        table["concept_accuracy"] = draw.binomial(5, 0.6, concepts) / 5
+        rows.append(table.assign(mask=mask, ratio=ratio, seed=0, n_concept=5, n_general=5))
+    return pd.concat(rows)
+
+
+def test_the_best_of_several_ratios_is_tested_as_the_best():
+    """Of studies without any effect, 2.5 % find one; with each ratio's own interval, many do."""
+    ratios = (0.05, 0.06, 0.07, 0.08, 0.09, 0.1)
+    found, naive = 0, 0
+    for seed in range(300):
+        pss = unmoved(seed, ratios, concepts=40)
+        best = best_general_change(pss, ratios, resamples=200)
+        counts = pss.pivot(index="concept", columns="ratio", values="general_accuracy")
+        changes = counts[list(ratios)].sub(counts[0.0], axis=0)
+        assert best["value"] == pytest.approx(changes.mean().max())
+        assert changes.mean()[best["ratio"]] == pytest.approx(changes.mean().max())  # two may tie
+        assert best["low"] <= best["value"] <= best["high"]
+        own = changes[best["ratio"]]
+        naive += own.mean() - 1.96 * own.sem() > 0
+        found += best["low"] > 0
+    # 7.5 are expected; 16 or more have a chance of 0.005.
+    assert found <= 15
+    assert naive > 20
+
+
+def test_a_single_ratio_needs_no_correction():
+    pss = unmoved(1, (0.1,), concepts=400)
+    best = best_general_change(pss, (0.1,), resamples=4000)
+    wide = pss.pivot(index="concept", columns="ratio", values="general_accuracy")
+    change = wide[0.1] - wide[0.0]
+    for bound, side in (("low", -1.96), ("high", 1.96)):
+        assert best[bound] == pytest.approx(change.mean() + side * change.sem(), abs=0.004)
+    alone = best_general_change(unmoved(1, (0.1,), concepts=1), (0.1,))
+    assert np.isnan(alone["low"])
+    assert np.isnan(alone["high"])

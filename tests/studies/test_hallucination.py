@@ -1,0 +1,405 @@
+"""Sampling against plain forward passes; entropy and dimension against data with a known answer."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from transformers import BertConfig, BertForSequenceClassification
+
+from paramspec.errors import InputError
+from paramspec.method.generation import decode, generate_answers
+from paramspec.method.hooks import value_vector_view
+from paramspec.specwiki import load_questions
+from paramspec.studies import hallucination
+from paramspec.studies.hallucination import (
+    cluster_answers,
+    embedding_judge,
+    entailment_judge,
+    local_intrinsic_dimension,
+    sample_answers,
+    semantic_entropy,
+)
+from toy_study import toy_tokenizer
+from toys import FAMILIES, random_model, toy_model
+
+PROMPT = "the old king of the new {question} of the"
+ASKED = ["beta", "river of omega", "age", "song of alpha old", "ash new bee", "price"]
+
+
+def windowed(family):
+    """A sliding window that the prompts are longer than, in the families that have one."""
+    import transformers
+
+    class_name, settings = FAMILIES[family]
+    if "sliding_window" in settings:
+        settings = settings | {"sliding_window": 5}
+    return random_model(getattr(transformers, class_name)(**settings))
+
+
+# Sampling
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma2", "gpt2", "opt"])
+def test_what_is_decoded_is_what_plain_forward_passes_predict(family):
+    """No cache, no batch: likelihoods, hidden states and where an answer ends."""
+    view, tokenizer = value_vector_view(windowed(family)), toy_tokenizer()
+    prompts = [PROMPT.replace("{question}", asked) for asked in ASKED]
+    draw = torch.Generator().manual_seed(3)
+
+    def pick(index, copies, logits):
+        return torch.multinomial(logits.softmax(-1), 1, generator=draw)[:, 0]
+
+    decoded = decode(view, tokenizer, prompts, pick, copies=3, max_new_tokens=7)
+    assert [len(copies) for copies in decoded] == [3] * len(prompts)
+    ended = 0
+    for prompt, copies in zip(prompts, decoded, strict=True):
+        start = tokenizer.encode(prompt)
+        for row in copies:
+            states = []
+            hook = view.model.get_output_embeddings().register_forward_pre_hook(
+                lambda _, args, states=states: states.append(args[0])
+            )
+            with torch.no_grad():
+                logits = view.model(torch.tensor([start + row.tokens]), use_cache=False).logits[0]
+            hook.remove()
+            chosen = logits.log_softmax(-1)[len(start) - 1 : -1]
+            expected = chosen.gather(1, torch.tensor(row.tokens)[:, None]).sum()
+            assert row.log_likelihood == pytest.approx(float(expected), abs=1e-4)
+            state = states[0][0, len(start) + len(row.tokens) - 2]
+            torch.testing.assert_close(row.state, state, atol=1e-4, rtol=1e-4)
+            assert tokenizer.eos_token_id not in row.tokens[:-1]
+            over = row.tokens[-1] == tokenizer.eos_token_id
+            ended += over
+            assert over or len(row.tokens) == 7
+    assert len({tuple(row.tokens) for copies in decoded for row in copies}) > 12
+
+
+def test_some_answers_end_before_others():
+    """An answer that ends leaves the batch, and the others go on as if it had stayed."""
+    model = toy_model("llama")
+    model.lm_head.weight[2] *= 3  # the end of a text is likely, or very unlikely
+    view, tokenizer = value_vector_view(model), toy_tokenizer()
+    sampled = sample_answers(view, tokenizer, ASKED, prompt=PROMPT, samples=20, max_new_tokens=6)
+    lengths = [n for one in sampled for n in one.tokens]
+    assert len(set(lengths)) > 2
+    alone = [
+        sample_answers(view, tokenizer, [asked], prompt=PROMPT, samples=20, max_new_tokens=6)[0]
+        for asked in ASKED
+    ]
+    for one, other in zip(sampled, alone, strict=True):
+        assert one.answers == other.answers
+        assert one.log_likelihoods == pytest.approx(other.log_likelihoods, abs=1e-4)
+
+
+def test_samples_depend_on_the_seed_and_the_question_alone():
+    view, tokenizer = value_vector_view(toy_model("qwen2")), toy_tokenizer()
+    options = {"prompt": PROMPT, "samples": 5}
+    first = sample_answers(view, tokenizer, ASKED, **options)
+    turned = sample_answers(view, tokenizer, ASKED[::-1], batch_size=7, **options)
+    assert [one.answers for one in first] == [one.answers for one in turned[::-1]]
+    other = sample_answers(view, tokenizer, ASKED, seed=1, **options)
+    assert all(a.answers != b.answers for a, b in zip(first, other, strict=True))
+    assert [one.greedy for one in first] == [one.greedy for one in other]
+    assert [one.greedy for one in first] == generate_answers(view, tokenizer, ASKED, prompt=PROMPT)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_first_tokens_are_drawn_as_often_as_the_model_says(temperature):
+    """A chi-square test of 4,000 draws; rare tokens are taken together, so that each is expected
+    five times at least. It rejects a right sampler at one seed in 10,000."""
+    view, tokenizer = value_vector_view(toy_model("llama")), toy_tokenizer()
+    sampled = sample_answers(
+        view, tokenizer, ["song of alpha"], prompt="{question}", samples=4000,
+        temperature=temperature, max_new_tokens=1,
+    )[0]  # fmt: skip
+    tokens = torch.tensor([tokenizer.encode("song of alpha")])
+    with torch.no_grad():
+        logits = view.model(tokens).logits[0, -1].double()
+    shares = (logits / temperature).softmax(-1).numpy()
+    words = tokenizer.batch_decode([[token] for token in range(97)], skip_special_tokens=True)
+    expected, seen = {}, dict.fromkeys(words, 0)
+    for word, share in zip(words, shares, strict=True):
+        expected[word] = expected.get(word, 0) + 4000 * share
+    for answer in sampled.answers:
+        seen[answer] += 1
+    often = [word for word in expected if expected[word] >= 5]
+    rare = [word for word in expected if expected[word] < 5]
+    found = [seen[word] for word in often] + [sum(seen[word] for word in rare)]
+    wanted = [expected[word] for word in often] + [sum(expected[word] for word in rare)]
+    assert stats.chisquare(found, wanted).pvalue > 1e-4
+    logprobs = dict(zip(words, logits.log_softmax(-1).tolist(), strict=True))
+    for answer, likelihood in zip(sampled.answers, sampled.log_likelihoods, strict=True):
+        if answer:  # of the special tokens, all of which are no words
+            assert likelihood == pytest.approx(logprobs[answer], abs=1e-4)
+
+
+def test_nothing_to_sample_is_told():
+    view, tokenizer = value_vector_view(toy_model("llama")), toy_tokenizer()
+    with pytest.raises(InputError, match="samples 0"):
+        sample_answers(view, tokenizer, ASKED, samples=0)
+    for temperature in (0, -1, math.inf, math.nan):
+        with pytest.raises(InputError, match=f"temperature {temperature}"):
+            sample_answers(view, tokenizer, ASKED, temperature=temperature)
+    with pytest.raises(InputError, match="does not fit the model's context of 64"):
+        sample_answers(view, tokenizer, ["old " * 60], prompt="{question}")
+    assert sample_answers(view, tokenizer, []) == []
+
+
+# Meanings
+
+
+def judged_by(*sets):
+    """Answers of one set mean the same."""
+
+    def same(question, pairs):
+        assert question == "Which river?"
+        return [any(one in group and other in group for group in sets) for one, other in pairs]
+
+    return same
+
+
+def clusters(answers, *sets, aliases=("the Thames", "Thames")):
+    return cluster_answers("Which river?", answers, aliases, judged_by(*sets))
+
+
+def test_answers_are_clustered_by_words_then_aliases_then_judgement():
+    assert clusters(["Danube", "the danube.", "Rhine", "Danube"]) == [0, 0, 1, 0]
+    assert clusters(["Thames", "Rhine", "the Thames", "THAMES!"]) == [0, 1, 0, 0]
+    assert clusters(["Donau", "Rhine", "Danube"], {"Donau", "Danube"}) == [0, 1, 0]
+    assert clusters(["", "Rhine", "", "..."]) == [0, 1, 0, 0]
+
+
+def test_an_answer_joins_the_first_cluster_whose_first_member_means_the_same():
+    """Meaning the same is not transitive in a judge's eyes: b is like a and c, a unlike c."""
+    sets = ({"a", "b"}, {"b", "c"})
+    answers = ["x", "y", "z"]
+    named = dict(zip(answers, ("a", "b", "c"), strict=True))
+
+    def same(question, pairs):
+        return [any({named[p] for p in pair} <= group for group in sets) for pair in pairs]
+
+    expected = {
+        ("x", "y", "z"): [0, 0, 1],
+        ("y", "x", "z"): [0, 0, 0],
+        ("z", "x", "y"): [0, 1, 0],
+    }
+    for order, wanted in expected.items():
+        assert cluster_answers("q", order, (), same) == wanted
+
+
+def test_a_judge_is_not_asked_of_what_is_known():
+    """Neither of accepted answers nor of empty ones: right and wrong are never one meaning."""
+    asked = []
+
+    def same(question, pairs):
+        asked.extend(pairs)
+        return [True] * len(pairs)
+
+    found = cluster_answers("q", ["Thames", "Rhine", "", "the Thames", "Danube"], ["Thames"], same)
+    assert found == [0, 1, 2, 0, 1]
+    assert asked == [("Rhine", "Danube")]
+
+
+def test_embeddings_tell_phrasings_from_other_answers():
+    """The shares that the threshold was chosen by, measured anew on as many pairs."""
+    draw = random.Random(0)
+    questions = load_questions()
+    draw.shuffle(questions)
+    forms = ("{}", "It is {}", "{}, I think", "The answer is {}", "probably {}", "{} of course")
+    same, other = [], []
+    for question in questions[:300]:
+        one, two = draw.sample(forms, 2)
+        answer = question.options[question.answer]
+        wrong = draw.choice([o for o in question.options if o != answer])
+        same.append((one.format(answer), two.format(answer)))
+        other += [(one.format(answer), two.format(wrong)), (one.format(answer), one.format(wrong))]
+    judge = embedding_judge()
+    joined = np.mean(judge("", same)), np.mean(judge("", other))
+    assert joined[0] > 0.8
+    assert joined[1] < 0.07
+    pairs = [("Paris", "Lyon"), ("in 1815", "in 1816"), ("Paris", "Paris, France")]
+    assert judge("Which?", pairs) == [False, False, True]
+
+
+@pytest.fixture(params=[("entailment", "neutral", "contradiction"), ("no", "maybe", "ENTAILMENT")])
+def classifier(request, tmp_path):
+    """A tiny classifier whose verdicts vary; its labels in two orders."""
+    labels = request.param
+    config = BertConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=48, max_position_embeddings=64, pad_token_id=0,
+        id2label=dict(enumerate(labels)), label2id={label: n for n, label in enumerate(labels)},
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(5)  # one whose verdicts vary
+        model = BertForSequenceClassification(config).eval().requires_grad_(False)
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+        model.classifier.bias.zero_()
+    model.save_pretrained(tmp_path)
+    toy_tokenizer().save_pretrained(tmp_path)
+    return tmp_path, model, [label.lower() for label in labels].index("entailment")
+
+
+def test_entailment_is_asked_both_ways_after_the_question(classifier):
+    """Against the classifier itself, one pair at a time and without padding."""
+    path, model, label = classifier
+    tokenizer = toy_tokenizer()
+    question = "the king of beta"
+    pairs = list(itertools.combinations(["ash", "old bee", "new cow", "gnu fox hen", "of"], 2))
+
+    def entails(one, other):
+        batch = tokenizer(f"{question} {one}", f"{question} {other}", return_tensors="pt")
+        return int(model(**batch).logits.argmax()) == label
+
+    expected = [entails(one, other) and entails(other, one) for one, other in pairs]
+    assert entailment_judge(str(path), batch_size=3)(question, pairs) == expected
+    one_way = [entails(one, other) for one, other in pairs]
+    assert 0 < sum(expected) < sum(one_way)  # so that asking one way alone would show
+
+
+def test_what_is_no_judge_is_told_in_one_line(tmp_path, classifier, monkeypatch):
+    path, model, _ = classifier
+    model.config.id2label, model.config.label2id = {0: "a", 1: "b"}, {"a": 0, "b": 1}
+    model.config.save_pretrained(path)
+
+    def refused(name):
+        with pytest.raises(InputError) as caught:
+            entailment_judge(str(name))
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "its labels are a, b, none is `entailment`" in refused(path)
+    assert "not a sequence classifier" in refused(tmp_path / "empty") if (
+        (tmp_path / "empty").mkdir() is None
+    ) else ""  # fmt: skip
+    assert "no such directory" in refused("/no/such/place")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "org/no-such-model: not a directory, not in the hub cache" in refused(
+        "org/no-such-model"
+    )
+    missing = hallucination.EMBEDDINGS.model_copy(update={"distribution": "no-such-wheel"})
+    monkeypatch.setattr(hallucination, "EMBEDDINGS", missing)
+    hallucination._embedder.cache_clear()
+    with pytest.raises(InputError, match="no-such-wheel: wheel not installed"):
+        embedding_judge()("q", [("a", "b")])
+    hallucination._embedder.cache_clear()
+
+
+# Entropy
+
+
+def test_entropy_of_known_shares():
+    assert semantic_entropy([0] * 10) == 0
+    assert math.copysign(1, semantic_entropy([0] * 10)) == 1
+    assert semantic_entropy(range(10)) == pytest.approx(math.log(10))
+    assert semantic_entropy([3, 3, 7, 7]) == pytest.approx(math.log(2))
+    shares = np.array([5, 3, 2]) / 10
+    assert semantic_entropy([0] * 5 + [1] * 3 + [2] * 2) == pytest.approx(stats.entropy(shares))
+
+
+def test_the_mean_over_samples_is_the_expectation():
+    """Of a source with known meanings; the expectation sums over every count of five samples."""
+    source, n = np.array([0.6, 0.3, 0.1]), 5
+    expected = sum(
+        stats.multinomial.pmf(counts, n, source) * stats.entropy(np.array(counts) / n)
+        for counts in itertools.product(range(n + 1), repeat=3)
+        if sum(counts) == n
+    )
+    draw = np.random.default_rng(0)
+    values = [semantic_entropy(draw.choice(3, n, p=source)) for _ in range(4000)]
+    error = np.std(values) / math.sqrt(len(values))
+    assert np.mean(values) == pytest.approx(expected, abs=4 * error)
+    assert expected < stats.entropy(source) - 10 * error  # the bias that the docstring names
+    many = semantic_entropy(draw.choice(3, 100_000, p=source))
+    assert many == pytest.approx(stats.entropy(source), abs=0.01)
+
+
+def test_likelihoods_weigh_meanings_by_their_length():
+    """Worked by hand: per-token likelihoods 0.5, 0.25 and 0.25 of two meanings."""
+    found = semantic_entropy(
+        [0, 1, 1], [2 * math.log(0.5), math.log(0.25), 3 * math.log(0.25)], [2, 1, 3]
+    )
+    assert found == pytest.approx(math.log(2))
+    sure = semantic_entropy([0, 1], [-1.0, -2000.0], [1, 1])
+    assert sure == pytest.approx(0, abs=1e-9)
+    with pytest.raises(InputError, match="give both"):
+        semantic_entropy([0, 1], [-1.0, -2.0])
+    with pytest.raises(InputError, match="none"):
+        semantic_entropy([])
+
+
+# Dimension
+
+
+def sphere(dimension, n, seed=0):
+    """Points on a sphere of this dimension, turned and laid into 576 dimensions."""
+    draw = np.random.default_rng(seed)
+    points = draw.normal(size=(n, dimension + 1))
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    turned, _ = np.linalg.qr(draw.normal(size=(576, dimension + 1)))
+    return torch.from_numpy(points @ turned.T).float()
+
+
+@pytest.mark.parametrize("dimension", [1, 2, 5])
+def test_a_sphere_has_its_dimension(dimension):
+    """The estimate's deviation is d / sqrt(k - 3); 2,000 points share neighbours, so that no more
+    than 2,000 / k of them are independent: four deviations of their mean are 10 % of d."""
+    found = local_intrinsic_dimension(sphere(dimension, 2000), 20)
+    assert found.shape == (2000,)
+    assert found.mean() == pytest.approx(dimension, rel=4 / math.sqrt(17) / math.sqrt(100))
+    assert found.std() == pytest.approx(dimension / math.sqrt(17), rel=0.35)
+
+
+def test_a_point_on_a_line_is_told_from_one_on_a_sphere():
+    """Local: each point has the dimension of where it lies."""
+    line = torch.zeros(300, 576)
+    line[:, 0] = torch.linspace(50, 60, 300)
+    found = local_intrinsic_dimension(torch.cat([line, sphere(5, 600)]), 20)
+    assert found[:300].mean() == pytest.approx(1, abs=0.3)
+    assert found[300:].mean() == pytest.approx(5, abs=1)
+
+
+def test_the_estimate_is_levina_and_bickels():
+    """Written out for each point: the inverse mean log ratio of distances, over k - 2."""
+    points = sphere(4, 60)
+    distances = torch.cdist(points.double(), points.double()).numpy()
+    found = local_intrinsic_dimension(points, 7)
+    for row, value in zip(distances, found, strict=True):
+        near = np.sort(row)[1:8]
+        assert value == pytest.approx((7 - 2) / np.log(near[-1] / near[:-1]).sum(), rel=1e-4)
+
+
+def test_equal_states_count_as_one_point():
+    points = sphere(3, 100)
+    plain = local_intrinsic_dimension(points, 10)
+    twice = local_intrinsic_dimension(torch.cat([points, points[:30]]), 10)
+    np.testing.assert_allclose(twice[:100], plain)
+    np.testing.assert_allclose(twice[100:], plain[:30])
+    assert np.isfinite(twice).all()
+
+
+def test_points_that_have_no_dimension_are_refused():
+    points = sphere(3, 30)
+    with pytest.raises(InputError, match="neighbours 30: only 30 different points"):
+        local_intrinsic_dimension(points, 30)
+    with pytest.raises(InputError, match="only 1 different points"):
+        local_intrinsic_dimension(torch.ones(50, 8), 10)
+    with pytest.raises(InputError, match="neighbours 3: expected at least 4"):
+        local_intrinsic_dimension(points, 3)
+    points[3, 5] = math.nan
+    with pytest.raises(InputError, match="not all numbers are finite"):
+        local_intrinsic_dimension(points, 10)
+
+
+def test_every_line_of_the_docstring_holds():
+    """Names that the book uses are those that the module exports."""
+    for name in re.findall(r"^    (?:\w+ = )?(\w+)\(", hallucination.__doc__, re.M):
+        assert hasattr(hallucination, name), name

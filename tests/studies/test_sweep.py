@@ -1,0 +1,569 @@
+"""A study survives crashes, damage and full disks, and never takes an old result for a new one."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import signal
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from disks import small_disk
+from paramspec.errors import InputError
+from paramspec.execution import provenance
+from paramspec.execution.store import Store
+from paramspec.method.hooks import value_vector_view
+from paramspec.method.masks import load_masks, record_concepts
+from paramspec.method.pss import DETAIL_COLUMNS, PSS_COLUMNS, Choices
+from paramspec.method.scoring import encode, score_one_at_a_time
+from paramspec.models.registry import load_model
+from paramspec.models.tokens import tokenizer_facts
+from paramspec.specwiki import questions_digest
+from paramspec.studies import sweep
+from paramspec.studies.sweep import concept_coefficients, measure_pss, score_questions, write_study
+from toy_study import CONCEPTS, save_toy, toy_loaded, toy_questions, toy_tokenizer
+
+SMALL = Choices(ratios=(0.1, 0.3), general=5)
+FILES = ("pss.parquet", "details.parquet", "masks.safetensors", "run.json")
+
+
+@pytest.fixture(autouse=True)
+def single_concepts(monkeypatch):
+    """A unit is one concept here, so that a small study has several."""
+    monkeypatch.setattr("paramspec.studies.sweep.SHARD", 1)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "store")
+
+
+def reused(study):
+    return [model["units_from_store"] for model in study.run["models"]]
+
+
+def assert_same(one, other):
+    """Equal to the last bit: the same model, questions, choices and batches."""
+    pd.testing.assert_frame_equal(one.pss, other.pss)
+    pd.testing.assert_frame_equal(one.details, other.details)
+    assert one.masks.keys() == other.masks.keys()
+    assert all(torch.equal(one.masks[name], other.masks[name]) for name in one.masks)
+
+
+def units(store):
+    """The finished units, by their keys, with the time they were written."""
+    found = {}
+    for path in store.root.glob("v*/*/*/key.json"):
+        if not path.parent.name.startswith(".") and "damaged" not in path.parent.name:
+            key = json.loads(path.read_text())
+            found[key["unit"], *key.get("concepts", ())] = path.stat().st_mtime_ns
+    return found
+
+
+# What a result depends on
+
+CHANGED = {
+    "ratios": (0.1, 0.4),
+    "position": "last",
+    "scope": "model",
+    "protocol": "holdout",
+    "folds": (1,),
+    "controls": 2,
+    "nulls": ("random",),
+    "general": 4,
+    "seed": 1,
+    "row_tokens": 60,
+    "batch_tokens": 600,
+}
+
+
+def test_a_rerun_takes_everything_from_the_store(store):
+    model, questions = toy_loaded(), toy_questions(3)
+    first = measure_pss([model], questions, SMALL, store=store)
+    written = units(store)
+    assert set(written) == {("coefficients",), *(("pss", name) for name in CONCEPTS[:3])}
+    again = measure_pss([model], questions, SMALL, store=store)
+    assert (reused(first), reused(again)) == ([0], [3])
+    assert units(store) == written
+    assert_same(first, again)
+
+
+def test_every_choice_has_a_change_here():
+    assert set(CHANGED) == set(Choices.model_fields)
+
+
+@pytest.mark.parametrize("field", CHANGED)
+def test_another_choice_is_another_result(store, tmp_path, field):
+    model, questions = toy_loaded(), toy_questions(2)
+    first = measure_pss([model], questions, SMALL, store=store)
+    choices = SMALL.model_copy(update={field: CHANGED[field]})
+    assert choices != SMALL
+    changed = measure_pss([model], questions, choices, store=store)
+    assert reused(changed) == [0]
+    assert_same(changed, measure_pss([model], questions, choices, store=Store(tmp_path / "new")))
+    again = measure_pss([model], questions, SMALL, store=store)
+    assert reused(again) == [2]
+    assert_same(again, first)
+
+
+def other_questions():
+    questions = toy_questions(2)
+    for field, value in {
+        "cloze": "old age of beta",
+        "options": ("ash", "bee", "cow", "doe"),
+        "answer": (questions[12].answer + 1) % 4,
+        "fold": 1 - questions[12].fold,
+        "tier": "low",
+        "id": "beta/other",
+        "statements": ("Something else.",),
+    }.items():
+        changed = list(questions)
+        changed[12] = questions[12].model_copy(update={field: value})
+        if field == "tier":  # a concept has one
+            changed = [q.model_copy(update={"tier": "low"}) for q in questions]
+        yield pytest.param(changed, id=field)
+    yield pytest.param(questions[::-1], id="order")
+    yield pytest.param(questions[:-1], id="one less")
+    yield pytest.param(toy_questions(3), id="another concept")
+
+
+@pytest.mark.parametrize("questions", list(other_questions()))
+def test_other_questions_are_another_result(store, tmp_path, questions):
+    model = toy_loaded()
+    measure_pss([model], toy_questions(2), SMALL, store=store)
+    assert questions_digest(questions) != questions_digest(toy_questions(2))
+    changed = measure_pss([model], questions, SMALL, store=store)
+    assert reused(changed) == [0]
+    assert_same(changed, measure_pss([model], questions, SMALL, store=Store(tmp_path / "new")))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save_toy(tmp_path_factory.mktemp("models") / "toy")
+
+
+def test_other_weights_under_the_same_name_are_another_result(store, tmp_path, saved):
+    questions = toy_questions(3)
+    loaded = load_model(str(saved))
+    first = measure_pss([loaded], questions, SMALL, store=store)
+    nudged = toy_loaded().model
+    nudged.model.layers[1].mlp.down_proj.weight[3, 5] += 1
+    nudged.save_pretrained(tmp_path / "toy")
+    toy_tokenizer().save_pretrained(tmp_path / "toy")
+    other = replace(load_model(str(tmp_path / "toy")), name=loaded.name)
+    assert other.digest != loaded.digest
+    changed = measure_pss([other], questions, SMALL, store=store)
+    assert reused(changed) == [0]
+    difference = np.subtract(
+        changed.details["option_logprobs"].tolist(), first.details["option_logprobs"].tolist()
+    )
+    assert abs(difference).max() > 0.01
+    assert_same(changed, measure_pss([other], questions, SMALL, store=Store(tmp_path / "new")))
+
+
+def test_another_dtype_is_another_result(store, saved):
+    questions = toy_questions(3)
+    first = measure_pss([str(saved)], questions, SMALL, store=store)
+    halved = measure_pss([str(saved)], questions, SMALL, store=store, dtype="bfloat16")
+    assert reused(halved) == [0]
+    assert halved.run["models"][0]["dtype"] == "bfloat16"
+    assert first.run["models"][0]["dtype"] == "float32"
+    difference = np.subtract(
+        halved.details["option_logprobs"].tolist(), first.details["option_logprobs"].tolist()
+    )
+    assert 1e-3 < abs(difference).max() < 5
+
+
+def test_another_name_or_scoring_version_is_another_result(store, monkeypatch):
+    questions = toy_questions(3)
+    measure_pss([toy_loaded()], questions, SMALL, store=store)
+    renamed = measure_pss([toy_loaded(name="other")], questions, SMALL, store=store)
+    assert reused(renamed) == [0]
+    assert set(renamed.pss["model"]) == {"other"}
+    before = set(units(store).values())
+    monkeypatch.setattr("paramspec.studies.sweep.SCORING_VERSION", 10**6)
+    monkeypatch.setattr("paramspec.method.pss.SCORING_VERSION", 10**6)
+    assert reused(measure_pss([toy_loaded()], questions, SMALL, store=store)) == [0]
+    assert len(list(store.root.glob("v*/*/*/coefficients.safetensors"))) == 3
+    assert len(before) == 4
+
+
+# Crashes
+
+PROGRAM = """
+import sys, time
+import paramspec.studies.sweep as sweep
+from paramspec.method.pss import Choices
+from paramspec.execution.store import Store
+from toy_study import toy_loaded, toy_questions
+
+calls, save = [], sweep._save
+def stop_at_fourth(tables, directory):
+    calls.append(1)
+    if len(calls) == 4:
+        tables.pss.to_parquet(directory / "pss.parquet")
+        print("fourth", flush=True)
+        time.sleep(600)
+    save(tables, directory)
+
+sweep.SHARD, sweep._save = 1, stop_at_fourth
+study = sweep.measure_pss(
+    [toy_loaded()], toy_questions(6), Choices(ratios=(0.1, 0.3), general=5),
+    store=Store(sys.argv[1]),
+)
+sweep.write_study(study, sweep.Path(sys.argv[2]))
+"""
+
+
+def test_a_killed_run_continues_and_ends_with_the_same_tables(store, tmp_path):
+    """Killed while it writes its fourth unit."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(store.root), str(tmp_path / "out")],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout.readline() == "fourth\n"
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    finished = units(store)
+    assert set(finished) == {("coefficients",), *(("pss", name) for name in CONCEPTS[:3])}
+
+    model, questions = toy_loaded(), toy_questions(6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # an unfinished unit is not a damaged one
+        continued = measure_pss([model], questions, SMALL, store=store)
+    assert reused(continued) == [3]
+    assert units(store).items() > finished.items()  # nothing finished was written again
+    whole = measure_pss([model], questions, SMALL, store=Store(tmp_path / "new"))
+    assert_same(continued, whole)
+
+
+def test_a_run_that_another_overtakes_ends_with_the_same_tables(store, monkeypatch):
+    """At its second unit, another worker with the same store begins and finishes the study."""
+    model, questions = toy_loaded(), toy_questions(4)
+    calls, overtaking = [], []
+    measure = sweep.measure_concepts
+
+    def overtaken(*arguments, **options):
+        calls.append(arguments[4])
+        if len(calls) == 2:
+            overtaking.append(measure_pss([model], questions, SMALL, store=store))
+            overtaking.append(units(store))
+        return measure(*arguments, **options)
+
+    monkeypatch.setattr("paramspec.studies.sweep.measure_concepts", overtaken)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        slow = measure_pss([model], questions, SMALL, store=store)
+    quick, finished = overtaking
+    assert len(finished) == 5
+    assert units(store) == finished  # what the other had put is kept, not put again
+    assert (reused(quick), reused(slow)) == ([1], [2])
+    assert_same(slow, quick)
+
+
+def exchange(file, content):
+    """Write another file in its place: tensors in use are mapped from the old one."""
+    file.unlink()
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["pss.parquet", "details.parquet", "masks.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "flip"])
+def test_a_damaged_unit_is_computed_again(store, name, damage):
+    model, questions = toy_loaded(), toy_questions(3)
+    first = measure_pss([model], questions, SMALL, store=store)
+    file = next(iter(sorted(store.root.glob(f"v*/*/*/{name}"))))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 16
+    exchange(file, content if damage == "flip" else content[: len(content) // 2])
+    with pytest.warns(UserWarning, match=f"{name} is damaged; set aside") as caught:
+        again = measure_pss([model], questions, SMALL, store=store)
+    assert len(caught) == 1
+    assert reused(again) == [2]
+    assert_same(again, first)
+
+
+def test_damaged_coefficients_are_recorded_again(store):
+    model, questions = toy_loaded(), toy_questions(3)
+    first = concept_coefficients(model, questions, store=store)
+    file = next(store.root.glob("v*/*/*/coefficients.safetensors"))
+    exchange(file, file.read_bytes()[:-4])
+    with pytest.warns(UserWarning, match="coefficients.safetensors is damaged"):
+        again = concept_coefficients(model, questions, store=store)
+    assert torch.equal(first.sums, again.sums)
+
+
+# Disks
+
+
+def results(out):
+    """What is in the output directory, byte by byte."""
+    return {file.name: file.read_bytes() for file in out.iterdir()}
+
+
+@pytest.fixture
+def earlier(tmp_path, store):
+    """Earlier results, and a study that is to replace them."""
+    model = toy_loaded()
+    write_study(measure_pss([model], toy_questions(2), SMALL, store=store), tmp_path / "out")
+    return tmp_path / "out", measure_pss([model], toy_questions(5), SMALL, store=store)
+
+
+@pytest.mark.parametrize("failing", FILES)
+def test_a_disk_that_fills_up_leaves_the_earlier_results(earlier, monkeypatch, failing):
+    out, study = earlier
+    before = results(out)
+
+    def full(path):
+        raise OSError(28, "No space left on device", str(path))
+
+    if failing.endswith("parquet"):
+        to_parquet = pd.DataFrame.to_parquet
+        monkeypatch.setattr(
+            pd.DataFrame,
+            "to_parquet",
+            lambda table, path, **options: (
+                full(path) if Path(path).name == failing else to_parquet(table, path, **options)
+            ),
+        )
+    elif failing == "run.json":
+        monkeypatch.setattr(Path, "write_text", lambda path, *_, **__: full(path))
+    else:
+        monkeypatch.setattr("paramspec.method.masks.save_file", lambda _, path, __: full(path))
+    with pytest.raises(InputError, match=r"No space left on device.*free some space") as caught:
+        write_study(study, out)
+    assert "\n" not in str(caught.value)
+    assert results(out) == before
+    assert set(before) == set(FILES)
+
+
+def test_a_disk_that_is_really_full_leaves_the_earlier_results(earlier, tmp_path):
+    out, study = earlier
+    sizes = sum(file.stat().st_size for file in out.iterdir())
+    with small_disk(tmp_path / "disk", f"{sizes // 1024 + 60}k") as disk:
+        write_study(measure_pss([toy_loaded()], toy_questions(2), SMALL), disk / "out")
+        before = results(disk / "out")
+        (disk / "ballast").write_bytes(b"\0" * 40_000)
+        with pytest.raises(InputError, match="No space left on device"):
+            write_study(study, disk / "out")
+        assert results(disk / "out") == before
+        (disk / "ballast").unlink()
+
+
+def test_a_store_on_a_full_disk_stops_the_run_and_keeps_what_is_finished(tmp_path):
+    model, questions = toy_loaded(), toy_questions(6)
+    with small_disk(tmp_path / "disk", "128k") as disk:
+        store = Store(disk / "store")
+        with pytest.raises(InputError, match="No space left on device"):
+            measure_pss([model], questions, SMALL, store=store)
+        finished = units(store)
+        assert 0 < len(finished) < 7
+        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+        continued = measure_pss([model], questions, SMALL, store=store)
+        assert reused(continued) == [len(finished) - 1]  # one is of the coefficients
+    assert_same(continued, measure_pss([model], questions, SMALL, store=Store(tmp_path / "new")))
+
+
+# What is written
+
+
+def test_the_four_files_hold_the_study(store, tmp_path):
+    model, questions = toy_loaded(), toy_questions(3)
+    study = measure_pss([model], questions, SMALL, store=store)
+    write_study(study, tmp_path / "out")
+    assert set(results(tmp_path / "out")) == set(FILES)
+    pss = pd.read_parquet(tmp_path / "out" / "pss.parquet")
+    details = pd.read_parquet(tmp_path / "out" / "details.parquet")
+    pd.testing.assert_frame_equal(pss, study.pss)
+    pd.testing.assert_frame_equal(details, study.details)
+    assert list(pss.columns) == list(PSS_COLUMNS)
+    assert list(details.columns) == list(DETAIL_COLUMNS)
+    masks, choices = load_masks(tmp_path / "out" / "masks.safetensors")
+    assert masks.keys() == study.masks.keys()
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    for record in (run, choices):  # a masks file says by itself what it was made of
+        assert record["questions"] == {"digest": questions_digest(questions), "count": 30}
+        asked = SMALL.with_folds((0, 1))  # what an open choice of folds came to
+        assert record["choices"] == json.loads(asked.model_dump_json())
+        assert record["models"][0]["digest"] == model.digest
+    assert not {"versions", "hardware"} & run.keys()  # those of units alone
+    record = run["models"][0]
+    assert record["tokenizer"] == tokenizer_facts(model.tokenizer)
+    pss, coefficients = record["computed"]
+    assert pss["units"] == [{"unit": "pss", "concepts": [name]} for name in CONCEPTS[:3]]
+    assert coefficients["units"] == [{"unit": "coefficients"}]
+    for computed in record["computed"]:
+        assert computed["versions"]["torch"] == importlib.metadata.version("torch")
+        assert computed["hardware"]["threads"] == torch.get_num_threads()
+        assert (computed["device"], computed["commit"]) == ("cpu", None)
+        assert computed["first"] <= computed["last"]
+    assert (record["name"], record["layers"], record["width"]) == ("toy", 3, 48)
+    assert (record["units"], record["units_from_store"]) == (3, 0)
+    assert record["evaluations"] == len(details)
+    assert pss["engine"]["name"] == "packed"
+    assert record["seconds"] >= 0
+
+
+def records(study):
+    """What computed each concept's unit."""
+    return {
+        unit["concepts"][0]: record
+        for record in study.run["models"][0]["computed"]
+        for unit in record["units"]
+        if unit["unit"] == "pss"
+    }
+
+
+def test_an_upgrade_computes_anew_and_each_unit_names_its_own(store, monkeypatch, pretend_versions):
+    model, questions = toy_loaded(), toy_questions(2)
+    first = measure_pss([model], questions, SMALL, store=store)
+    pretend_versions(torch="999.0")
+    newer = measure_pss([model], questions, SMALL, store=Store(store.root))
+    assert reused(newer) == [0]
+    assert {r["versions"]["torch"] for r in records(newer).values()} == {"999.0"}
+    monkeypatch.undo()
+    monkeypatch.setattr("paramspec.studies.sweep.SHARD", 1)
+    again = measure_pss([model], questions, SMALL, store=Store(store.root))
+    assert reused(again) == [2]
+    assert again.run["models"][0]["computed"] == first.run["models"][0]["computed"]
+
+
+def test_units_of_two_machines_are_told_apart(store, monkeypatch, pretend_versions):
+    """The second half is computed elsewhere; a third machine, where all is stored, is not named."""
+    model, questions = toy_loaded(), toy_questions(4)
+    measure, here = sweep.measure_concepts, provenance.hardware()["cpu"]
+
+    def elsewhere(*arguments, **options):
+        if "gamma" in arguments[4]:
+            monkeypatch.setattr(provenance, "hardware", lambda: {"cpu": "another", "gpus": []})
+            pretend_versions(pandas="999", torch="2.13.0+cu130")
+        return measure(*arguments, **options)
+
+    monkeypatch.setattr(sweep, "measure_concepts", elsewhere)
+    measure_pss([model], questions, SMALL, store=store)
+    monkeypatch.setattr(provenance, "hardware", lambda: {"cpu": "a third", "gpus": []})
+    study = measure_pss([model], questions, SMALL, store=store)
+    assert reused(study) == [4]
+    cpus = {name: record["hardware"]["cpu"] for name, record in records(study).items()}
+    assert cpus["alpha"] == cpus["beta"] == here
+    assert cpus["gamma"] == cpus["delta"] == "another"
+    assert records(study)["gamma"]["versions"]["torch"] == "2.13.0+cu130"
+    assert "a third" not in json.dumps(study.run)
+
+
+def test_answers_and_coefficients_say_what_computed_them(store):
+    model, questions = toy_loaded(), toy_questions(2)
+    score_questions(replace(model, commit="c" * 40), questions, store=store)
+    concept_coefficients(model, questions, store=store)
+    found = {}
+    for path in store.root.glob("v*/*/*/computed.json"):
+        key = json.loads((path.parent / "key.json").read_text())
+        found[key["unit"]] = json.loads(path.read_text())
+    assert set(found) == {"answers", "coefficients"}
+    assert (found["answers"]["commit"], found["coefficients"]["commit"]) == ("c" * 40, None)
+    for record in found.values():
+        assert record["tokenizer"] == tokenizer_facts(model.tokenizer)
+        assert record["versions"]["transformers"] == importlib.metadata.version("transformers")
+        assert record["hardware"]["cpu"]
+
+
+def test_several_models_stand_in_one_study(store):
+    questions = toy_questions(3)
+    models = [toy_loaded("llama", name="one"), toy_loaded("gpt2", name="two", digest="1" * 64)]
+    study = measure_pss(models, questions, SMALL, store=store)
+    assert list(dict.fromkeys(study.pss["model"])) == ["one", "two"]
+    assert [model["name"] for model in study.run["models"]] == ["one", "two"]
+    for model in models:
+        alone = measure_pss([model], questions, SMALL, store=Store(store.root / "new"))
+        part = study.details[study.details["model"] == model.name].reset_index(drop=True)
+        pd.testing.assert_frame_equal(part, alone.details)
+        assert all(torch.equal(study.masks[name], mask) for name, mask in alone.masks.items())
+
+
+def test_unmasked_answers_equal_scoring_one_option_at_a_time(store):
+    model, questions = toy_loaded("gpt2"), toy_questions(3)
+    answers = score_questions(model, questions, store=store)
+    again = score_questions(model, questions, store=store)
+    pd.testing.assert_frame_equal(answers, again)
+    assert list(answers["question_id"]) == [question.id for question in questions]
+    view = value_vector_view(model.model)
+    for question, row in zip(questions, answers.itertuples(), strict=True):
+        expected = score_one_at_a_time(view, encode(model.tokenizer, question)).numpy()
+        np.testing.assert_allclose(row.option_logprobs, expected, atol=1e-3)
+        assert row.correct == (expected.argmax() == question.answer)
+        lengths = [len(option) for option in question.options]
+        assert row.correct_norm == ((expected / lengths).argmax() == question.answer)
+        assert (row.concept, row.tier, row.fold) == (question.concept, question.tier, question.fold)
+
+
+@pytest.mark.parametrize("front", ["", "<s> "])
+def test_a_tokenizer_that_ends_texts_measures_as_one_that_does_not(store, tmp_path, front):
+    """Coefficients and scores, at the prompt's last token too."""
+    studies = []
+    for name, template in (("bare", f"{front}$A"), ("ending", f"{front}$A </s>")):
+        path = save_toy(tmp_path / name, template=template)
+        choices = SMALL.model_copy(update={"position": "last"})
+        studies.append(measure_pss([str(path)], toy_questions(3), choices, store=store))
+    bare, ending = studies
+    assert bare.run["models"][0]["digest"] != ending.run["models"][0]["digest"]
+    for one, other in ((bare.pss, ending.pss), (bare.details, ending.details)):
+        pd.testing.assert_frame_equal(one.drop(columns="model"), other.drop(columns="model"))
+    masks = zip(bare.masks.values(), ending.masks.values(), strict=True)
+    assert all(torch.equal(one, other) for one, other in masks)
+
+
+@pytest.mark.parametrize("position", ["mean", "last"])
+def test_stored_coefficients_are_those_recorded(store, position):
+    model, questions = toy_loaded(), toy_questions(4)
+    expected = record_concepts(
+        value_vector_view(model.model), model.tokenizer, questions, position=position
+    )
+    for _ in range(2):
+        stored = concept_coefficients(model, questions, Choices(position=position), store=store)
+        assert stored.concepts == expected.concepts
+        assert torch.equal(stored.sums, expected.sums)
+        assert torch.equal(stored.counts, expected.counts)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("models", "questions", "choices", "message"),
+    [
+        ([], toy_questions(3), SMALL, "models: none given"),
+        (["toy"], toy_questions(1), SMALL, r"questions on 1 concept\(s\): at least 2 are needed"),
+        (["toy"], [], SMALL, r"questions on 0 concept\(s\)"),
+        (
+            ["toy"],
+            [q for q in toy_questions(3) if q.concept != "beta" or q.fold == 1],
+            SMALL,
+            "'beta' has questions of fold 1 alone",
+        ),
+        (["toy"], toy_questions(3), Choices(general=21), "general 21: only 20 questions"),
+        (["toy", "toy"], toy_questions(3), SMALL, "model 'toy': given twice"),
+        (["toy", "no-such-model"], toy_questions(3), SMALL, "model 'no-such-model': not in"),
+        (["toy", "no/such.gguf"], toy_questions(3), SMALL, "no/such.gguf: no such GGUF file"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_any_work(
+    store, models, questions, choices, message
+):
+    models = [toy_loaded() if model == "toy" else model for model in models]
+    with pytest.raises(InputError, match=message) as caught:
+        measure_pss(models, questions, choices, store=store)
+    assert "\n" not in str(caught.value)
+    assert not store.root.exists()
