@@ -70,15 +70,9 @@ __getattr__, __dir__, __all__ = _lazy.attach(
         ],
         "method.pss": [
             "Choices",
-            "accuracy_table",
-            "best_general_change",
             "parse_choices",
-            "peak_pss",
             "pss_rows",
             "read_mask_name",
-            "sampling_floor",
-            "summarize",
-            "verdict",
         ],
         "method.scoring": [
             "choose",
@@ -89,6 +83,14 @@ __getattr__, __dir__, __all__ = _lazy.attach(
         "specwiki": ["Question", "export_lm_eval", "load_questions", "questions_digest"],
         "execution.store": ["Store"],
         "models.tokens": ["token_ids"],
+        "stats.summary": [
+            "accuracy_table",
+            "best_general_change",
+            "peak_pss",
+            "sampling_floor",
+            "summarize",
+            "verdict",
+        ],
         "stats.trends": [
             "balance_tiers",
             "contrast",

@@ -614,7 +614,7 @@ def _print_study(study: Study) -> None:
     """A table a model: accuracies and PSS with intervals at each mask and ratio, and the peaks."""
     from rich.table import Table
 
-    from paramspec.method.pss import peak_pss, summarize
+    from paramspec.stats.summary import peak_pss, summarize
 
     console = _console()
     columns = ["concept_accuracy", "general_accuracy", "pss_pooled", "did", "pss_per_concept"]

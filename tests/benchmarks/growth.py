@@ -26,7 +26,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import peers
-from paramspec.method.batches import release_memory
+from paramspec.execution.limits import release_memory
 from paramspec.method.hooks import ValueVectorView, value_vector_view
 from paramspec.method.pss import Choices, asked_questions
 from paramspec.method.rows import Engine, Item, Request

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from paramspec.errors import InputError
+from paramspec.execution.limits import OutOfMemory
 from paramspec.method import batches, kernels
-from paramspec.method.batches import OutOfMemory
 from paramspec.method.hooks import value_vector_view
 from paramspec.method.kernels import arithmetic
 from paramspec.method.masks import record_concepts

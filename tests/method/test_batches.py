@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from paramspec.errors import InputError
-from paramspec.method.batches import in_batches, is_out_of_memory
+from paramspec.execution.limits import is_out_of_memory
+from paramspec.method.batches import in_batches
 
 
 def run(batches, room, error=MemoryError):

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from paramspec.execution.limits import OutOfMemory
 from paramspec.method import kernels
-from paramspec.method.batches import OutOfMemory
 from paramspec.method.kernels import faster_layers, linear_of
 from toys import FAMILIES, toy_model
 

@@ -17,10 +17,7 @@ from paramspec.errors import InputError
 from paramspec.method.hooks import value_vector_view
 from paramspec.method.masks import keep_tensor, record_concepts
 from paramspec.method.pss import (
-    DETAIL_COLUMNS,
-    PSS_COLUMNS,
     Choices,
-    best_general_change,
     concept_masks,
     evaluations,
     general_questions,
@@ -29,12 +26,16 @@ from paramspec.method.pss import (
     method_key,
     other_concept,
     parse_choices,
+)
+from paramspec.method.scoring import encode, score_one_at_a_time
+from paramspec.stats.summary import (
+    best_general_change,
     peak_pss,
     sampling_floor,
     summarize,
     verdict,
 )
-from paramspec.method.scoring import encode, score_one_at_a_time
+from paramspec.tables import DETAIL_COLUMNS, PSS_COLUMNS
 from toy_study import CONCEPTS, planted_model, toy_questions, toy_tokenizer
 from toys import toy_model
 
@@ -702,7 +703,7 @@ def test_intervals_equal_a_bootstrap_written_by_hand():
 @pytest.fixture
 def no_floors(monkeypatch):
     """Floors take most of the time of a summary, and are tested by themselves."""
-    monkeypatch.setattr("paramspec.method.pss.sampling_floor", lambda *_: (0.0, 0.0))
+    monkeypatch.setattr("paramspec.stats.summary.sampling_floor", lambda *_: (0.0, 0.0))
 
 
 def test_intervals_cover_the_truth_about_95_times_in_100(no_floors):

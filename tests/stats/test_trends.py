@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from paramspec.errors import InputError
-from paramspec.method.pss import peak_pss, summarize
+from paramspec.stats.summary import peak_pss, summarize
 from paramspec.stats.trends import (
     Draws,
     balance_tiers,

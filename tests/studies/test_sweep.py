@@ -22,13 +22,14 @@ from paramspec.execution import provenance
 from paramspec.execution.store import Store
 from paramspec.method.hooks import value_vector_view
 from paramspec.method.masks import load_masks, record_concepts
-from paramspec.method.pss import DETAIL_COLUMNS, PSS_COLUMNS, Choices
+from paramspec.method.pss import Choices
 from paramspec.method.scoring import encode, score_one_at_a_time
 from paramspec.models.registry import load_model
 from paramspec.models.tokens import tokenizer_facts
 from paramspec.specwiki import questions_digest
 from paramspec.studies import sweep
 from paramspec.studies.sweep import concept_coefficients, measure_pss, score_questions, write_study
+from paramspec.tables import DETAIL_COLUMNS, PSS_COLUMNS
 from toy_study import CONCEPTS, save_toy, toy_loaded, toy_questions, toy_tokenizer
 
 SMALL = Choices(ratios=(0.1, 0.3), general=5)

@@ -10,12 +10,16 @@ its root, and of processors alone.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import joblib
 import psutil
+
+from paramspec.errors import InputError
 
 PROC, CGROUP = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
@@ -43,6 +47,33 @@ def available_memory() -> int:
     """`available_memory()`: bytes that this process can still get."""
     free = [max(0, limit - used) for limit, used in _memory_limits()]
     return min([psutil.virtual_memory().available, *free])
+
+
+class OutOfMemory(InputError):
+    """Memory does not suffice, and no smaller part of the work is left to try."""
+
+
+def release_memory() -> None:
+    """`release_memory()`: what was freed goes back to the system, where glibc would keep it."""
+    with contextlib.suppress(OSError, AttributeError):  # another system's library has no such call
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """`is_out_of_memory(error)`: a GPU's, numpy's, or torch's own words for it on a CPU."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    words = ("DefaultCPUAllocator", "not enough memory", "bad_alloc", "Cannot allocate memory")
+    # oneDNN has but one word for all that it could not do, most often for want of memory. That
+    # of a primitive *descriptor* is another: no code for what was asked for, with any memory.
+    words += ("could not create a memory object", "CUBLAS_STATUS_ALLOC_FAILED")
+    primitives = ("could not create a primitive", "could not execute a primitive")
+    told = str(error)
+    return isinstance(error, RuntimeError) and (
+        told in primitives or any(word in told for word in words)
+    )
 
 
 def _memory_limits() -> Iterator[tuple[int, int]]:

@@ -35,11 +35,6 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from paramspec.method.rows import Engine
-    from paramspec.models.registry import LoadedModel
 
 # Whoever changes one of these may change a number: models' code and kernels, tokens, weights that
 # are unpacked, random draws. Others that are installed hand numbers on, or are applied to results.
@@ -114,23 +109,6 @@ def computed(**unit: object) -> dict[str, object]:
         "hardware": hardware(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **unit,
-    }
-
-
-def unit_record(loaded: LoadedModel, engine: Engine | None = None) -> dict[str, object]:
-    """`unit_record(loaded, engine)`: what a unit's record says of the model, see above."""
-    from paramspec.method.kernels import arithmetic
-    from paramspec.models.tokens import tokenizer_facts
-
-    return {
-        "model": loaded.name,
-        "digest": loaded.digest,
-        "commit": loaded.commit,
-        "tokenizer": tokenizer_facts(loaded.tokenizer),
-        "dtype": str(loaded.dtype).removeprefix("torch."),
-        "device": str(loaded.device),
-        "arithmetic": arithmetic(loaded.dtype, loaded.device.type),
-        "engine": engine and {"name": engine.name, "reason": engine.reason},
     }
 
 

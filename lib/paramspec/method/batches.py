@@ -6,21 +6,15 @@ for rows, logits in in_batches(batches, forward, tokens=lambda rows: len(rows) *
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 
-from paramspec.errors import InputError
+from paramspec.execution.limits import OutOfMemory, is_out_of_memory
 
 # Tokens of a forward pass: enough for what a pass costs of itself to be little of it.
 BATCH_TOKENS = 1024
-
-
-class OutOfMemory(InputError):
-    """Memory does not suffice, and no smaller part of the work is left to try."""
 
 
 Row = TypeVar("Row")
@@ -79,24 +73,3 @@ def _attempt(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return False, None
-
-
-def release_memory() -> None:
-    """`release_memory()`: what was freed goes back to the system, where glibc would keep it."""
-    with contextlib.suppress(OSError, AttributeError):  # another system's library has no such call
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """`is_out_of_memory(error)`: a GPU's, numpy's, or torch's own words for it on a CPU."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    words = ("DefaultCPUAllocator", "not enough memory", "bad_alloc", "Cannot allocate memory")
-    # oneDNN has but one word for all that it could not do, most often for want of memory. That
-    # of a primitive *descriptor* is another: no code for what was asked for, with any memory.
-    words += ("could not create a memory object", "CUBLAS_STATUS_ALLOC_FAILED")
-    primitives = ("could not create a primitive", "could not execute a primitive")
-    told = str(error)
-    return isinstance(error, RuntimeError) and (
-        told in primitives or any(word in told for word in words)
-    )

@@ -39,8 +39,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from paramspec.execution.limits import available_memory
-from paramspec.method.batches import OutOfMemory, is_out_of_memory
+from paramspec.execution.limits import OutOfMemory, available_memory, is_out_of_memory
 from paramspec.method.rows import round_up
 
 # Laying out a weight costs what it saves on some 150 tokens. In float32; see above.

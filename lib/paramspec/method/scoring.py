@@ -31,7 +31,8 @@ from transformers import (
 )
 
 from paramspec.errors import InputError, naming
-from paramspec.method.batches import BATCH_TOKENS, OutOfMemory, in_batches, is_out_of_memory
+from paramspec.execution.limits import OutOfMemory, is_out_of_memory
+from paramspec.method.batches import BATCH_TOKENS, in_batches
 from paramspec.method.hooks import (
     ValueVectorView,
     mask_rows,

@@ -1391,7 +1391,7 @@ def _told_in_one_line(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        from paramspec.method.batches import OutOfMemory, is_out_of_memory
+        from paramspec.execution.limits import OutOfMemory, is_out_of_memory
 
         if is_out_of_memory(error):
             raise OutOfMemory(

@@ -660,7 +660,7 @@ def _train(models: Sequence[ZooModel], root: Path) -> int:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from paramspec.method.batches import release_memory
+    from paramspec.execution.limits import release_memory
 
     first, threads, store = models[0], torch.get_num_threads(), Store(root)
     names = {model.recipe.steps: model.name.removesuffix(f"@{model.step}") for model in models}

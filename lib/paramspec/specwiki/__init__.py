@@ -18,7 +18,8 @@ from paramspec.specwiki.load import (
     sample_concepts,
     validate,
 )
-from paramspec.specwiki.schema import TIERS, Question
+from paramspec.specwiki.schema import Question
+from paramspec.tables import TIERS
 
 __all__ = [
     "QUESTIONS",

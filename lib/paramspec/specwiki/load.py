@@ -13,7 +13,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from paramspec.errors import InputError
-from paramspec.specwiki.schema import TIERS, Question
+from paramspec.specwiki.schema import Question
+from paramspec.tables import TIERS
 
 QUESTIONS = Path(__file__).with_name("questions.jsonl")
 

@@ -6,8 +6,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-TIERS = ("high", "medium", "low")
-
 
 class Question(BaseModel):
     """A four-option multiple-choice question about one concept.

@@ -23,8 +23,8 @@ import numpy as np
 import pandas as pd
 
 from paramspec.errors import InputError
-from paramspec.method.pss import ConceptCounts, cell_statistics
-from paramspec.specwiki import TIERS
+from paramspec.stats.summary import ConceptCounts, cell_statistics
+from paramspec.tables import TIERS
 
 CHANCE = 0.25
 LIKE_SIZED = 1.25  # times as many parameters, at most, has the larger of two models of like size

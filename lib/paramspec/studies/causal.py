@@ -33,10 +33,11 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from paramspec.errors import InputError
+from paramspec.execution.limits import release_memory
 from paramspec.execution.parallel import begin_work, hand_out, on_this_machine
-from paramspec.execution.provenance import group_records, read_computed, unit_record
+from paramspec.execution.provenance import group_records, read_computed
 from paramspec.execution.store import Store
-from paramspec.method.batches import in_batches, release_memory
+from paramspec.method.batches import in_batches
 from paramspec.method.generation import (
     GENERATION_VERSION,
     MAX_NEW_TOKENS,
@@ -86,6 +87,7 @@ from paramspec.studies.finetune import (
     training_texts,
 )
 from paramspec.studies.hallucination import sample_answers
+from paramspec.studies.records import unit_record
 from paramspec.studies.sweep import (
     Identity,
     answer_row,

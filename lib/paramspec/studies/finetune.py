@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from paramspec.errors import InputError
-from paramspec.execution.provenance import computed, number_versions, unit_record
+from paramspec.execution.provenance import computed, number_versions
 from paramspec.execution.store import require_writable, writing_to
 from paramspec.method.hooks import (
     TrainedVectors,
@@ -59,6 +59,7 @@ from paramspec.models.quiet import quiet_transformers
 from paramspec.models.registry import LoadedModel, load_model
 from paramspec.models.tokens import token_ids
 from paramspec.specwiki import Question
+from paramspec.studies.records import unit_record
 
 # Of texts, fp32 `[layers, width]`, as `mean_coefficients` gives them.
 Coefficients = Callable[[tuple[str, ...]], Tensor]

@@ -32,6 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from paramspec.errors import InputError, naming
+from paramspec.execution.limits import release_memory
 from paramspec.execution.parallel import (
     begin_work,
     hand_out,
@@ -39,15 +40,13 @@ from paramspec.execution.parallel import (
     on_this_machine,
     worker_count,
 )
-from paramspec.execution.provenance import group_records, read_computed, unit_record
+from paramspec.execution.provenance import group_records, read_computed
 from paramspec.execution.store import Store, remove_leftovers, writing_to
-from paramspec.method.batches import BATCH_TOKENS, release_memory
+from paramspec.method.batches import BATCH_TOKENS
 from paramspec.method.hooks import down_projections, value_vector_view
 from paramspec.method.kernels import arithmetic
 from paramspec.method.masks import ConceptCoefficients, load_masks, record_concepts, save_masks
 from paramspec.method.pss import (
-    DETAIL_COLUMNS,
-    PSS_COLUMNS,
     Choices,
     Tables,
     evaluations,
@@ -77,6 +76,8 @@ from paramspec.models.registry import (
     require_taught,
 )
 from paramspec.specwiki import Question, questions_digest
+from paramspec.studies.records import unit_record
+from paramspec.tables import DETAIL_COLUMNS, PSS_COLUMNS
 
 COEFFICIENTS = "coefficients.safetensors"
 SHARD = 4  # concepts of a unit: seconds to minutes of work, so that little is lost by a crash

@@ -26,7 +26,8 @@ from paramspec.specwiki.builder.facts import (
     stands_in,
 )
 from paramspec.specwiki.load import QUESTIONS
-from paramspec.specwiki.schema import TIERS, Question
+from paramspec.specwiki.schema import Question
+from paramspec.tables import TIERS
 
 HERE = Path(__file__).parent
 CONCEPTS = HERE / "concepts.csv"
