@@ -54,7 +54,18 @@ jobs: int = 2  # processes
 ```
 """
 OPTIONS = ["--ratios", "0.25", "--general", "2", "--jobs", "2", "--out", "out"]
-TUNING = ["--method", "FT-PV", "--concepts", "France,gold", "--epochs", "40", "--save-every", "1"]
+TUNING = [
+    "--method",
+    "FT-PV",
+    "--concept",
+    "France",
+    "--concept",
+    "gold",
+    "--epochs",
+    "40",
+    "--save-every",
+    "1",
+]
 COMMANDS = {
     "build": ["build"],
     "run": ["run", "measured"],

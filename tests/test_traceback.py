@@ -55,7 +55,7 @@ def test_every_command_shows_a_traceback_if_asked(command, monkeypatch, capsys):
 
 
 def test_a_traceback_holds_the_cause(monkeypatch, capsys):
-    words = ["finetune", "toy", "--method", "FT-PV", "--concepts", "@none.txt", "--out", "tuned"]
+    words = ["questions", "--questions", "none.txt"]
     _, told = failure(monkeypatch, capsys, *words, "--traceback")
     assert "FileNotFoundError: [Errno 2] No such file or directory: 'none.txt'\n" in told
     assert "The above exception was the direct cause of the following exception:" in told

@@ -26,7 +26,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
             "tuned",
         ],
         "errors": ["InputError"],
-        "studies.finetune": ["METHODS", "Training", "choose_vectors", "parse_training"],
+        "studies.finetune": ["METHODS", "Training", "choose_vectors"],
         "method.generation": ["answer_matches", "generate_answers"],
         "studies.hallucination": [
             "cluster_answers",
@@ -70,7 +70,6 @@ __getattr__, __dir__, __all__ = _lazy.attach(
         ],
         "method.pss": [
             "Choices",
-            "parse_choices",
             "pss_rows",
             "read_mask_name",
         ],

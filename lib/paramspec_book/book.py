@@ -32,7 +32,7 @@ import subprocess
 import sys
 import time
 import tokenize
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -317,6 +317,48 @@ def parse_assignments(pairs: list[str]) -> dict[str, Typed]:
             raise InputError(f"-p {name}: given twice, {values[name]!r} and {text!r}; give one")
         values[name] = Typed(text)
     return values
+
+
+def chapter_values(
+    profile: str,
+    names: Sequence[str],
+    given: Mapping[str, Any],
+    among: Collection[str],
+    root: Path | None = None,
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """`values, others = chapter_values("paper", [], {}, CHAPTERS)`: a profile's, with all defaults.
+
+    Args:
+        names: of chapters; all of the book's if none is given.
+        given: go before the profile's, in each chapter that declares them.
+        among: the chapters to return values of; the others are listed.
+
+    Raises:
+        InputError: if none is left, or if no chapter declares a given parameter.
+    """
+    root = root or find_root()
+    table = load_profile(profile, root)
+    found = [find_chapter(name, root) for name in names] or chapters(root)
+    wanted = [chapter for chapter in found if chapter.name in among]
+    if not wanted:
+        raise InputError(
+            f"profile {profile}: {', '.join(names) or 'the book'} has no chapter that measures "
+            f"models; name one of {', '.join(among)}"
+        )
+    values, used = {}, set()
+    for chapter in wanted:
+        declared = declared_parameters(chapter)
+        own = {name: value for name, value in given.items() if name in declared}
+        used |= own.keys()
+        values[chapter.name] = {p.name: p.default for p in declared.values()}
+        profiled = table.get(chapter.name, {})
+        values[chapter.name] |= check_parameters(chapter, profiled, f"profile {profile}")
+        values[chapter.name] |= check_parameters(chapter, own, "-p")
+    if unused := [name for name in given if name not in used]:
+        raise InputError(
+            f"-p {unused[0]}: no chapter planned here has such a parameter; correct it"
+        )
+    return values, [chapter.name for chapter in found if chapter not in wanted]
 
 
 # What an executed copy depends on

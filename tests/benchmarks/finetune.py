@@ -26,10 +26,10 @@ from paramspec.models.registry import load_model
 from paramspec.specwiki import load_questions
 from paramspec.studies.finetune import (
     METHODS,
+    Training,
     choose_vectors,
     encode_texts,
     language_modelling_loss,
-    parse_training,
     training_texts,
 )
 
@@ -78,7 +78,7 @@ def main() -> int:
     given = parser.parse_args()
     loaded = load_model(given.model, dtype="float32")
     view, questions = value_vector_view(loaded.model), load_questions()
-    training = parse_training(method="FT-FV", concepts=CONCEPTS)
+    training = Training.parse(method="FT-FV", concepts=CONCEPTS)
     rows = encode_texts(view, loaded.tokenizer, training_texts(questions, CONCEPTS, 4))
     rows = sorted(rows, key=len)[: training.batch]
     vectors = {

@@ -25,7 +25,6 @@ from paramspec.method.pss import (
     measure_concepts,
     method_key,
     other_concept,
-    parse_choices,
 )
 from paramspec.method.scoring import encode, score_one_at_a_time
 from paramspec.stats.summary import (
@@ -802,10 +801,10 @@ def test_there_is_no_floor_without_a_right_answer():
 
 
 def test_ratios_are_sorted_unique_and_without_zero():
-    choices = parse_choices(ratios="0.2, 0.01,0.2,0,0.05")
+    choices = Choices.parse(ratios="0.2, 0.01,0.2,0,0.05")
     assert choices.ratios == (0.01, 0.05, 0.2)
-    assert parse_choices(ratios="0").ratios == ()
-    assert parse_choices(ratios="1").ratios == (1.0,)
+    assert Choices.parse(ratios="0").ratios == ()
+    assert Choices.parse(ratios="1").ratios == (1.0,)
 
 
 @pytest.mark.parametrize(
@@ -835,7 +834,7 @@ def test_ratios_are_sorted_unique_and_without_zero():
 )
 def test_a_choice_that_is_none_is_told_in_one_line(given, message):
     with pytest.raises(InputError, match=message) as caught:
-        parse_choices(**given)
+        Choices.parse(**given)
     assert "\n" not in str(caught.value)
 
 
@@ -972,7 +971,7 @@ def test_folds_and_kinds_of_controls_are_part_of_the_key():
 )
 def test_folds_and_controls_that_are_none_are_told_in_one_line(given, message):
     with pytest.raises(InputError, match=message) as caught:
-        parse_choices(**given)
+        Choices.parse(**given)
     assert "\n" not in str(caught.value)
 
 

@@ -32,7 +32,7 @@ from paramspec.method.scoring import (
 from paramspec.models.registry import load_model
 from paramspec.models.tokens import token_ids, tokenizer_facts
 from paramspec.specwiki import load_questions
-from paramspec.studies.finetune import finetune, parse_training
+from paramspec.studies.finetune import Training, finetune
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +225,7 @@ def test_an_answer_is_lost_under_a_mask_of_everything_and_its_neighbour_is_not(s
 def test_a_fine_tuned_copy_is_an_ordinary_model(smollm2, tmp_path):
     """From GGUF, through two steps, to a directory that plain transformers reads bit by bit."""
     copied = dataclasses.replace(smollm2, model=copy.deepcopy(smollm2.model))
-    training = parse_training(
+    training = Training.parse(
         method="FT-PV", concepts=["France"], statements=1, epochs=1, batch=5, learning_rate=1e-2
     )
     record = finetune(copied, load_questions(), training, tmp_path)

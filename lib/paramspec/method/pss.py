@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import pandas as pd
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from paramspec.checked import Checked, Count, Seed
 from paramspec.errors import InputError
 from paramspec.method.batches import BATCH_TOKENS
 from paramspec.method.hooks import Position, ValueVectorView
@@ -41,7 +42,6 @@ from paramspec.method.scoring import (
     mark,
     score_options,
 )
-from paramspec.plain import number
 from paramspec.specwiki import Question
 from paramspec.tables import DETAIL_COLUMNS, MASKS, PSS_COLUMNS
 
@@ -50,14 +50,7 @@ Null = Literal["random", "magnitude", "other"]
 RATIOS = (0.01, 0.02, 0.05, 0.1, 0.2)
 
 
-def check_seed(seed: int) -> int:
-    """`check_seed(0)`: the seed, or a ValueError where it is out of its range."""
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed {seed}: expected a number from 0 to {2**32 - 1}")
-    return seed
-
-
-class Choices(BaseModel):
+class Choices(Checked):
     """Every choice of a PSS measurement that the paper leaves open, and its sample sizes.
 
     Attributes:
@@ -75,55 +68,28 @@ class Choices(BaseModel):
         row_tokens, batch_tokens: how a forward pass is filled, see `score_options`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    ratios: tuple[float, ...] = RATIOS
+    ratios: tuple[Annotated[float, Field(ge=0, le=1)], ...] = RATIOS
     position: Position = "mean"
     scope: Scope = "layer"
     protocol: Protocol = "paper"
-    folds: tuple[int, ...] | None = None
-    controls: int = 1
+    folds: tuple[Literal[0, 1], ...] | None = Field(default=None, min_length=1)
+    controls: int = Field(default=1, ge=0)
     nulls: tuple[Null, ...] = ("random", "magnitude", "other")
-    general: int = 10
-    seed: int = 0
-    row_tokens: int = ROW_TOKENS
-    batch_tokens: int = BATCH_TOKENS
+    general: Count = 10
+    seed: Seed = 0
+    row_tokens: Count = ROW_TOKENS
+    batch_tokens: Count = BATCH_TOKENS
 
     @field_validator("ratios")
     @classmethod
     def _ratios(cls, ratios: tuple[float, ...]) -> tuple[float, ...]:
-        for ratio in ratios:
-            if not 0 <= ratio <= 1:
-                raise ValueError(f"ratio {ratio}: expected a share of value vectors, from 0 to 1")
         # A ratio of 0 is always measured: it is the mask `none`.
         return tuple(sorted(set(ratios) - {0}))
 
-    @field_validator("folds")
+    @field_validator("folds", "nulls")
     @classmethod
-    def _folds(cls, folds: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if folds is None:
-            return None
-        if not folds or not set(folds) <= {0, 1}:
-            raise ValueError(f"folds {list(folds)}: expected 0, 1 or both")
-        return tuple(sorted(set(folds)))
-
-    @field_validator("nulls")
-    @classmethod
-    def _nulls(cls, nulls: tuple[Null, ...]) -> tuple[Null, ...]:
-        return tuple(sorted(set(nulls), key=MASKS.index))
-
-    @field_validator("controls", "general", "row_tokens", "batch_tokens")
-    @classmethod
-    def _counts(cls, value: int, info) -> int:
-        least = 0 if info.field_name == "controls" else 1
-        if value < least:
-            raise ValueError(f"{info.field_name} {value}: expected at least {least}")
-        return value
-
-    @field_validator("seed")
-    @classmethod
-    def _seed(cls, seed: int) -> int:
-        return check_seed(seed)
+    def _sorted(cls, values: tuple | None) -> tuple | None:
+        return values and tuple(sorted(set(values), key=(0, 1, *MASKS).index))
 
     @property
     def choose_on(self) -> tuple[int, ...]:
@@ -136,29 +102,6 @@ class Choices(BaseModel):
     def with_folds(self, folds: tuple[int, ...]) -> Choices:
         """`choices.with_folds((1,))`: the same with these folds, unless they were chosen before."""
         return self if self.folds is not None else self.model_copy(update={"folds": folds})
-
-
-def parse_choices(*, ratios: str | Sequence[float] = RATIOS, **others: object) -> Choices:
-    """`parse_choices(ratios="0.01,0.05", scope="layer")`: `Choices`, or one line on what is wrong.
-
-    Raises:
-        InputError: for a ratio that is not a number from 0 to 1, or an unknown choice.
-    """
-    if isinstance(ratios, str):
-        try:
-            ratios = [number(part.strip()) for part in ratios.split(",")]
-        except ValueError as error:
-            raise InputError(
-                f"ratios {ratios!r}: expected numbers from 0 to 1 separated by commas, as 0.01,0.05"
-            ) from error
-    try:
-        return Choices(ratios=ratios, **others)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place, message = first["loc"][0], first["msg"].removeprefix("Value error, ")
-        if first["type"] == "value_error":
-            raise InputError(message) from error
-        raise InputError(f"{place} {first['input']!r}: {message}") from error
 
 
 class Tables(NamedTuple):

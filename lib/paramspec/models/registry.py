@@ -315,7 +315,7 @@ def published_config(spec: ModelSpec) -> PreTrainedConfig:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if spec.source.kind == "zoo":
-        return architecture(_zoo_model(spec.id).recipe)
+        return architecture(zoo_model(spec.id).recipe)
     if spec.config is None:
         raise InputError(
             f"model {spec.id!r}: no config in {REGISTRY.name}; add it from its hub page"
@@ -422,7 +422,7 @@ def describe_models(names: Sequence[str]) -> pd.DataFrame:
         row["released"] = (spec.released - date(2023, 1, 1)).days if spec.released else None
         row["mmlu"] = spec.mmlu.score if spec.mmlu else None
         if spec.source.kind == "zoo":
-            made, exposure = training_record(_zoo_model(name)), _zoo_model(name).recipe.exposure
+            made, exposure = training_record(zoo_model(name)), zoo_model(name).recipe.exposure
             row |= {"tokens": made["tokens"], "step": made["step"]}
             row["exposure"] = exposure["high"] / exposure["low"]
         rows.append(row)
@@ -442,7 +442,7 @@ def describe_models(names: Sequence[str]) -> pd.DataFrame:
 def _place_in_time(spec: ModelSpec, step: float | None) -> tuple[float, float] | None:
     """What sorts the generations of a family: when each began, and how far a checkpoint is."""
     if spec.source.kind == "zoo":
-        model = _zoo_model(spec.id)
+        model = zoo_model(spec.id)
         return model.generation, math.inf if model.step is None else model.step
     dates = [
         other.released
@@ -508,7 +508,7 @@ def taught(model: str | LoadedModel) -> tuple[str, ...] | None:
         return model.taught
     if model in load_registry() or _custom_zoo(model):
         spec = find_spec(model)
-        return _zoo_model(model).recipe.taught if spec.source.kind == "zoo" else None
+        return zoo_model(model).recipe.taught if spec.source.kind == "zoo" else None
     return _taught_in(Path(model).expanduser()) if model else None
 
 
@@ -557,7 +557,7 @@ def require_taught(
                 )
 
 
-def _zoo_model(name: str) -> ZooModel:
+def zoo_model(name: str) -> ZooModel:
     found = _custom_zoo(name) or load_zoo().get(name)
     if found is None:
         raise InputError(f"model {name!r}: no such micro model in {RECIPE.name}; correct the name")
@@ -710,7 +710,7 @@ def find_checkpoints(models: Sequence[str]) -> list[Checkpoint]:
         for model, trained_here in zip(models, micro, strict=True)
         if not trained_here
     }
-    train_zoo([_zoo_model(model) for model in models if model not in others])
+    train_zoo([zoo_model(model) for model in models if model not in others])
     return [others.get(model) or find_checkpoint(model) for model in models]
 
 
@@ -838,7 +838,7 @@ def _find_source(spec: ModelSpec, download: bool) -> Path:
         case WheelSource():
             return wheel_file(spec.source)
         case ZooSource():
-            return trained(_zoo_model(spec.source.recipe), train=download)
+            return trained(zoo_model(spec.source.recipe), train=download)
 
 
 def hub_directory(model: str) -> Path:

@@ -25,15 +25,17 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import safetensors
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import Field, field_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from paramspec.checked import Checked, Count, Seed, Share
 from paramspec.errors import InputError
 from paramspec.execution.provenance import computed, number_versions
 from paramspec.execution.store import require_writable, writing_to
@@ -53,7 +55,6 @@ from paramspec.method.masks import (
     random_vectors,
     top_vectors,
 )
-from paramspec.method.pss import check_seed
 from paramspec.models import zoo
 from paramspec.models.quiet import quiet_transformers
 from paramspec.models.registry import LoadedModel, load_model
@@ -73,7 +74,7 @@ STATE = "unfinished.safetensors"  # what a killed run continues from
 FINETUNE_VERSION = 4  # raised whenever a change could move a trained weight
 
 
-class Training(BaseModel):
+class Training(Checked):
     """Everything that fine-tuned value vectors depend on, beside the model and the statements.
 
     Attributes:
@@ -94,79 +95,30 @@ class Training(BaseModel):
         seed: of random vectors, of other concepts, and of the order of statements.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     method: Method
-    concepts: tuple[str, ...]
-    share: float = 1 / 8
+    concepts: tuple[str, ...] = Field(min_length=1)
+    share: Share = 1 / 8
     rule: Rule = "coefficient"
-    layers: tuple[int, ...] | None = None
-    statements: int = 4
-    epochs: int = 3
-    batch: int = 16
-    learning_rate: float = 1e-3
-    seed: int = 0
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    statements: Count = 4
+    epochs: Count = 3
+    batch: Count = 16
+    # AdamW multiplies its first step by ten, and hands a number to torch that float32 holds.
+    learning_rate: float = Field(default=1e-3, gt=0, le=1e37)
+    seed: Seed = 0
 
     @field_validator("concepts")
     @classmethod
-    def _concepts(cls, concepts: tuple[str, ...]) -> tuple[str, ...]:
-        if not concepts:
-            raise ValueError("concepts: none given; name at least one")
+    def _once(cls, concepts: tuple[str, ...]) -> tuple[str, ...]:
         for concept in concepts:
             if concepts.count(concept) > 1:
-                raise ValueError(f"concepts: {concept!r} stands twice; give it once")
+                raise ValueError(f"{concept!r} stands twice; give it once")
         return concepts
-
-    @field_validator("share")
-    @classmethod
-    def _share(cls, share: float) -> float:
-        if not 0 < share <= 1:
-            raise ValueError(f"share {share}: expected a share of the value vectors, up to 1")
-        return share
 
     @field_validator("layers")
     @classmethod
-    def _layers(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        return None if layers is None else tuple(sorted(set(layers)))
-
-    @field_validator("statements", "epochs", "batch")
-    @classmethod
-    def _counts(cls, value: int, info) -> int:
-        if value < 1:
-            raise ValueError(f"{info.field_name} {value}: expected at least 1")
-        return value
-
-    @field_validator("learning_rate")
-    @classmethod
-    def _rate(cls, rate: float) -> float:
-        # AdamW multiplies its first step by ten, and hands a number to torch that float32 holds.
-        if not 0 < rate <= 1e37:
-            raise ValueError(f"learning_rate {rate}: expected a positive number up to 1e37")
-        return rate
-
-    @field_validator("seed")
-    @classmethod
-    def _seed(cls, seed: int) -> int:
-        return check_seed(seed)
-
-
-def parse_training(**choices: object) -> Training:
-    """`parse_training(method="FT-PV", concepts=["France"])`: or one line on what is wrong.
-
-    Raises:
-        InputError: for an unknown method or rule, or a value out of its range.
-    """
-    try:
-        return Training(**choices)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place, message = first["loc"][0], first["msg"].removeprefix("Value error, ")
-        if first["type"] == "value_error":
-            raise InputError(message) from error
-        if first["type"] == "literal_error":
-            known = ", ".join(METHODS if place == "method" else RULES)
-            raise InputError(f"{place} {first['input']!r}: no such {place}; use {known}") from error
-        raise InputError(f"{place} {first['input']!r}: {message}") from error
+    def _sorted(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        return layers and tuple(sorted(set(layers)))
 
 
 # --- what is trained on -------------------------------------------------------------------------
@@ -581,7 +533,6 @@ def finetune(
     dtype: str = "auto",
     device: str = "auto",
     save_every: int = 50,
-    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, object]:
     """`finetune("smollm2-135m", questions, training, Path("tuned"))`: a model on disk.
 
@@ -592,7 +543,7 @@ def finetune(
     Args:
         model: as `load_model` takes it, or loaded already, in which case its weights are trained.
         questions: hold the concepts of `training`.
-        progress: called with the steps done and the number of steps.
+        save_every: steps between two states that a killed run continues from.
 
     Returns:
         What `finetune.json` says: the run (model digest, training, digest of the texts), `status`,
@@ -605,6 +556,8 @@ def finetune(
             training; if training diverges: `out` then holds the model of the last good state, or
             no model if there was none.
     """
+    if save_every < 1:
+        raise InputError(f"save_every {save_every}: expected at least 1 step")
     texts = training_texts(questions, training.concepts, training.statements)
     require_writable(out)
     _refuse_strangers(out)
@@ -640,16 +593,12 @@ def finetune(
         "optimizer_bytes": optimizer_bytes(len(vectors), view.hidden),
         "computed": [*(record or {}).get("computed", []), computed(**unit_record(loaded))],
     }
-    done = None
-
-    def count(more: int) -> None:
-        nonlocal done
-        if done is None:  # a state that was there has been read, and is continued
-            _write_record(out, record)
-        done = (done or 0) + more
-        progress(done, steps)
-
-    with train_value_vectors(view, vectors) as trained:
+    _write_record(out, record)
+    title = f"{training.method} of {loaded.name}"
+    with (
+        train_value_vectors(view, vectors) as trained,
+        tqdm(total=steps, desc=title, unit="step", delay=0.01) as bar,
+    ):
         try:
             losses = train(
                 view,
@@ -658,7 +607,7 @@ def finetune(
                 training,
                 state=out / STATE,
                 save_every=save_every,
-                progress=count,
+                progress=bar.update,
             )
             record |= {"status": "finished", "losses": losses}
         except Diverged as error:

@@ -1,0 +1,100 @@
+"""What each chapter measures, said once: the chapter measures it, and the planner counts it.
+
+    study, holdout = measure_all(chapter_experiments("3-masking", parameters))
+
+A chapter is named as its notebook is, and its parameters are those that the notebook declares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from paramspec.method.pss import Choices
+from paramspec.models.registry import (
+    comparable_models,
+    expand_models,
+    folds_asked,
+    study_questions,
+)
+from paramspec.specwiki import Question
+from paramspec.studies.sweep import Study, measure_pss
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """PSS of some models on some questions, by some choices: a call of `measure_pss`."""
+
+    models: tuple[str, ...]
+    questions: tuple[Question, ...]
+    choices: Choices
+
+    def measure(self) -> Study:
+        """`experiment.measure()`: where `workers` says."""
+        return measure_pss(self.models, self.questions, self.choices)
+
+    def changed(self, **choices: object) -> Experiment:
+        """`experiment.changed(position="last")`: with other choices, and no controls."""
+        update = {"controls": 0} | choices
+        return replace(self, choices=self.choices.model_copy(update=update))
+
+
+def chapter_experiments(chapter: str, parameters: Mapping[str, Any]) -> list[Experiment]:
+    """`chapter_experiments("3-masking", parameters)`: in the order of the chapter.
+
+    Args:
+        chapter: one of `CHAPTERS`.
+        parameters: all that the chapter declares; others are left alone.
+    """
+    return CHAPTERS[chapter](parameters)
+
+
+def _experiment(names: Sequence[str], p: Mapping[str, Any], **others: object) -> Experiment:
+    given = ("ratios", "folds", "general", "controls", "position", "scope", "seed")
+    choices = Choices.parse(**{name: p[name] for name in given if name in p}, **others)
+    questions = study_questions(names, p["concepts"], p["seed"])
+    return Experiment(tuple(names), tuple(questions), choices.with_folds(folds_asked(names)))
+
+
+def _masking(p: Mapping[str, Any]) -> list[Experiment]:
+    own = _experiment([p["model"]], p)
+    return [own, own.changed(protocol="holdout")]
+
+
+def _over_models(p: Mapping[str, Any], *more: str) -> Experiment:
+    names = expand_models(p["models"])
+    own = _experiment(names, p, nulls=["random"])
+    return replace(own, models=tuple(dict.fromkeys([*names, *more])))
+
+
+def _twenty_models(p: Mapping[str, Any]) -> list[Experiment]:
+    own = _over_models(p)
+    comparable = tuple(comparable_models(own.models)) or own.models
+    return [own, replace(own.changed(protocol="holdout"), models=comparable)]
+
+
+def _frequency(p: Mapping[str, Any]) -> list[Experiment]:
+    return [_over_models(p, *(expand_models(p["turned"]) if p["turned"] else ()))]
+
+
+def _sensitivity(p: Mapping[str, Any]) -> list[Experiment]:
+    names = expand_models(p["models"])
+    own = _over_models({**p, "models": comparable_models(names) or names})
+    return [
+        own,
+        own.changed(position="last"),
+        own.changed(scope="model"),
+        own.changed(protocol="holdout"),
+        own.changed(seed=p["seed"] + 1),
+    ]
+
+
+CHAPTERS: dict[str, Callable[[Mapping[str, Any]], list[Experiment]]] = {
+    "3-masking": _masking,
+    "4-twenty-models": _twenty_models,
+    "5-frequency": _frequency,
+    "6-scale": lambda p: [_over_models(p)],
+    "7-pretraining": lambda p: [_over_models(p)],
+    "sensitivity": _sensitivity,
+}

@@ -1,0 +1,328 @@
+"""What studies cost before they are run: weights, tokens, FLOPs, hours. Loads no weights.
+
+    planned = plan({"4-twenty-models": chapter_experiments("4-twenty-models", parameters)})
+    planned.models, planned.chapters        # tables
+    planned.gpu_hours
+
+Tokens are counted as a run packs them, see `method.rows`, with a model's own tokenizer where it
+lies on this disk. FLOPs are two for each weight of a token, and for the unembedding of each token
+that is read. What attention does, padding and loading are left out: some percent.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pandas as pd
+from transformers import PreTrainedTokenizerBase
+
+from paramspec.errors import InputError
+from paramspec.execution.limits import cores, memory
+from paramspec.method.pss import asked_questions, count_masks
+from paramspec.method.rows import Engine, Request, fill_rows
+from paramspec.method.scoring import encode
+from paramspec.models.registry import (
+    checkpoint_files,
+    empty_model,
+    find_checkpoint,
+    find_spec,
+    load_config,
+    load_tokenizer,
+    published_config,
+    zoo_model,
+)
+from paramspec.models.tokens import token_ids
+from paramspec.models.zoo import ZooModel, own_tokenizer, tokens_to_train
+from paramspec.specwiki import questions_digest
+from paramspec.studies.chapters import Experiment
+
+EMBEDDED = "smollm2-135m"  # its tokenizer counts for models that are not on this disk
+PACKED = Engine("packed", "as on every model but a few")
+# fp32 operations of a CPU core a second: two fused multiply-adds of eight numbers a cycle (AVX2)
+# at 3 GHz.
+CORE = 2 * 2 * 8 * 3e9
+
+
+class Gpu(NamedTuple):
+    """Peak of dense matrix multiplication in bf16, FLOP/s; memory, bytes; who says so."""
+
+    name: str
+    peak: float
+    memory: float
+    source: str
+
+
+GPUS = (
+    Gpu("A100 80GB", 312e12, 80e9, "NVIDIA A100 datasheet"),
+    Gpu("A100 40GB", 312e12, 40e9, "NVIDIA A100 datasheet"),
+    Gpu("H100 80GB", 989.5e12, 80e9, "NVIDIA H100 datasheet, SXM: half of the sparse 1979"),
+    Gpu("H200 141GB", 989.5e12, 141e9, "NVIDIA H200 datasheet, SXM: half of the sparse 1979"),
+    Gpu("L40S", 362.05e12, 48e9, "NVIDIA L40S datasheet"),
+    Gpu("L4", 121e12, 24e9, "NVIDIA L4 datasheet: half of the sparse 242"),
+    Gpu("RTX 4090", 165.2e12, 24e9, "NVIDIA Ada whitepaper, sums in fp32"),
+    Gpu("RTX 3090", 71e12, 24e9, "NVIDIA GA102 whitepaper, sums in fp32"),
+)
+
+
+def find_gpu(name: str) -> Gpu:
+    """`find_gpu("rtx4090")`: of `GPUS` by name, spaces and case aside; `cpu` is this machine.
+
+    Raises:
+        InputError: if none is called so, or several.
+    """
+    cpu = Gpu("cpu", cores() * CORE, memory(), f"{cores()} cores, AVX2 at 3 GHz")
+
+    def plain(text: str) -> str:
+        return re.sub(r"[^a-z0-9]", "", text.lower())
+
+    known = {plain(gpu.name): gpu for gpu in (*GPUS, cpu)}
+    found = [gpu for key, gpu in known.items() if plain(name) and key.startswith(plain(name))]
+    if plain(name) in known:
+        found = [known[plain(name)]]
+    if len(found) != 1:
+        names = ", ".join(gpu.name for gpu in found or known.values())
+        raise InputError(f"GPU {name!r}: {'could be several' if found else 'unknown'}; use {names}")
+    return found[0]
+
+
+# --- tokens and FLOPs ---------------------------------------------------------------------------
+
+
+class Tokens(NamedTuple):
+    """Tokens that go through the model, and those whose logits are read."""
+
+    passed: int
+    read: int
+
+
+def tokens_of(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """`tokens_of(experiment, tokenizer).passed`: for each model that reads with the tokenizer.
+
+    Coefficients are recorded once on every cloze; then each concept's questions, and those that are
+    not about it, are asked under each of its masks.
+    """
+    questions, choices = experiment.questions, experiment.choices
+    items = {question.id: encode(tokenizer, question) for question in questions}
+    passed = read = 0
+    for concept in dict.fromkeys(question.concept for question in questions):
+        asked = [Request(items[q.id], 0) for q, _ in asked_questions(questions, concept, choices)]
+        cells, _ = fill_rows(asked, PACKED, choices.row_tokens)
+        passed += sum(len(cell.row.tokens) for cell in cells)
+        read += sum(len(cell.row.places) for cell in cells)
+    recorded = sum(map(len, token_ids(tokenizer, [question.cloze for question in questions])))
+    masks = count_masks(choices)
+    return Tokens(masks * passed + recorded, masks * read)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model as far as it is known without its weights.
+
+    Attributes:
+        parameters, unembedding: weights in all, and those of the unembedding.
+        body: weights that each token is multiplied with, the unembedding's not among them.
+        disk: bytes of its files, or of its weights in bf16 if they are not here.
+        tokenizer: whose it is: its own, or that of `EMBEDDED`.
+        micro: of the zoo.
+    """
+
+    parameters: int
+    unembedding: int
+    body: int
+    disk: int
+    on_disk: bool
+    tokenizer: str
+    micro: ZooModel | None
+
+    def flops(self, tokens: Tokens) -> int:
+        return 2 * (self.body * tokens.passed + self.unembedding * tokens.read)
+
+
+def subject(name: str) -> Subject:
+    """`subject("llama-2-7b").parameters`: from the registry, or from the model's config.
+
+    Raises:
+        InputError: if there is no model of that name.
+    """
+    spec = find_spec(name)
+    micro = zoo_model(name) if spec is not None and spec.source.kind == "zoo" else None
+    try:
+        checkpoint = find_checkpoint(name, download=False)
+    except InputError:
+        if spec is None:
+            raise
+        checkpoint = None
+    known = spec is not None and (spec.config or micro)
+    model = empty_model(published_config(spec) if known else load_config(checkpoint))
+    parameters = sum(part.numel() for part in model.parameters())
+    embedding = model.get_input_embeddings().weight.numel()
+    unembedding = model.get_output_embeddings().weight
+    tied = unembedding is model.get_input_embeddings().weight
+    disk = 2 * parameters
+    if checkpoint is not None:
+        disk = sum(path.stat().st_size for path in checkpoint_files(checkpoint.path).values())
+    return Subject(
+        parameters=parameters,
+        unembedding=unembedding.numel(),
+        body=parameters - embedding - (0 if tied else unembedding.numel()),
+        disk=disk,
+        on_disk=checkpoint is not None,
+        tokenizer=name if checkpoint is not None or micro else EMBEDDED,
+        micro=micro,
+    )
+
+
+# --- the plan -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` gives.
+
+    Attributes:
+        gpu: what hours are of, at `utilisation`, a share of its peak.
+        models: a row a model, over all chapters: `model`, `parameters`, `weights` (bytes on disk),
+            `on_disk`, `gpus` that hold it in bf16 (fp32 on a CPU), `tokens`, `flops`, `gpu_hours`,
+            and `tokenizer`, that counted the tokens. Work that chapters share counts once.
+        chapters: a row a chapter, by itself: `chapter`, `models`, `concepts`, `tokens`, `flops`,
+            `gpu_hours`, and `shared`, the part of its FLOPs that a chapter above has done.
+        training: a row for each micro model to be trained first: `model`, `tokens`, `core_hours`.
+    """
+
+    gpu: Gpu
+    utilisation: float
+    models: pd.DataFrame
+    chapters: pd.DataFrame
+    training: pd.DataFrame
+
+    @property
+    def gpu_hours(self) -> float:
+        return float(self.models["gpu_hours"].sum())
+
+    def as_dict(self) -> dict[str, object]:
+        """`planned.as_dict()`: plain JSON; `totals` of what the tables list."""
+        tables = {name: getattr(self, name) for name in ("models", "chapters", "training")}
+        totals = {name: self.models[name].sum().item() for name in ("tokens", "flops", "gpu_hours")}
+        return {
+            "gpu": self.gpu._asdict(),
+            "utilisation": self.utilisation,
+            **{name: table.to_dict("records") for name, table in tables.items()},
+            "totals": {"models": len(self.models), **totals},
+        }
+
+
+def plan(
+    experiments: Mapping[str, Sequence[Experiment]],
+    *,
+    gpu: str = "A100 80GB",
+    utilisation: float = 0.3,
+) -> Plan:
+    """`plan({"6-scale": chapter_experiments("6-scale", parameters)}).gpu_hours`.
+
+    Args:
+        experiments: of each chapter.
+        gpu: see `find_gpu`.
+        utilisation: share of the GPU's peak that is reached, above 0 and up to 1.
+
+    Raises:
+        InputError: for an unknown model or GPU, or a utilisation out of range.
+    """
+    if not 0 < utilisation <= 1:
+        raise InputError(f"utilisation {utilisation:g}: expected a share above 0 and up to 1")
+    chosen = find_gpu(gpu)
+    names = dict.fromkeys(n for each in experiments.values() for one in each for n in one.models)
+    subjects = {name: subject(name) for name in names}
+    units = pd.DataFrame(
+        [
+            {"chapter": chapter, **unit}
+            for chapter, each in experiments.items()
+            for unit in _units(each, subjects)
+        ]
+    )
+    size = 4 if chosen.name == "cpu" else 2
+    room = math.inf if chosen.name == "cpu" else 0.9 * chosen.memory  # as the loader takes it
+    gpus = {name: math.ceil(size * one.parameters / room) or 1 for name, one in subjects.items()}
+    hours = units["flops"] / (chosen.peak * utilisation) / 3600
+    units["gpu_hours"] = units["model"].map(gpus) * hours
+    units["done"] = units.duplicated(["model", "experiment"])
+    sums = ["tokens", "flops", "gpu_hours"]
+    models = units[~units["done"]].groupby("model", sort=False)[sums].sum()
+    about = {
+        "parameters": {name: one.parameters for name, one in subjects.items()},
+        "weights": {name: one.disk for name, one in subjects.items()},
+        "on_disk": {name: one.on_disk for name, one in subjects.items()},
+        "gpus": gpus,
+        "tokenizer": {name: one.tokenizer for name, one in subjects.items()},
+    }
+    chapters = units.groupby("chapter", sort=False)[sums].sum()
+    shared = units[units["done"]].groupby("chapter")["flops"].sum() / chapters["flops"]
+    concepts = {
+        chapter: max(len({q.concept for q in one.questions}) for one in each)
+        for chapter, each in experiments.items()
+    }
+    chapters.insert(0, "models", units.groupby("chapter")["model"].nunique())
+    chapters.insert(1, "concepts", pd.Series(concepts))
+    return Plan(
+        chosen,
+        utilisation,
+        pd.DataFrame(about).rename_axis("model").join(models).reset_index(),
+        chapters.assign(shared=shared.fillna(0.0)).reset_index(),
+        pd.DataFrame(_training(subjects, utilisation), columns=["model", "tokens", "core_hours"]),
+    )
+
+
+def _units(
+    experiments: Sequence[Experiment], subjects: Mapping[str, Subject]
+) -> Iterator[dict[str, object]]:
+    """What each experiment asks of each model; models that read alike are counted once."""
+    counted: dict[tuple[str, str], Tokens] = {}
+    for experiment in experiments:
+        key = f"{questions_digest(experiment.questions)} {experiment.choices.model_dump_json()}"
+        for name in experiment.models:
+            reader = _tokenizer_key(subjects[name])
+            if (reader, key) not in counted:
+                counted[reader, key] = tokens_of(experiment, _tokenizer(subjects[name]))
+            tokens = counted[reader, key]
+            yield {
+                "model": name,
+                "experiment": key,
+                "tokens": tokens.passed,
+                "flops": subjects[name].flops(tokens),
+            }
+
+
+def _tokenizer_key(one: Subject) -> str:
+    if one.micro is None:
+        return one.tokenizer
+    return f"{one.micro.recipe.vocabulary} tokens of {one.micro.recipe.concepts}"
+
+
+def _tokenizer(one: Subject) -> PreTrainedTokenizerBase:
+    return own_tokenizer(one.micro) if one.micro else _loaded_tokenizer(one.tokenizer)
+
+
+@functools.cache
+def _loaded_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    return load_tokenizer(find_checkpoint(name, download=False))
+
+
+def _training(
+    subjects: Mapping[str, Subject], utilisation: float
+) -> Iterator[tuple[str, int, float]]:
+    """Of the micro models that are not there; checkpoints and shared steps come with others."""
+    missing = [one.micro for one in subjects.values() if one.micro and not one.on_disk]
+    runs = {model.recipe.model_dump_json(): model for model in missing}
+    trunks: dict[str, ZooModel] = {}
+    for model in sorted(runs.values(), key=lambda model: model.recipe.steps):
+        tokens = tokens_to_train(model.model_copy(update={"step": None}))
+        if before := trunks.get(model.recipe.trunk):
+            shared = model.model_copy(update={"step": before.recipe.branch})
+            tokens -= tokens_to_train(shared)
+        trunks[model.recipe.trunk] = model
+        spent = 6 * model.recipe.parameters * tokens
+        yield model.name.removesuffix(f"@{model.step}"), tokens, spent / (CORE * utilisation) / 3600
