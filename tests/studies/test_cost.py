@@ -1,0 +1,325 @@
+"""Costs are counted as a run computes, and what is shared counts once."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from checkout import REPOSITORY
+from paramspec import cli
+from paramspec.errors import InputError
+from paramspec.method.hooks import ValueVectorView, unembed_only, value_vector_view
+from paramspec.method.masks import record_concepts
+from paramspec.method.pss import Choices, measure_concepts
+from paramspec.method.scoring import choose_engine
+from paramspec.models.micro import MicroModel
+from paramspec.models.registry import (
+    empty_model,
+    load_registry,
+    published_config,
+    study_questions,
+)
+from paramspec.models.zoo import (
+    architecture,
+    load_zoo,
+    own_tokenizer,
+    tokens_to_train,
+    train_tokenizer,
+    train_zoo,
+    training_record,
+)
+from paramspec.specwiki import load_questions
+from paramspec.studies.chapters import CHAPTERS, Experiment, chapter_experiments
+from paramspec.studies.cost import Tokens, find_gpu, plan, subject, tokens_of
+from paramspec_book import book
+from toy_study import save_toy
+from toys import random_model
+
+TINY = """
+concepts: {country: 1, element: 1}
+exposure: {high: 4, medium: 2, low: 1}
+vocabulary: 400
+layers: 2
+width: 16
+mlp_width: 24
+heads: 4
+key_value_heads: 2
+batch: 8
+learning_rate: 0.005
+seed: 0
+families: [llama, qwen2, mistral, gemma2]
+generations: {1: 4}
+checkpoints: {families: [llama], generation: 1, steps: [2]}
+"""
+HUB = [spec for spec in load_registry().values() if spec.source.kind == "hub"]
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+@contextlib.contextmanager
+def counting(view: ValueVectorView):
+    """A list of tokens and of the rows of masks that each forward pass computes, padding aside."""
+    found, entered = [], []
+
+    def enter(_, args, kwargs):
+        entered.append(kwargs["attention_mask"])
+
+    def leave(module, args, output):
+        mask = entered.pop()
+        mask = mask["full_attention"] if isinstance(mask, dict) else mask
+        if mask.ndim == 2:
+            tokens = int(mask.sum()) * len(output) // len(mask)
+        else:  # a packed row: who sees others, or is seen; padding sees itself alone
+            sees = mask[:, 0] == 0
+            linked = (sees.sum(-1) > 1) | (sees.sum(-2) > 1)
+            tokens = int(linked.sum()) * len(output) // len(mask)
+        found.append(tokens)
+
+    hooks = [
+        view.model.base_model.register_forward_pre_hook(enter, with_kwargs=True),
+        view.modules[-1].register_forward_hook(leave),
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+def test_tokens_are_those_of_a_counted_run(recipe, family):
+    """Recording and measuring a micro model."""
+    micro = load_zoo(recipe)[f"{recipe.as_posix()}:{family}-1"]
+    view = value_vector_view(random_model(architecture(micro.recipe)))
+    tokenizer, engine = own_tokenizer(micro), choose_engine(view)
+    questions = tuple(study_questions([micro.name]))
+    choices = Choices(ratios=(0.1, 0.3), controls=2, general=4, row_tokens=48, batch_tokens=300)
+    concepts = list(dict.fromkeys(question.concept for question in questions))
+    with counting(view) as ran:
+        coefficients = record_concepts(view, tokenizer, questions, batch_tokens=300)
+        measure_concepts(
+            "m", view, tokenizer, questions, concepts, choices, coefficients, engine=engine
+        )
+    planned = tokens_of(Experiment((micro.name,), questions, choices), tokenizer)
+    assert engine.name == "packed"
+    assert planned.passed == sum(ran) > 0
+
+
+@pytest.mark.parametrize("name", ["llama-2-7b", "qwen1.5-0.5b", "gemma-2-2b", "mistral-7b-v0.1"])
+def test_flops_are_nearly_what_torch_counts_at_full_size(name):
+    """On the device that holds shapes alone, in rows as long as packed ones; attention is small."""
+    model = empty_model(published_config(load_registry()[name]))
+    model.set_attn_implementation("eager")
+    rows, length, read = 2, 160, 40
+    ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
+    bias = torch.zeros(rows, 1, length, length, dtype=model.dtype, device="meta")
+    places = torch.zeros(read, 2, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, unembed_only(model, places):
+        model(input_ids=ids, attention_mask=bias, position_ids=ids, use_cache=False)
+    counted = subject(name).flops(Tokens(rows * length, read))
+    assert 0.93 < counted / counter.get_total_flops() <= 1
+
+
+def test_training_is_counted_before_it_is_done(recipe, tmp_path):
+    zoo = load_zoo(recipe)
+    root = tmp_path / "zoo"
+    models = [zoo[f"{recipe.as_posix()}:{name}"] for name in ("llama-1", "llama-1@2", "gemma2-1")]
+    before = [tokens_to_train(model) for model in models]
+    train_zoo(models, root=root)
+    assert before == [training_record(model, root=root)["tokens"] for model in models]
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """A place without results, and no network at all."""
+
+    calls = []
+
+    def refuse(*where):
+        calls.append(where)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    assert calls == []
+
+
+def small(models, chapters=("6-scale",), **options):
+    values = {"folds": [1], "ratios": [0.1], "general": 2, "controls": 1, "concepts": 6, "seed": 0}
+    values |= {"models": models}
+    asked = {chapter: chapter_experiments(chapter, values) for chapter in chapters}
+    return plan(asked, **options)
+
+
+def test_a_plan_adds_up_and_shared_work_counts_once(offline, recipe):
+    models = [f"{recipe.as_posix()}:llama-1", f"{recipe.as_posix()}:gemma2-1"]
+    one = small(models)
+    both = small(models, ("6-scale", "7-pretraining"))
+    flops = one.models["flops"]
+    assert one.chapters.loc[0, ["models", "concepts"]].tolist() == [2, 6]
+    assert both.models.equals(one.models)
+    assert both.chapters["flops"].tolist() == [flops.sum()] * 2
+    assert both.chapters["shared"].tolist() == [0, 1]
+    assert math.isclose(one.gpu_hours * 3600, flops.sum() / (312e12 * 0.3))
+    assert not one.models["on_disk"].any()
+
+
+def test_a_recipe_of_any_name_is_planned(offline, recipe, monkeypatch):
+    odd = recipe.with_name("a@1: b.yaml")
+    recipe.rename(odd)
+    monkeypatch.chdir(odd.parent)
+    for given in ("./a@1: b.yaml:llama-1", "a@1: b.yaml:llama-1@2"):
+        assert small([given]).training["model"].tolist() == ["a@1: b.yaml:llama-1"]
+
+
+def test_micro_models_that_are_not_trained_are_counted_by_run(offline, recipe):
+    name = f"{recipe.as_posix()}:llama-1"
+    planned = small([f"{name}@2", name]).training
+    assert planned["model"].tolist() == [name]
+    micro = load_zoo(recipe)[name]
+    assert planned["tokens"].tolist() == [tokens_to_train(micro)]
+    train_zoo([micro])
+    after = small([f"{name}@2", name])
+    assert after.training.empty
+    assert after.models["on_disk"].all()
+
+
+def test_what_generations_share_is_counted_once(offline, recipe, monkeypatch):
+    """Against the tokens of all texts that the training of both is shown."""
+    recipe.write_text(TINY.replace("{1: 4}", "{1: 4, 2: 9}"))
+    names = [f"{recipe.as_posix()}:llama-{number}" for number in (2, 1)]
+    planned = small(names).training
+    made, shown = [], []
+    make, loss = MicroModel.__init__, MicroModel.loss_and_gradient
+    monkeypatch.setattr(
+        MicroModel, "__init__", lambda *given: made.append(given[2]) or make(*given)
+    )
+    monkeypatch.setattr(
+        MicroModel, "loss_and_gradient", lambda *given: shown.extend(given[1]) or loss(*given)
+    )
+    train_zoo([load_zoo(recipe)[name] for name in names])
+    assert len(made) == 1
+    assert len(shown) == 8 * (4 + 9 - 3)  # texts, of which a quarter of the shorter's is a fall
+    assert planned["tokens"].sum() == sum(len(made[0][row]) for row in shown)
+
+
+def test_tokens_are_the_model_s_own_where_its_tokenizer_lies_here(offline):
+    own = save_toy(offline / "own")
+    clozes = [question.cloze for question in load_questions(concepts=30)]
+    train_tokenizer(clozes, 300).save_pretrained(own)
+    planned = small([str(own), "qwen1.5-0.5b", "smollm2-135m"]).models
+    assert planned["tokenizer"].tolist() == [str(own), "smollm2-135m", "smollm2-135m"]
+    assert planned["on_disk"].tolist() == [True, False, True]
+    toy, far, embedded = planned["tokens"]
+    assert far == embedded != toy
+    assert planned["weights"][1] == 2 * load_registry()["qwen1.5-0.5b"].parameters
+    assert planned["weights"][0] > (own / "model.safetensors").stat().st_size
+
+
+def test_a_model_larger_than_a_gpu_takes_several(offline):
+    planned = {gpu: small(["llama-2-13b"], gpu=gpu).models.iloc[0] for gpu in ("L4", "H100")}
+    assert planned["L4"]["gpus"] == 2  # 26 GB of bf16, of 24 GB
+    assert planned["H100"]["gpus"] == 1
+    hours = {gpu: row["gpu_hours"] / row["gpus"] for gpu, row in planned.items()}
+    assert math.isclose(hours["L4"] / hours["H100"], 989.5 / 121)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--gpu", "abacus"], "GPU 'abacus': unknown; use A100 80GB"),
+        (["--gpu", "a100"], "GPU 'a100': could be several; use A100 80GB, A100 40GB"),
+        (["--utilisation", "0"], "utilisation 0: expected a share above 0 and up to 1"),
+        (["--profile", "nowhere"], "unknown profile 'nowhere'"),
+        (["9-nothing"], "unknown chapter '9-nothing'"),
+        (["1-value-vectors"], "1-value-vectors has no chapter that measures models; name one of"),
+        (["--profile", "none.yaml"], "unknown chapter 'chapter'"),
+        (["--profile", "typed.yaml", "6-scale"], "parameter concepts must be int | None"),
+        (["6-scale", "-p", "modles", "[]"], "-p modles: no chapter planned here has such"),
+        (["6-scale", "-p", "models", "[lama]"], "model 'lama': not in models.yaml"),
+        (["6-scale", "-p", "models", "[]"], "models: none given"),
+    ],
+)
+def test_bad_input_is_one_line(words, told, offline, monkeypatch, capsys):
+    (offline / "none.yaml").write_text("chapter: {}\n")
+    (offline / "typed.yaml").write_text("6-scale: {concepts: many}\n")
+    monkeypatch.setattr(book, "find_root", lambda: REPOSITORY)
+    monkeypatch.setattr(sys, "argv", ["paramspec", "plan", *words])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    shown = capsys.readouterr()
+    assert (stopped.value.code, shown.out) == (2, "")
+    assert shown.err.startswith("paramspec: error: ")
+    assert told in shown.err
+    assert shown.err.count("\n") == 1
+
+
+def test_gpus_are_sourced_and_found_by_any_spelling():
+    assert find_gpu("h100").name == "H100 80GB"
+    assert find_gpu("l4").name == "L4"  # and not the L40S
+    assert find_gpu("RTX4090").peak == 165.2e12
+    with pytest.raises(InputError):
+        find_gpu("")
+
+
+def test_command_says_what_twenty_models_cost(offline, monkeypatch, capsys):
+    """Of the paper's profile, as tables and as JSON."""
+    monkeypatch.setattr(book, "find_root", lambda: REPOSITORY)
+
+    def run(*words):
+        monkeypatch.setattr(
+            sys, "argv", ["paramspec", "plan", "4-twenty-models", "--profile", "paper", *words]
+        )
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert not stopped.value.code
+        return capsys.readouterr().out
+
+    lines = run().splitlines()
+    content = json.loads(run("--json"))
+    hours = f"{content['totals']['gpu_hours']:,.1f}"
+    told = f"20 models, 525 concepts: {hours} GPU-hours on one A100 80GB at 30 %"
+    assert lines[-1] == f"In all: {told}"
+    assert content["totals"]["flops"] == sum(model["flops"] for model in content["models"])
+    twenty = [spec for spec in HUB if "twenty" in spec.sets]
+    assert [model["model"] for model in content["models"]] == [spec.id for spec in twenty]
+    for spec in twenty:
+        row = next(line.split() for line in lines if line.split()[:1] == [spec.id])
+        assert f"{spec.parameters / 1e9:.2f}" == row[1]
+    assert content["gpu"]["source"]
+
+
+# Chapters
+
+
+def test_a_chapter_begins_with_what_it_is_planned_for():
+    for name in CHAPTERS:
+        text = (REPOSITORY / "book" / f"{name}.md").read_text()
+        assert f'notebook.begin("{name}", globals())' in text
+        assert "measure_pss(" not in text
+
+
+def test_changes_of_an_experiment_are_as_the_chapters_say():
+    values = {"model": "smollm2-135m", "concepts": 4, "ratios": [0.1], "general": 3, "controls": 2}
+    own, held_out = chapter_experiments("3-masking", values | {"seed": 1})
+    assert own.models == held_out.models == ("smollm2-135m",)
+    assert own.questions == held_out.questions == tuple(load_questions(concepts=4, seed=1))
+    assert own.choices == Choices(ratios=(0.1,), general=3, controls=2, seed=1, folds=(0, 1))
+    same = held_out.choices.model_copy(update={"protocol": "paper", "controls": 2})
+    assert (held_out.choices.protocol, held_out.choices.controls) == ("holdout", 0)
+    assert same == own.choices
