@@ -29,10 +29,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """GGUF files are unpacked once for all tests of a worker, and not into the checkout."""
-    from paramspec.models import registry as models
+    from paramspec.models import unpack
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "UNPACKED", tmp_path_factory.mktemp("gguf"))
+        patch.setattr(unpack, "UNPACKED", tmp_path_factory.mktemp("gguf"))
         yield
 
 

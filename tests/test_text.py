@@ -13,13 +13,14 @@ import pandas as pd
 import pytest
 from markdown_it import MarkdownIt
 
-from paramspec.cli import _names, main
+from paramspec.cli import main
 from paramspec.errors import InputError
 from paramspec.execution.store import require_writable
 from paramspec.markup import in_markdown, printable
 from paramspec.method.masks import load_masks
 from paramspec.method.pss import mask_name, read_mask_name
-from paramspec.models.registry import expand_models, find_checkpoint, find_spec
+from paramspec.models.checkpoints import find_checkpoint
+from paramspec.models.registry import expand_models, find_spec
 from paramspec.specwiki import Question, describe, find, load_questions
 from paramspec_book import figures
 from toy_study import save_questions, save_toy, toy_questions
@@ -121,10 +122,10 @@ def test_a_model_of_any_name_goes_through_the_command_and_a_figure(
 
 
 def test_the_registry_s_table_is_of_texts(monkeypatch, capsys):
-    from paramspec.models import registry as models
+    from paramspec.models import registry
 
-    spec = models.load_registry()["smollm2-135m"].model_copy(update={"id": "[red]x[/red] :cat:"})
-    monkeypatch.setattr(models, "models_in", lambda chosen: [spec])
+    spec = registry.load_registry()["smollm2-135m"].model_copy(update={"id": "[red]x[/red] :cat:"})
+    monkeypatch.setattr(registry, "models_in", lambda chosen: [spec])
     monkeypatch.setattr(sys, "argv", ["paramspec", "models"])
     with pytest.raises(SystemExit):
         main()
@@ -175,40 +176,13 @@ def test_no_two_masks_have_one_name():
     assert all(read_mask_name(mask_name(*key)) == key for key in keys)
 
 
-@pytest.mark.parametrize(
-    ("text", "names"),
-    [
-        ("Paris", ["Paris"]),
-        ("Paris, Texas", ["Paris, Texas"]),  # the concept of that name goes first
-        ("Texas,Paris", ["Texas", "Paris"]),
-        (" nan , None,", ["nan", "None"]),
-        ("@y", ["@y"]),
-        ("elsewhere", ["elsewhere"]),  # which is refused by name, later
-        (",", []),
-        ("@names.txt", ["Paris, Texas", "@y", "東 京", "a/0.3"]),
-    ],
-)
-def test_concepts_of_an_option(tmp_path, monkeypatch, text, names):
-    monkeypatch.chdir(tmp_path)
-    lines = "\ufeffParis, Texas\r\n@y\n\n 東 京 \na/0.3"
-    Path("names.txt").write_bytes(lines.encode())
-    assert _names(text, set(TRICKY)) == names
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("Texas,Paris, Texas", "'Paris, Texas' is one concept; give names with commas in a file"),
-        ("nan,Paris, Texas,None", "'Paris, Texas' is one concept"),
-        ("Paris, London", "'London': no question on it; correct the name in 'Paris, London'"),
-        ("@nowhere", "concepts @nowhere: cannot be read"),
-    ],
-)
-def test_concepts_that_may_mean_two_things_are_refused(tmp_path, monkeypatch, text, told):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=re.escape(told)) as error:
-        _names(text, set(TRICKY))
-    assert ("as @FILE" in str(error.value)) == (not text.startswith("@"))
+def test_a_concept_of_an_option_is_the_whole_text(tmp_path, command):
+    """Whatever stands in it: no comma and no @ of it means anything."""
+    for name in {"@names.txt", *TRICKY} - {"Paris", "Texas"}:
+        words = ("finetune", "toy", "--method", "FT-PV", "--concept", name, "--out", tmp_path)
+        status, _, error = command(*words)
+        assert status == 2
+        assert f"concept {name!r}: no question on it" in error
 
 
 def test_a_directory_is_found_whatever_it_is_called(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 
 from checkout import HEADER, make_checkout
 from paramspec import cli
-from paramspec.models import registry as models
+from paramspec.models import registry
 
 FAILING = f"{HEADER}\n# Failing\n\n```{{code-cell}} ipython3\n{{}}['a fact']\n```\n"
 BAD = {
@@ -55,9 +55,9 @@ def test_every_command_shows_a_traceback_if_asked(command, monkeypatch, capsys):
 
 
 def test_a_traceback_holds_the_cause(monkeypatch, capsys):
-    words = ["questions", "--questions", "none.txt"]
+    words = ["plan", "--profile", "none.yaml"]
     _, told = failure(monkeypatch, capsys, *words, "--traceback")
-    assert "FileNotFoundError: [Errno 2] No such file or directory: 'none.txt'\n" in told
+    assert "FileNotFoundError: [Errno 2] No such file or directory: 'none.yaml'\n" in told
     assert "The above exception was the direct cause of the following exception:" in told
 
 
@@ -75,7 +75,7 @@ def test_a_bug_is_no_bad_input(monkeypatch, capsys):
     def broken(chosen):
         raise KeyError("a key that must be there")
 
-    monkeypatch.setattr(models, "models_in", broken)
+    monkeypatch.setattr(registry, "models_in", broken)
     status, told = failure(monkeypatch, capsys, "models")
     assert status == 1
     assert told.startswith("Traceback (most recent call last):\n")

@@ -19,7 +19,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from paramspec.models.registry import LoadedModel
+from paramspec.models.load import LoadedModel
 from paramspec.specwiki import TIERS, Question
 from toys import toy_model
 

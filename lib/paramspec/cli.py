@@ -185,7 +185,8 @@ def models(
     """List the registry: what MODEL arguments may say, and which models are on this disk."""
     import json
 
-    from paramspec.models.registry import is_on_disk, models_in
+    from paramspec.models.checkpoints import is_on_disk
+    from paramspec.models.registry import models_in
 
     specs = models_in(chosen)
     if as_json:
@@ -263,7 +264,8 @@ def pss(
     from paramspec.execution.parallel import workers
     from paramspec.execution.store import Store, require_writable
     from paramspec.method.pss import Choices
-    from paramspec.models.registry import expand_models, study_questions, taught
+    from paramspec.models.describe import study_questions, taught
+    from paramspec.models.registry import expand_models
     from paramspec.specwiki import load_questions
     from paramspec.studies.sweep import measure_pss, write_study
 

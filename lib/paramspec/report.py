@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def print_models(specs: Sequence[ModelSpec]) -> None:
     """A table of entries of the registry."""
-    from paramspec.models.registry import is_on_disk
+    from paramspec.models.checkpoints import is_on_disk
 
     show(
         {

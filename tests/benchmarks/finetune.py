@@ -22,7 +22,7 @@ from torch import nn
 
 from paramspec.method.hooks import train_value_vectors, value_vector_view
 from paramspec.method.masks import keep_tensor
-from paramspec.models.registry import load_model
+from paramspec.models.load import load_model
 from paramspec.specwiki import load_questions
 from paramspec.studies.finetune import (
     METHODS,

@@ -31,7 +31,7 @@ from paramspec.method.hooks import ValueVectorView, value_vector_view
 from paramspec.method.pss import Choices, asked_questions
 from paramspec.method.rows import Engine, Item, Request
 from paramspec.method.scoring import choose_engine, encode
-from paramspec.models.registry import LoadedModel, load_model
+from paramspec.models.load import LoadedModel, load_model
 from paramspec.specwiki import Question, load_questions
 from paramspec.studies.plan import cost_of
 

@@ -26,7 +26,7 @@ from paramspec.method.hooks import ValueVectorView
 from paramspec.method.masks import pad_right
 from paramspec.method.rows import Engine, Request
 from paramspec.method.scoring import score_one_at_a_time, score_options
-from paramspec.models.registry import LoadedModel
+from paramspec.models.load import LoadedModel
 from paramspec.studies.plan import Cost
 
 if TYPE_CHECKING:

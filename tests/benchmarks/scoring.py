@@ -44,7 +44,7 @@ from paramspec.method.masks import keep_tensor, record_concepts, top_vectors, va
 from paramspec.method.pss import Choices, asked_questions
 from paramspec.method.rows import Engine, Request
 from paramspec.method.scoring import choose, choose_engine, encode
-from paramspec.models.registry import LoadedModel, load_model
+from paramspec.models.load import LoadedModel, load_model
 from paramspec.specwiki import load_questions
 from paramspec.studies.plan import cost_of
 

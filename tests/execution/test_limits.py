@@ -9,8 +9,8 @@ import torch
 
 from paramspec.errors import InputError
 from paramspec.execution import limits, parallel, provenance
-from paramspec.models import registry as models
-from paramspec.studies import plan
+from paramspec.models import devices
+from paramspec.studies import cost
 
 GIB = 2**30
 V2 = "0::/pod/app\n"
@@ -106,9 +106,9 @@ def test_whoever_asks_is_told_the_limits_and_not_the_host(machine, monkeypatch):
         assert parallel.worker_count() == 2
         assert parallel._devices() == 2
     with pytest.raises(InputError, match="weights need 4 GB, this process may use 3 GB"):
-        models._device_map(4 * 10**9, torch.device("cpu"))
-    assert "2 cores" in plan.find_gpu("cpu").source
-    assert plan.find_gpu("cpu").memory == 3 * GIB
+        devices.device_map(4 * 10**9, torch.device("cpu"))
+    assert "2 cores" in cost.find_gpu("cpu").source
+    assert cost.find_gpu("cpu").memory == 3 * GIB
     assert "2 cores, 3 GiB" in provenance.machine(provenance.hardware())
 
 

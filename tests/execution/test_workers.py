@@ -23,7 +23,7 @@ from paramspec.execution import parallel
 from paramspec.execution.parallel import workers
 from paramspec.execution.store import Store
 from paramspec.method.pss import Choices
-from paramspec.models.registry import Checkpoint
+from paramspec.models.checkpoints import Checkpoint
 from paramspec.studies import sweep
 from paramspec.studies.sweep import measure_pss, write_study
 from toy_study import save_questions, save_toy, toy_questions

@@ -19,7 +19,7 @@ from paramspec.method.kernels import arithmetic
 from paramspec.method.masks import record_concepts
 from paramspec.method.rows import Engine, Request
 from paramspec.method.scoring import choose_engine, encode, score_options
-from paramspec.models.registry import LoadedModel
+from paramspec.models.load import LoadedModel
 from paramspec.studies import sweep
 from toy_study import toy_questions, toy_tokenizer
 from toys import toy_model

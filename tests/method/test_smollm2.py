@@ -29,7 +29,7 @@ from paramspec.method.scoring import (
     score_one_at_a_time,
     score_options,
 )
-from paramspec.models.registry import load_model
+from paramspec.models.load import load_model
 from paramspec.models.tokens import token_ids, tokenizer_facts
 from paramspec.specwiki import load_questions
 from paramspec.studies.finetune import Training, finetune

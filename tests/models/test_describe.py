@@ -7,8 +7,10 @@ import itertools
 import numpy as np
 import pytest
 
-from paramspec.models import registry as models
-from paramspec.models.registry import comparable_models, describe_models, load_registry, models_in
+from paramspec.models import describe
+from paramspec.models import registry as registry_module
+from paramspec.models.describe import comparable_models, describe_models
+from paramspec.models.registry import load_registry, models_in
 from paramspec.stats.trends import like_sized_ends
 
 # The order of generations
@@ -45,7 +47,8 @@ def test_a_model_without_a_date_is_not_in_the_order(monkeypatch):
     undated = registry["llama-2-7b"].model_copy(
         update={"id": "undated", "generation": "secret", "released": None}
     )
-    monkeypatch.setattr(models, "load_registry", lambda: registry | {"undated": undated})
+    for module in (describe, registry_module):
+        monkeypatch.setattr(module, "load_registry", lambda: registry | {"undated": undated})
     found = in_order(["undated", "llama-3-8b", "org/stranger", "llama-7b"])
     assert np.isnan(found["undated"])
     assert np.isnan(found["org/stranger"])

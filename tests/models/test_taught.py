@@ -17,16 +17,15 @@ from paramspec.cli import main
 from paramspec.errors import InputError
 from paramspec.execution.store import Store
 from paramspec.models import zoo
-from paramspec.models.registry import (
+from paramspec.models.checkpoints import find_checkpoint, find_checkpoints
+from paramspec.models.describe import (
     describe_models,
-    find_checkpoint,
-    find_checkpoints,
     folds_asked,
-    load_model,
     require_taught,
     study_questions,
     taught,
 )
+from paramspec.models.load import load_model
 from paramspec.stats.trends import like_sized_ends
 from paramspec.studies.causal import measure_runs, tuned
 from paramspec.studies.finetune import finetune

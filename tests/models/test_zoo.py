@@ -32,8 +32,9 @@ from paramspec.execution.store import Store
 from paramspec.method.hooks import value_vector_view
 from paramspec.method.pss import Choices
 from paramspec.models import zoo
+from paramspec.models.load import load_model
 from paramspec.models.micro import MicroModel
-from paramspec.models.registry import find_spec, load_model
+from paramspec.models.registry import find_spec
 from paramspec.models.tokens import token_ids
 from paramspec.models.zoo import (
     architecture,

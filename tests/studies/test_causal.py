@@ -20,7 +20,7 @@ from paramspec.method.hooks import value_vector_view
 from paramspec.method.masks import record_concepts
 from paramspec.method.pss import Choices
 from paramspec.method.scoring import choose, encode, score_one_at_a_time
-from paramspec.models.registry import load_model
+from paramspec.models.load import load_model
 from paramspec.stats.trends import interval
 from paramspec.studies import causal
 from paramspec.studies.causal import (

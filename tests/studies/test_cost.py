@@ -20,13 +20,9 @@ from paramspec.method.hooks import ValueVectorView, unembed_only, value_vector_v
 from paramspec.method.masks import record_concepts
 from paramspec.method.pss import Choices, measure_concepts
 from paramspec.method.scoring import choose_engine
+from paramspec.models.describe import study_questions
 from paramspec.models.micro import MicroModel
-from paramspec.models.registry import (
-    empty_model,
-    load_registry,
-    published_config,
-    study_questions,
-)
+from paramspec.models.registry import empty_model, load_registry, published_config
 from paramspec.models.zoo import (
     architecture,
     load_zoo,

@@ -36,7 +36,7 @@ from paramspec.method.hooks import (
     train_value_vectors,
     value_vector_view,
 )
-from paramspec.models.registry import load_model
+from paramspec.models.load import load_model
 from paramspec.specwiki import load_questions
 from paramspec.studies import finetune as tuning
 from paramspec.studies.finetune import (

@@ -24,7 +24,7 @@ from paramspec.method.hooks import value_vector_view
 from paramspec.method.masks import load_masks, record_concepts
 from paramspec.method.pss import Choices
 from paramspec.method.scoring import encode, score_one_at_a_time
-from paramspec.models.registry import load_model
+from paramspec.models.load import load_model
 from paramspec.models.tokens import tokenizer_facts
 from paramspec.specwiki import questions_digest
 from paramspec.studies import sweep

@@ -40,7 +40,7 @@ from tqdm import tqdm
 from paramspec.errors import InputError
 from paramspec.execution.parallel import begin_work, hand_out
 from paramspec.execution.store import Store
-from paramspec.models.quiet import quiet_transformers
+from paramspec.models.libraries import quiet_transformers
 from paramspec.models.tokens import token_ids
 from paramspec.plain import read_yaml
 from paramspec.specwiki import TIERS, Question, load_questions

@@ -58,17 +58,15 @@ from paramspec.method.masks import mean_coefficients, record_concepts
 from paramspec.method.pss import Choices, count_masks, measure_concepts
 from paramspec.method.rows import Engine, Request
 from paramspec.method.scoring import SCORING_VERSION, choose_engine, encode, score_options
-from paramspec.models.registry import (
+from paramspec.models.checkpoints import (
     Checkpoint,
-    LoadedModel,
     checkpoint_files,
     digest_files,
     find_checkpoints,
-    folds_asked,
-    load_model,
-    place_and_dtype,
-    require_taught,
 )
+from paramspec.models.describe import folds_asked, require_taught
+from paramspec.models.devices import place_and_dtype
+from paramspec.models.load import LoadedModel, load_model
 from paramspec.models.tokens import front_tokens, token_ids
 from paramspec.specwiki import Question, questions_digest
 from paramspec.stats.trends import Draws, resample_models

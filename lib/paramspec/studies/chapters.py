@@ -12,12 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from paramspec.method.pss import Choices
-from paramspec.models.registry import (
-    comparable_models,
-    expand_models,
-    folds_asked,
-    study_questions,
-)
+from paramspec.models.describe import comparable_models, folds_asked, study_questions
+from paramspec.models.registry import expand_models
 from paramspec.specwiki import Question
 from paramspec.studies.sweep import Study, measure_pss
 

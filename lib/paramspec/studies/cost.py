@@ -26,16 +26,9 @@ from paramspec.execution.limits import cores, memory
 from paramspec.method.pss import asked_questions, count_masks
 from paramspec.method.rows import Engine, Request, fill_rows
 from paramspec.method.scoring import encode
-from paramspec.models.registry import (
-    checkpoint_files,
-    empty_model,
-    find_checkpoint,
-    find_spec,
-    load_config,
-    load_tokenizer,
-    published_config,
-    zoo_model,
-)
+from paramspec.models.checkpoints import checkpoint_files, find_checkpoint
+from paramspec.models.load import load_config, load_tokenizer
+from paramspec.models.registry import empty_model, find_spec, published_config, zoo_model
 from paramspec.models.tokens import token_ids
 from paramspec.models.zoo import ZooModel, own_tokenizer, tokens_to_train
 from paramspec.specwiki import questions_digest

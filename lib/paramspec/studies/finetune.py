@@ -56,8 +56,8 @@ from paramspec.method.masks import (
     top_vectors,
 )
 from paramspec.models import zoo
-from paramspec.models.quiet import quiet_transformers
-from paramspec.models.registry import LoadedModel, load_model
+from paramspec.models.libraries import quiet_transformers
+from paramspec.models.load import LoadedModel, load_model
 from paramspec.models.tokens import token_ids
 from paramspec.specwiki import Question
 from paramspec.studies.records import unit_record

@@ -37,8 +37,9 @@ from paramspec.method.generation import (
 )
 from paramspec.method.hooks import ValueVectorView
 from paramspec.method.pss import generator_of
-from paramspec.models.quiet import quiet_transformers
-from paramspec.models.registry import WheelSource, hub_directory, wheel_file
+from paramspec.models.checkpoints import hub_directory, wheel_file
+from paramspec.models.libraries import quiet_transformers
+from paramspec.models.registry import WheelSource
 from paramspec.specwiki import normalise
 
 if TYPE_CHECKING:

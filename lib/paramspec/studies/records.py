@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from paramspec.method.kernels import arithmetic
 from paramspec.method.rows import Engine
-from paramspec.models.registry import LoadedModel
+from paramspec.models.load import LoadedModel
 from paramspec.models.tokens import tokenizer_facts
 
 

@@ -62,19 +62,16 @@ from paramspec.method.scoring import (
     mark,
     score_options,
 )
-from paramspec.models.registry import (
+from paramspec.models.checkpoints import (
     Checkpoint,
-    LoadedModel,
-    check_checkpoint,
     checkpoint_files,
     digest_files,
     find_checkpoints,
-    folds_asked,
-    load_model,
-    place_and_dtype,
-    require_distinct,
-    require_taught,
 )
+from paramspec.models.describe import folds_asked, require_taught
+from paramspec.models.devices import place_and_dtype
+from paramspec.models.load import LoadedModel, check_checkpoint, load_model
+from paramspec.models.registry import require_distinct
 from paramspec.specwiki import Question, questions_digest
 from paramspec.studies.records import unit_record
 from paramspec.tables import DETAIL_COLUMNS, PSS_COLUMNS

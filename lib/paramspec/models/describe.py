@@ -1,0 +1,185 @@
+"""What is known of models before they are measured, and what they may be asked.
+
+describe_models(expand_models(["zoo"]))             # a table
+study_questions(["zoo-llama-1", "smollm2-135m"])    # what all of them are asked
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+
+import pandas as pd
+
+from paramspec.errors import InputError
+from paramspec.models.load import LoadedModel, taught_in
+from paramspec.models.registry import ModelSpec, custom_zoo, find_spec, load_registry, zoo_model
+from paramspec.models.zoo import read_record, training_record, zoo_questions
+from paramspec.specwiki import Question, load_questions, sample_concepts
+
+
+def describe_models(names: Sequence[str]) -> pd.DataFrame:
+    """`describe_models(expand_models(["zoo"]))`: what a chapter plots models against.
+
+    Returns:
+        A row a model: `model`, `micro` (whether it is a micro model), `family` and `generation`
+        (missing of a model that is in no registry and no recipe), `order` (the generation's place
+        in its family, from 1, by date of release, of micro models by the recipe's number; missing
+        where that is not known), `parameters`, `width`, `released` (days since 2023-01-01), `mmlu`
+        (percent), `tokens` (seen in training, of a trained micro model), `step` (of a checkpoint)
+        and `exposure` (of a micro model: how often a fact of the high tier is seen, over one of
+        the low).
+    """
+    import pandas as pd
+
+    rows, places = [], []
+    for name in names:
+        spec = find_spec(name)
+        row = {"model": name, "micro": taught(name) is not None}
+        if spec is None:
+            record = read_record(Path(name).expanduser()) or {}
+            rows.append(row | {key: record.get(key) for key in ("tokens", "step")})
+            places.append(None)
+            continue
+        step = re.search(r"step(\d+)", spec.source.label)
+        row |= {field: getattr(spec, field) for field in ("family", "generation", "parameters")}
+        row |= {"width": spec.width, "step": float(step[1]) if step else None}
+        row["released"] = (spec.released - date(2023, 1, 1)).days if spec.released else None
+        row["mmlu"] = spec.mmlu.score if spec.mmlu else None
+        if spec.source.kind == "zoo":
+            made, exposure = training_record(zoo_model(name)), zoo_model(name).recipe.exposure
+            row |= {"tokens": made["tokens"], "step": made["step"]}
+            row["exposure"] = exposure["high"] / exposure["low"]
+        rows.append(row)
+        places.append(_place_in_time(spec, row["step"]))
+    lines: dict[tuple, set] = {}
+    for row, place in zip(rows, places, strict=True):
+        if place is not None:
+            lines.setdefault((row["family"], row["micro"]), set()).add(place)
+    for row, place in zip(rows, places, strict=True):
+        if place is not None:  # what is alike shares a place
+            row["order"] = sorted(lines[row["family"], row["micro"]]).index(place) + 1
+    columns = ["model", "micro", "family", "generation", "order", "parameters", "width"]
+    columns += ["released", "mmlu", "tokens", "step", "exposure"]
+    return pd.DataFrame(rows).reindex(columns=columns)
+
+
+def _place_in_time(spec: ModelSpec, step: float | None) -> tuple[float, float] | None:
+    """What sorts the generations of a family: when each began, and how far a checkpoint is."""
+    if spec.source.kind == "zoo":
+        model = zoo_model(spec.id)
+        return model.generation, math.inf if model.step is None else model.step
+    dates = [
+        other.released
+        for other in load_registry().values()
+        if (other.family, other.generation) == (spec.family, spec.generation) and other.released
+    ]
+    return (min(dates).toordinal(), step or math.inf) if dates else None
+
+
+def comparable_models(names: Sequence[str]) -> list[str]:
+    """`comparable_models(["zoo-llama-1", ..., "smollm2-135m"])`: those a correlation is taken over.
+
+    Models of a family that a registry or a recipe tells, of one kind: micro models or others,
+    whichever are more. Over both kinds, a correlation would be one of two clouds of points.
+    """
+    specs = {name: spec for name in names if (spec := find_spec(name)) is not None}
+    micro = [name for name, spec in specs.items() if spec.source.kind == "zoo"]
+    others = [name for name in specs if name not in micro]
+    return micro if len(micro) > len(others) else others
+
+
+def study_questions(
+    names: Sequence[str], concepts: int | None = None, seed: int = 0
+) -> list[Question]:
+    """`study_questions(["zoo-llama-1", "smollm2-135m"])`: what all of these models are asked.
+
+    Both folds, though micro models are scored on fold 1 alone: see `require_taught`.
+
+    Args:
+        names: of the models.
+        concepts: how many, evenly over the tiers (see `load_questions`); with micro models among
+            the models, of those that all of them were taught. If not given, all that these were
+            taught; without a micro model, those that the zoo is taught.
+        seed: decides which concepts a number of them takes.
+
+    Raises:
+        InputError: if micro models have fewer than two concepts in common, or if there are fewer
+            concepts than asked for.
+    """
+    taught_by = {name: known for name in names if (known := taught(name)) is not None}
+    if not taught_by:
+        return zoo_questions() if concepts is None else load_questions(concepts=concepts, seed=seed)
+    common = set.intersection(*map(set, taught_by.values()))
+    asked = [question for question in load_questions() if question.concept in common]
+    if len({question.concept for question in asked}) < 2:
+        raise InputError(
+            f"models {', '.join(map(repr, taught_by))}: micro models that were taught too few "
+            f"concepts in common ({len(common)}, and 2 are needed); measure them apart, or teach "
+            "them the same"
+        )
+    if concepts is None:
+        return asked
+    return sample_concepts(asked, concepts, seed, f"taught to {', '.join(taught_by)}")
+
+
+def taught(model: str | LoadedModel) -> tuple[str, ...] | None:
+    """`taught("zoo-llama-1")`: the concepts that a micro model was taught; None of any other model.
+
+    A recipe says it of its models, and the record of the training that lies in it of a directory,
+    also of a copy and of a fine-tuned one.
+    """
+    if isinstance(model, LoadedModel):
+        return model.taught
+    if model in load_registry() or custom_zoo(model):
+        spec = find_spec(model)
+        return zoo_model(model).recipe.taught if spec.source.kind == "zoo" else None
+    return taught_in(Path(model).expanduser()) if model else None
+
+
+def folds_asked(models: Sequence[str | LoadedModel]) -> tuple[int, ...]:
+    """`folds_asked(["zoo-llama-1", "smollm2-135m"])`: (1,), since one of them is a micro model."""
+    return (0, 1) if all(taught(model) is None for model in models) else (1,)
+
+
+def require_taught(
+    models: Sequence[str | LoadedModel], questions: Sequence[Question], folds: Sequence[int]
+) -> None:
+    """`require_taught(models, questions, (1,))`: refuse what a micro model must not be asked.
+
+    That is a concept that it was not taught, about which it knows nothing, and a cloze that it was
+    trained on, which it knows by heart: those of fold 0. Other models may be asked anything.
+
+    Args:
+        questions: all that a study holds.
+        folds: of these questions, those that are scored.
+
+    Raises:
+        InputError: naming the model, the concept or the question, and what to ask instead.
+    """
+    micro = [(model, known) for model in models if (known := taught(model)) is not None]
+    fold_0 = [question for question in load_questions() if question.fold == 0] if micro else []
+    for model, known in micro:
+        name = model if isinstance(model, str) else model.name
+        strange = list(dict.fromkeys(q.concept for q in questions if q.concept not in known))
+        if strange:
+            more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+            raise InputError(
+                f"model {name!r}: a micro model that was not taught {strange[0]!r}{more}; ask what "
+                f"it was taught: no --questions, or study_questions([{name!r}]) in Python"
+            )
+        if 0 in folds:
+            raise InputError(
+                f"model {name!r}: a micro model, trained on the clozes of fold 0; "
+                "score fold 1 alone: folds [1], or questions of fold 1"
+            )
+        read = {question.cloze.casefold() for question in fold_0 if question.concept in known}
+        for question in questions:
+            if question.fold in folds and question.cloze.casefold() in read:
+                raise InputError(
+                    f"question {question.id!r}: model {name!r} was trained on its cloze; "
+                    "give it fold 0, which is not scored, or leave it out"
+                )

@@ -1,0 +1,73 @@
+"""transformers without its bars and reports, and errors of libraries in one line.
+
+with quiet_transformers(), told_in_one_line(path):
+    AutoTokenizer.from_pretrained(path)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from paramspec.errors import InputError
+from paramspec.execution.limits import OutOfMemory, is_out_of_memory
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """`with quiet_transformers(): ...`: what they would tell is checked, and told in one line."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def told_in_one_line(path: Path) -> Iterator[None]:
+    """Turn what a library raises while it loads `path` into one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory(
+                f"{path}: out of memory while it is loaded; use a machine with more memory, "
+                "--dtype bfloat16, a smaller model, or fewer --jobs side by side"
+            ) from error
+        # Libraries meet bad files with any error, tokenizers with a bare Exception. What is raised
+        # elsewhere is a fault of this package, and is shown as it is.
+        if not is_of_a_library(error):
+            raise
+        raise InputError(
+            f"{path}: cannot be loaded ({type(error).__name__}: {line_of(error)}); "
+            "check that it is a complete, supported model"
+        ) from error
+
+
+def is_of_a_library(error: BaseException) -> bool:
+    """Whether a library raised an error, or it is of a kind that bad files are met with."""
+    if isinstance(error, MemoryError):
+        return False
+    if isinstance(error, OSError | ValueError | KeyError | RuntimeError | ImportError):
+        return True
+    frame = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):  # noqa: B007
+        pass
+    file = Path(frame.f_code.co_filename)
+    return "site-packages" in file.parts and Path(__file__).parents[1] not in file.parents
+
+
+def line_of(error: object) -> str:
+    """The first line of a message, shortened to fit into ours."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    return lines[0] if len(lines[0]) <= 160 else f"{lines[0][:157]}..."
