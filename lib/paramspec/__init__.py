@@ -14,17 +14,9 @@ __version__ = "0.1.0"
 __getattr__, __dir__, __all__ = _lazy.attach(
     __name__,
     submod_attrs={
-        "studies.causal": [
-            "Evaluation",
-            "Run",
-            "causal_runs",
-            "measure_methods",
-            "measure_runs",
-            "over_seeds",
-            "resample_runs",
-            "trained_concepts",
-            "tuned",
-        ],
+        "stats.methods": ["measure_methods", "over_seeds", "resample_runs"],
+        "studies.causal": ["Run", "causal_runs", "measure_runs", "trained_concepts", "tuned"],
+        "studies.evaluation": ["Evaluation"],
         "errors": ["InputError"],
         "studies.finetune": ["METHODS", "Training", "choose_vectors"],
         "method.generation": ["answer_matches", "generate_answers"],

@@ -190,7 +190,7 @@ def test_another_name_or_scoring_version_is_another_result(store, monkeypatch):
     assert reused(renamed) == [0]
     assert set(renamed.pss["model"]) == {"other"}
     before = set(units(store).values())
-    monkeypatch.setattr("paramspec.studies.sweep.SCORING_VERSION", 10**6)
+    monkeypatch.setattr("paramspec.studies.runner.SCORING_VERSION", 10**6)
     monkeypatch.setattr("paramspec.method.pss.SCORING_VERSION", 10**6)
     assert reused(measure_pss([toy_loaded()], questions, SMALL, store=store)) == [0]
     assert len(list(store.root.glob("v*/*/*/coefficients.safetensors"))) == 3

@@ -60,7 +60,7 @@ from paramspec.models.libraries import quiet_transformers
 from paramspec.models.load import LoadedModel, load_model
 from paramspec.models.tokens import token_ids
 from paramspec.specwiki import Question
-from paramspec.studies.records import unit_record
+from paramspec.studies.runner import unit_record
 
 # Of texts, fp32 `[layers, width]`, as `mean_coefficients` gives them.
 Coefficients = Callable[[tuple[str, ...]], Tensor]
@@ -391,7 +391,6 @@ def train(
     *,
     state: Path | None = None,
     save_every: int = 50,
-    observe: Callable[[int], None] = lambda step: None,
     progress: Callable[[int], None] = lambda steps: None,
 ) -> list[float]:
     """`losses = train(view, trained, rows, training)`: the steps, within `train_value_vectors`.
@@ -401,7 +400,6 @@ def train(
         rows: tokens of the texts, from `encode_texts`.
         state: a file that a killed run continues from, to the same weights; none if not given.
         save_every: steps between two states.
-        observe: called with 0, and with the number of each step that is done.
         progress: called with a number of steps that are done.
 
     Returns:
@@ -426,8 +424,6 @@ def train(
     losses = [] if state is None else _read_state(state, trained, optimizer)
     resumed, saved = len(losses), len(losses)
     progress(resumed)
-    if not resumed:
-        observe(0)
     order = batches_of([len(row) for row in rows], training)
     for step, indices in enumerate(order, start=1):
         if step <= resumed:
@@ -448,7 +444,6 @@ def train(
             group["lr"] = learning_rate(step, steps, training)
         optimizer.step()
         optimizer.zero_grad()
-        observe(step)
         progress(1)
     with torch.no_grad():
         last = float(language_modelling_loss(view.model, [rows[index] for index in indices]))
