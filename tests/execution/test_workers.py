@@ -24,7 +24,7 @@ from paramspec.execution.parallel import workers
 from paramspec.execution.store import Store
 from paramspec.method.pss import Choices
 from paramspec.models.checkpoints import Checkpoint
-from paramspec.studies import sweep
+from paramspec.studies import runner, sweep
 from paramspec.studies.sweep import measure_pss, write_study
 from toy_study import save_questions, save_toy, toy_questions
 from toys import toy_model
@@ -266,20 +266,19 @@ def test_a_scheduler_that_is_of_no_use_is_told_in_one_line(
 @pytest.mark.parametrize("count", [2, 3, 8])
 def test_workers_are_done_together_when_one_model_is_much_larger(count):
     """Twenty micro models and one of 135 M weights; a free worker takes the next task."""
-    weights = [300_000] * 20 + [135_000_000]
-    plans = []
-    for number, size in enumerate(weights):
-        identity = sweep.Identity(str(number), "", torch.float32, "cpu")
-        units = list(range(15))
-        model = Checkpoint(str(number), None, None)
-        plans.append(sweep._Plan(model, identity, "cpu", size, [["a"]] * 15, [{}] * 15, units))
-    tasks = sweep._tasks(plans, count)
-    assert tasks[0][0].name == "20"
+    jobs = []
+    for number, weights in enumerate([300_000] * 20 + [135_000_000]):
+        identity = runner.Identity(str(number), "", torch.float32, "cpu")
+        target = runner.Target(Checkpoint(str(number), None, None), identity, "cpu")
+        jobs.append((runner.Job(target, ({},) * 15, (1,) * 15, None), list(range(15)), weights))
+    weights = {job.target.name: size + runner.OVERHEAD for job, _, size in jobs}
+    chunks = [(job.target.name, numbers) for job, numbers in runner._chunks(jobs, count)]
+    assert chunks[0][0] == "20"
     busy = [0.0] * count
-    for plan, numbers in tasks:
-        busy[busy.index(min(busy))] += (plan.weights + sweep.OVERHEAD) * len(numbers)
+    for name, numbers in chunks:
+        busy[busy.index(min(busy))] += weights[name] * len(numbers)
     assert max(busy) < 1.15 * sum(busy) / count
-    done = [(plan.name, number) for plan, numbers in tasks for number in numbers]
-    assert sorted(done) == sorted((plan.name, unit) for plan in plans for unit in plan.missing)
-    assert all(sum(plan.name == str(n) for plan, _ in tasks) == 1 for n in range(20))
-    assert len(sweep._tasks(plans, 1)) == 21  # one process loads each model once
+    done = [(name, number) for name, numbers in chunks for number in numbers]
+    assert sorted(done) == sorted((name, number) for name in weights for number in range(15))
+    assert all(sum(name == str(n) for name, _ in chunks) == 1 for n in range(20))
+    assert len(runner._chunks(jobs, 1)) == 21 * 15  # in one process, the model is kept

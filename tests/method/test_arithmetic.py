@@ -19,8 +19,9 @@ from paramspec.method.kernels import arithmetic
 from paramspec.method.masks import record_concepts
 from paramspec.method.rows import Engine, Request
 from paramspec.method.scoring import choose_engine, encode, score_options
+from paramspec.models.checkpoints import Checkpoint
 from paramspec.models.load import LoadedModel
-from paramspec.studies import sweep
+from paramspec.studies import runner
 from toy_study import toy_questions, toy_tokenizer
 from toys import toy_model
 
@@ -133,8 +134,8 @@ def test_arithmetic_that_differs_has_another_key(monkeypatch):
             monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
             assert arithmetic(torch.float32, "cpu") == arithmetic(torch.bfloat16, "cuda") == "stock"
             way = arithmetic(torch.bfloat16, "cpu")
-            identity = sweep.Identity("toy", "digest", torch.bfloat16, "cpu", way)
-            found.add(str(sweep.result_basis(identity, toy_questions(2))))
+            identity = runner.Identity("toy", "digest", torch.bfloat16, "cpu", way)
+            found.add(str(runner.result_basis(identity, toy_questions(2))))
     assert len(found) == 4
 
 
@@ -149,11 +150,13 @@ def test_a_worker_of_another_kind_is_refused(monkeypatch):
         dtype=torch.bfloat16,
         device=torch.device("cpu"),
     )
-    planned = sweep.identity_of(loaded)
-    sweep.require_same_arithmetic(planned, loaded)
+    monkeypatch.setattr(runner, "load_model", lambda *_, **__: loaded)
+    found = Checkpoint("toy", None, Path("toy"))
+    planned = runner.Target(found, runner.identity_of(loaded), "cpu")
+    assert runner._load(planned) is loaded
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")
-    with pytest.raises(InputError, match=r"toy: this machine computes .*SVE256.* use float32"):
-        sweep.require_same_arithmetic(planned, loaded)
+    with pytest.raises(InputError, match=r"this machine computes .*SVE256.* use float32"):
+        runner._load(planned)
 
 
 def test_a_processor_without_bfloat16_says_so():

@@ -21,20 +21,11 @@ from paramspec.method.masks import record_concepts
 from paramspec.method.pss import Choices
 from paramspec.method.scoring import choose, encode, score_one_at_a_time
 from paramspec.models.load import load_model
+from paramspec.stats.methods import MEASURES, measure_methods, over_seeds, resample_runs
 from paramspec.stats.trends import interval
-from paramspec.studies import causal
-from paramspec.studies.causal import (
-    MEASURES,
-    Evaluation,
-    Run,
-    causal_runs,
-    measure_methods,
-    measure_runs,
-    over_seeds,
-    resample_runs,
-    trained_concepts,
-    tuned,
-)
+from paramspec.studies import causal, evaluation, runner
+from paramspec.studies.causal import Run, causal_runs, measure_runs, trained_concepts, tuned
+from paramspec.studies.evaluation import Evaluation
 from paramspec.studies.finetune import METHODS, Training, finetune
 from toy_study import save_toy, toy_loaded, toy_questions, toy_tokenizer
 
@@ -48,7 +39,6 @@ FULL = Evaluation(
     stated=6,
     prose=2,
     choices=Choices(ratios=(0.1, 0.3), folds=(1,), general=4, nulls=("random",)),
-    points=2,
     sampled=6,
     samples=3,
 )
@@ -144,7 +134,7 @@ def test_likelihoods_are_the_models_own_loss(model, study, questions):
     """transformers' loss of one text at a time; prose is the shipped text, in pieces of 128."""
     loaded = load_model(str(model))
     texts = study.texts[study.texts["run"] == "original"]
-    prose = loaded.tokenizer.encode(causal.PROSE.read_text())
+    prose = loaded.tokenizer.encode(evaluation.PROSE.read_text())
     rows = [prose[:128], prose[128:256]]
     for nats, tokens, row in zip(
         *(texts.loc[texts["kind"] == "prose", c] for c in ("nats", "tokens")), rows, strict=True
@@ -170,14 +160,14 @@ def test_likelihoods_are_the_models_own_loss(model, study, questions):
 
 @pytest.mark.parametrize("template", ["$A </s>", "<s> $A </s>"])
 def test_every_passage_begins_with_what_the_tokenizer_puts_in_front(questions, template):
-    run = Run("original", None, Evaluation(stated=2, prose=3), TAUGHT)
-    texts = causal._held_out(questions, run, toy_tokenizer(template))
+    asked = Evaluation(stated=2, prose=3)
+    texts = evaluation._held_out(questions, TAUGHT, asked, toy_tokenizer(template))
     assert [kind for kind, _ in texts] == ["statements"] * 2 + ["prose"] * 3
     front = [1] if "<s>" in template else []
     assert all(row[: len(front)] == front and 2 not in row for _, row in texts)
     passages = [row for kind, row in texts if kind == "prose"]
     assert [len(row) for row in passages] == [128] * 3
-    prose = toy_tokenizer().encode(causal.PROSE.read_text())
+    prose = toy_tokenizer().encode(evaluation.PROSE.read_text())
     joined = [token for row in passages for token in row[len(front) :]]
     assert joined == prose[: len(joined)]
 
@@ -195,13 +185,13 @@ def test_all_runs_are_asked_the_same_and_others_are_others(study, runs):
 def test_unrelated_questions_are_on_concepts_not_trained(model, questions, monkeypatch, tmp_path):
     """PSS after training compares with what was not trained: seen in what is scored."""
     scored = []
-    real = causal.measure_concepts
+    real = evaluation.measure_concepts
 
     def note(*arguments, **options):
         scored.append(real(*arguments, **options))
         return scored[-1]
 
-    monkeypatch.setattr(causal, "measure_concepts", note)
+    monkeypatch.setattr(evaluation, "measure_concepts", note)
     run = Run("original", None, FULL, TAUGHT)
     measure_runs(str(model), questions, [run], store=Store(tmp_path))
     details = pd.concat([tables.details for tables in scored])
@@ -217,7 +207,7 @@ def test_unrelated_questions_are_on_concepts_not_trained(model, questions, monke
 def test_pss_is_measured_as_its_choices_say(position, model, questions, tmp_path, monkeypatch):
     """The coefficients that masks are chosen by, against those of each question by itself."""
     seen, budgets = [], []
-    real, batches = causal.measure_concepts, masks.prompt_batches
+    real, batches = evaluation.measure_concepts, masks.prompt_batches
 
     def note(name, view, tokenizer, asked, concepts, choices, coefficients, **options):
         seen.append(coefficients)
@@ -227,7 +217,7 @@ def test_pss_is_measured_as_its_choices_say(position, model, questions, tmp_path
         budgets.append(batch_tokens)
         return batches(prompts, batch_tokens)
 
-    monkeypatch.setattr(causal, "measure_concepts", note)
+    monkeypatch.setattr(evaluation, "measure_concepts", note)
     monkeypatch.setattr(masks, "prompt_batches", note_budget)
     choices = FULL.choices.model_copy(update={"position": position, "batch_tokens": 12})
     asked = Evaluation(others=10, folds=(1,), choices=choices)
@@ -283,18 +273,12 @@ def test_samples_and_states_are_those_of_the_trained_model(model, questions, stu
                 np.testing.assert_allclose(told["state"], states[0][0, -1], atol=1e-4)
 
 
-def test_curves_begin_at_the_original_and_end_at_the_result(study):
-    original = study.answers.query("run == 'original' and trained")["correct_norm"].mean()
-    for method in METHODS:
-        curve = study.curves[study.curves["run"] == f"{method}/0"]
-        accuracy = curve.dropna(subset=["accuracy"]).set_index("step")["accuracy"]
-        final = study.answers.query(f"run == '{method}/0' and trained")["correct_norm"].mean()
-        assert list(accuracy.index) == [0, 8, 16]
-        assert accuracy.iloc[0] == pytest.approx(original)
-        assert accuracy.iloc[-1] == pytest.approx(final)
-        assert curve["loss"].notna().sum() == curve["step"].max()
-    other = study.curves.query("run == 'FT-PV/1'").dropna(subset=["accuracy"])
-    assert list(other["step"]) == [0, 16]
+def test_losses_are_those_of_each_step(study):
+    steps = study.runs.set_index("run")
+    for name, part in study.losses.groupby("run"):
+        assert list(part["step"]) == list(range(1, steps.loc[name, "steps"] + 1))
+        assert part["loss"].iloc[0] == steps.loc[name, "loss_first"]
+    assert set(study.losses["run"]) == set(study.runs["run"]) - {"original"}
 
 
 def test_a_rerun_trains_and_asks_nothing(model, questions, runs, store, study, monkeypatch):
@@ -302,11 +286,11 @@ def test_a_rerun_trains_and_asks_nothing(model, questions, runs, store, study, m
         raise AssertionError("trained again")
 
     monkeypatch.setattr(causal, "train", refuse)
-    monkeypatch.setattr(causal, "load_model", refuse)
+    monkeypatch.setattr(runner, "load_model", refuse)
     flat = [run for part in runs.values() for run in part]
     renamed = [dataclasses.replace(run, name=f"again {run.name}") for run in flat]
     again = measure_runs(str(model), questions, renamed, store=store)
-    for table in ("answers", "generated", "texts", "pss", "curves", "samples"):
+    for table in ("answers", "generated", "texts", "pss", "losses", "samples"):
         one, other = getattr(study, table), getattr(again, table)
         columns = [column for column in one if column not in ("run", "model")]
         pd.testing.assert_frame_equal(one[columns], other[columns])
@@ -314,7 +298,7 @@ def test_a_rerun_trains_and_asks_nothing(model, questions, runs, store, study, m
     assert all(torch.equal(study.vectors[r.name], again.vectors[f"again {r.name}"]) for r in flat)
 
 
-def test_each_part_of_a_run_says_what_computed_it(model, questions, tmp_path, monkeypatch):
+def test_a_run_says_what_trained_and_what_evaluated_it(model, questions, tmp_path, monkeypatch):
     """Trained on one machine, asked one more thing on another; a third one has all in the store."""
     asked = Evaluation(others=10)
     store = Store(tmp_path)
@@ -331,9 +315,9 @@ def test_each_part_of_a_run_says_what_computed_it(model, questions, tmp_path, mo
         for unit in record["units"]:
             assert unit["run"] == "x"
             cpus[unit["unit"]] = record["hardware"]["cpu"]
-    assert cpus.pop("texts") == "another"
-    assert set(cpus) == {"training", "answers", "curve"}
-    assert not {"another", "a third"} & set(cpus.values())
+    assert cpus.pop("evaluation") == "another"
+    assert set(cpus) == {"training"}
+    assert cpus["training"] not in ("another", "a third")
 
 
 def test_other_versions_train_and_ask_anew(
@@ -398,7 +382,7 @@ def test_parts_vary_one_thing_each(runs, study):
 
 
 def test_bad_input_is_told_before_any_training(model, questions, tmp_path, monkeypatch):
-    monkeypatch.setattr(causal, "hand_out", lambda *_: pytest.fail("work was handed out"))
+    monkeypatch.setattr(runner, "hand_out", lambda *_: pytest.fail("work was handed out"))
     store = Store(tmp_path)
 
     def refused(runs, asked=questions):
@@ -418,12 +402,12 @@ def test_bad_input_is_told_before_any_training(model, questions, tmp_path, monke
 
 
 def test_a_model_is_loaded_once_for_all_runs_and_not_kept(model, questions, tmp_path, monkeypatch):
-    loaded, load = [], causal.load_model
-    monkeypatch.setattr(causal, "load_model", lambda *a, **k: loaded.append(a) or load(*a, **k))
+    loaded, load = [], runner.load_model
+    monkeypatch.setattr(runner, "load_model", lambda *a, **k: loaded.append(a) or load(*a, **k))
     runs = [Run("x", TRAINING, Evaluation()), Run("y", None, Evaluation(), TRAINING.concepts)]
     measure_runs(str(model), questions, runs, store=Store(tmp_path))
     assert len(loaded) == 1
-    assert causal._HELD == {}
+    assert runner._HELD == {}
 
 
 def test_a_diverging_run_is_named_and_the_others_are_kept(model, questions, tmp_path, monkeypatch):
@@ -432,32 +416,33 @@ def test_a_diverging_run_is_named_and_the_others_are_kept(model, questions, tmp_
     wild = Run("wild", TRAINING.model_copy(update={"learning_rate": 1e37}), brief)
     calm = Run("calm", TRAINING, brief)
     monkeypatch.setattr(causal, "_cost", lambda run, _: {"calm": 2, "wild": 1}[run.name])
-    with pytest.raises(InputError, match=r"^wild: the loss is .* at step \d+; give a lower"):
+    with pytest.raises(InputError, match=r": wild: the loss is .* at step \d+; give a lower"):
         measure_runs(str(model), questions, [wild, calm], store=store)
     monkeypatch.setattr(causal, "train", lambda *_, **__: pytest.fail("trained again"))
     assert len(measure_runs(str(model), questions, [calm], store=store).answers) == 30
 
 
-CODE = {  # by part, what a constant that changes a stored number is called
-    "texts": [("EVALUATION_VERSION", 9), ("PASSAGE_TOKENS", 64), ("PROSE", None)],
-    "generated": [("GENERATION_VERSION", 9), ("MAX_NEW_TOKENS", 3), ("OPEN_PROMPT", "{question}:")],
-    "samples": [("GENERATION_VERSION", 9), ("MAX_NEW_TOKENS", 3), ("OPEN_PROMPT", "{question}:")],
-    "answers": [("SCORING_VERSION", 9), ("EVALUATION_VERSION", 9)],
-}
-
-
-@pytest.mark.parametrize(("part", "name", "value"), [(p, *c) for p in CODE for c in CODE[p]])
-def test_other_code_is_another_result(part, name, value, model, questions, tmp_path, monkeypatch):
-    asked = FULL.model_copy(update={"open_ended": "question"})
-    run = Run("x", TRAINING, asked)
-    plan = causal._plan(str(model), questions, [run], Store(tmp_path), "auto", "cpu")
-    before = plan.part_key(run, part)
-    assert before == plan.part_key(run, part)
+@pytest.mark.parametrize(
+    ("module", "name", "value"),
+    [
+        (causal, "FINETUNE_VERSION", 99),
+        (evaluation, "EVALUATION_VERSION", 99),
+        (evaluation, "GENERATION_VERSION", 99),
+        (evaluation, "MAX_NEW_TOKENS", 3),
+        (evaluation, "OPEN_PROMPT", "{question}:"),
+        (evaluation, "PASSAGE_TOKENS", 64),
+        (evaluation, "PROSE", None),
+    ],
+)
+def test_other_code_is_another_result(module, name, value, tmp_path, monkeypatch):
+    run = Run("x", TRAINING, FULL.model_copy(update={"open_ended": "question"}))
+    before = run.key()
+    assert before == run.key()
     if name == "PROSE":
         value = tmp_path / "prose.txt"
-        value.write_text(causal.PROSE.read_text().replace("Maria", "Mary"))
-    monkeypatch.setattr(causal, name, value)
-    assert plan.part_key(run, part) != before
+        value.write_text(evaluation.PROSE.read_text().replace("Maria", "Mary"))
+    monkeypatch.setattr(module, name, value)
+    assert run.key() != before
 
 
 def test_more_prose_than_there_is_is_one_line(model, questions, tmp_path):
@@ -552,7 +537,7 @@ def test_seeds_are_resampled_alike_for_every_method():
 
 
 def test_measures_are_those_of_the_tables(study, runs):
-    measures = measure_methods(study, runs["methods"], resamples=50)
+    measures = measure_methods(study, [run.name for run in runs["methods"]], resamples=50)
     assert list(measures) == list(MEASURES)
     answers = study.answers[study.answers["run"].isin(["FT-RV/0", "FT-RV/1"])]
     for measure, part in {

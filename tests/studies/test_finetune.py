@@ -951,17 +951,17 @@ def test_a_rate_that_diverges_keeps_the_last_good_model(place, tmp_path, capfd, 
 def check_kept(out, kept):
     """The weights are those of `kept` steps taken here, and load."""
     _, view, training, rows, vectors = prepare("llama", epochs=30, learning_rate=1e37)
-    at = {}
+    states = []
 
-    def observe(step):
-        at[step] = {name: offset.detach().clone() for name, offset in trained.offsets.items()}
+    def progress(steps):
+        states.append({name: offset.detach().clone() for name, offset in trained.offsets.items()})
 
     with train_value_vectors(view, vectors) as trained:
         with pytest.raises(Diverged):
-            train(view, trained, rows, training, observe=observe)
+            train(view, trained, rows, training, progress=progress)
         with torch.no_grad():
             for name, offset in trained.offsets.items():
-                offset.copy_(at[kept][name])
+                offset.copy_(states[kept][name])
         trained.merge()
     model = load_model(str(out)).model
     same_bits(weights(model), weights(view.model))

@@ -182,22 +182,24 @@ def _pairs(jobs: Sequence[Job], missing: Sequence[Sequence[int]]) -> list[tuple[
 def _chunks(
     jobs: Sequence[tuple[Job, Sequence[int], int]], count: int
 ) -> list[tuple[Job, list[int]]]:
-    """Which missing units make a task: the costliest first, small models whole, large ones split.
+    """Which missing units make a task: of the largest model first, and the costliest of each.
 
-    A unit costs its evaluations, times the model's weights. A single worker gets them one by one.
+    A unit costs its evaluations, times the model's weights. Small models make one task, large ones
+    several; a single worker, which keeps the model, gets units one by one.
     """
-    costs = [
-        (weights + OVERHEAD) * sum(job.costs[n] for n in numbers) for job, numbers, weights in jobs
-    ]
-    share = sum(costs) / (CHUNKS * count)
+
+    def cost(job: Job, numbers: Sequence[int], weights: int) -> float:
+        return (weights + OVERHEAD) * sum(job.costs[n] for n in numbers)
+
+    share = sum(cost(*one) for one in jobs) / (CHUNKS * count)
     chunks = []
-    for (job, numbers, _), cost in zip(jobs, costs, strict=True):
-        parts = len(numbers) if count == 1 else min(len(numbers), math.ceil(cost / share - 1e-9))
-        size = math.ceil(len(numbers) / parts)
+    for job, numbers, weights in sorted(jobs, key=lambda one: -one[2]):
+        numbers = sorted(numbers, key=lambda n: -job.costs[n])
+        parts = math.ceil(cost(job, numbers, weights) / share - 1e-9)
+        size = math.ceil(len(numbers) / parts) if count > 1 else 1
         for start in range(0, len(numbers), size):
-            chunks.append((cost / parts, job, list(numbers[start : start + size])))
-    chunks.sort(key=lambda chunk: -chunk[0])
-    return [(job, numbers) for _, job, numbers in chunks]
+            chunks.append((job, numbers[start : start + size]))
+    return chunks
 
 
 def _work(job: Job, numbers: Sequence[int], store: Store) -> tuple[tuple[Job, list[int]], int]:
