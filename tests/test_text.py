@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 
 from paramspec.cli import main
 from paramspec.errors import InputError
-from paramspec.execution.store import require_writable
+from paramspec.execution.files import require_writable
 from paramspec.markup import in_markdown, printable
 from paramspec.method.masks import load_masks
 from paramspec.method.pss import mask_name, read_mask_name

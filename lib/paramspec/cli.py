@@ -261,8 +261,9 @@ def pss(
 
     Prints a table and writes pss.parquet, details.parquet, masks.safetensors and run.json.
     """
+    from paramspec.execution.files import require_writable
     from paramspec.execution.parallel import workers
-    from paramspec.execution.store import Store, require_writable
+    from paramspec.execution.store import Store
     from paramspec.method.pss import Choices
     from paramspec.models.describe import study_questions, taught
     from paramspec.models.registry import expand_models

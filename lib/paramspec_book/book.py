@@ -39,6 +39,7 @@ from typing import Any
 
 from paramspec.errors import InputError
 from paramspec.execution.ends import out_of_the_main_thread
+from paramspec.execution.files import atomic, remove_leftovers, require_writable
 from paramspec.execution.provenance import (
     USED,
     hardware,
@@ -554,7 +555,7 @@ def _execute(
     notebook = _notebook(chapter)
     if notebook.metadata.get("kernelspec", {}).get("name") != "python3":
         raise InputError(f"{chapter.source.name}: kernelspec must name the kernel python3")
-    _make_folder(scratch.parent)
+    require_writable(scratch.parent)
     place = f"the unfinished notebook is {_shown(scratch, root)}"
     try:
         with _kernel_environment(profile, scratch.with_suffix(".used").absolute()):
@@ -639,7 +640,7 @@ def build_site(root: Path, executed: Path, folder: Path, *, force: bool = False)
         return html
     start = time.monotonic()
     shutil.rmtree(aside, ignore_errors=True)
-    _make_folder(aside)
+    require_writable(aside)
     # --all: after a failed build, an incremental one forgets the warnings and succeeds
     code = f"{_WATCH.format(os.getpid())}; from jupyter_book.cli.main import main; main()"
     command = [sys.executable, "-c", code, "build", str(root)]
@@ -742,49 +743,22 @@ def _kernel_environment(profile: str, used: Path) -> Iterator[None]:
         put(before)
 
 
-def _make_folder(folder: Path) -> None:
-    """Make a folder, or raise InputError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"{folder}: cannot be made ({error.strerror}); free the place or choose another"
-        ) from error
-
-
 def _check_target(target: Path) -> None:
     """Raise InputError when `target` cannot be written: before the work, not after it."""
     if target.suffix != ".ipynb":
         raise InputError(f"{target}: not a notebook's name; end it in .ipynb")
-    probe = target.with_name(f".partial-{target.name}.{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        probe.write_text("probe")
-        if target.is_dir():
-            raise IsADirectoryError("it is a folder")
-    except OSError as error:
-        raise InputError(
-            f"{target}: cannot be written ({error.strerror or error}); choose another place"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink()
+    if target.is_dir():
+        raise InputError(f"{target}: a folder; choose another place")
+    require_writable(target.parent)
 
 
 def _write(notebook: Any, target: Path) -> None:
     """Write a notebook in one step: a reader sees the old one or the new one."""
     import nbformat
 
-    from paramspec.execution.store import remove_leftovers
-
     remove_leftovers(target.parent)
-    part = target.with_name(f".partial-{target.name}.{os.getpid()}")
-    try:
-        part.write_text(nbformat.writes(notebook), "utf-8")
-        os.replace(part, target)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise InputError(f"{target}: cannot be written ({_one_line(error)})") from error
+    with atomic(target) as scratch:
+        scratch.write_text(nbformat.writes(notebook), "utf-8")
 
 
 def _commit(root: Path) -> dict[str, Any]:

@@ -403,9 +403,9 @@ BAD = [
     (["run", "a-small", "-p", "seed"], "seed", "no value"),
     (["run", "a-small", "-p", "seed", "["], "'['", "YAML"),
     (["run", "a-small", "--out", "result.txt"], "result.txt", ".ipynb"),
-    (["run", "a-small", "--out", "runs.txt/x.ipynb"], "runs.txt/x.ipynb", "cannot be written"),
-    (["build", "--out", "runs.txt/x"], "runs.txt/x", "cannot be written"),
-    (["run", "a-small", "--out", "folder.ipynb"], "folder.ipynb", "cannot be written"),
+    (["run", "a-small", "--out", "runs.txt/x.ipynb"], "runs.txt", "cannot write"),
+    (["build", "--out", "runs.txt/x"], "runs.txt", "cannot write"),
+    (["run", "a-small", "--out", "folder.ipynb"], "folder.ipynb", "a folder; choose another place"),
 ]
 
 

@@ -24,8 +24,9 @@ from disks import read_only, small_disk
 from paramspec.errors import InputError
 from paramspec.execution import provenance
 from paramspec.execution import store as store_module
+from paramspec.execution.files import require_writable, writing_to
 from paramspec.execution.provenance import NUMBER_LIBRARIES, number_versions
-from paramspec.execution.store import Store, require_writable, writing_to
+from paramspec.execution.store import Store
 
 KEY = {"model": "ab" * 32, "dtype": "float32", "choices": {"ratios": [0.01, 0.05], "seed": 0}}
 CONTENT = bytes(range(40))

@@ -747,7 +747,7 @@ def test_lm_evaluation_harness_runs_the_export(tmp_path, monkeypatch):
 
 def test_an_export_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be written") as error:
+    with pytest.raises(InputError, match="cannot write") as error:
         export_lm_eval(tmp_path / "file" / "task", load_questions(concepts=1))
     assert "\n" not in str(error.value)
 

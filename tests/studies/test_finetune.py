@@ -694,7 +694,7 @@ def test_a_finished_run_is_found_and_not_trained_again(place, tmp_path, monkeypa
 
 
 def killed_as_it_began(out):
-    (out / "finetune.json").rename(out / "finetune.json.partial")
+    (out / "finetune.json").rename(out / ".partial-1-finetune.json")
     (out / "unfinished.safetensors").unlink()
 
 
@@ -704,7 +704,7 @@ def killed_before_the_first_state(out):
 
 def killed_in_a_state(out):
     half = (out / "unfinished.safetensors").read_bytes()[:999]
-    (out / "unfinished.safetensors.partial").write_bytes(half)
+    (out / ".partial-1-unfinished.safetensors").write_bytes(half)
 
 
 def killed_in_the_save(out):

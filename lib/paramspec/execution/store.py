@@ -25,15 +25,14 @@ import re
 import secrets
 import shutil
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 
 from paramspec.errors import InputError
+from paramspec.execution.files import PARTIAL, remove_leftovers, writing_to
 from paramspec.execution.provenance import (
     COMPUTED,
     computed,
@@ -41,10 +40,8 @@ from paramspec.execution.provenance import (
     number_versions,
     read_computed,
 )
-from paramspec.plain import require_unicode
 
 STORE_VERSION = 1
-OLD = 24 * 3600  # seconds after which an unfinished result is certain to be a dead process's
 
 
 class Store:
@@ -109,7 +106,7 @@ class Store:
         self._require_versions()
         with writing_to(self.root):
             path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=path.parent))
+            scratch = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=path.parent))
             try:
                 write(scratch)
                 whole = _canonical(self._whole(key))
@@ -171,7 +168,7 @@ class Store:
     def remove_leftovers(self) -> None:
         """`store.remove_leftovers()`: what killed processes left of unfinished results."""
         for pattern in (
-            f"v{STORE_VERSION}/*/.partial-*",
+            f"v{STORE_VERSION}/*/{PARTIAL}*",
             f"v{STORE_VERSION}/*/*.lock",
             ".shared-*",
         ):
@@ -200,40 +197,6 @@ class Store:
     def _path(self, key: Mapping[str, object]) -> Path:
         name = hashlib.sha256(_canonical(self._whole(key)).encode()).hexdigest()
         return self.root / f"v{STORE_VERSION}" / name[:2] / name
-
-
-def remove_leftovers(folder: Path, pattern: str = ".partial-*") -> None:
-    """`remove_leftovers(out)`: unfinished files and folders, once they are certainly nobody's."""
-    before = time.time() - OLD
-    for left in folder.glob(pattern):
-        with contextlib.suppress(OSError):  # gone meanwhile, or not ours to remove
-            if left.stat().st_mtime < before:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-
-
-@contextlib.contextmanager
-def writing_to(directory: Path) -> Iterator[None]:
-    """`with writing_to(out): ...`: turn a failed write into one line that names the place."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:  # safetensors tells of a full disk in its own way
-        place = getattr(error, "filename", None) or directory
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"{place}: cannot write ({reason}); "
-            "free some space, or choose a directory that you may write to"
-        ) from error
-
-
-def require_writable(directory: Path) -> None:
-    """`require_writable(out)`: make the directory now, and fail before any work if it can't be."""
-    require_unicode(directory)
-    with writing_to(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory) as file:
-            file.write(b"\0" * 4096)
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def _canonical(key: Mapping[str, object]) -> str:

@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from paramspec.errors import InputError
+from paramspec.execution.files import atomic
 from paramspec.method.batches import BATCH_TOKENS, in_batches
 from paramspec.method.hooks import (
     Position,
@@ -312,14 +313,10 @@ def save_masks(path: Path, masks: Mapping[str, Tensor], choices: Mapping[str, ob
             `pss.read_mask_name` reads a name back.
         choices: what they were chosen from and how: digests, protocol, scope, position, ...
     """
-    scratch = path.with_name(path.name + ".partial")
     metadata = {name: json.dumps(value) for name, value in choices.items()}
-    try:
-        tensors = {name: vectors.contiguous() for name, vectors in masks.items()}
+    tensors = {name: vectors.contiguous() for name, vectors in masks.items()}
+    with atomic(path) as scratch:
         save_file(tensors, scratch, metadata)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def load_masks(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:

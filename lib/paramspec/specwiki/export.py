@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import glob
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
 
-from paramspec.errors import InputError
-from paramspec.plain import require_unicode
+from paramspec.execution.files import atomic, require_writable
 from paramspec.specwiki.schema import Question
 
 
@@ -31,7 +29,7 @@ def export_lm_eval(directory: str | Path, questions: Iterable[Question]) -> Path
         InputError: the directory cannot be written.
     """
     directory = Path(directory)
-    require_unicode(directory)
+    require_writable(directory)
     data, task = directory / "specwiki.parquet", directory / "specwiki.yaml"
     description = {
         "task": "specwiki",
@@ -50,16 +48,10 @@ def export_lm_eval(directory: str | Path, questions: Iterable[Question]) -> Path
         ],
         "metadata": {"version": 1.0},
     }
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _write(data, lambda scratch: _write_parquet(questions, scratch))
-        text = yaml.safe_dump(description, sort_keys=False)
-        _write(task, lambda scratch: scratch.write_text(text, encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{error.filename or directory}: cannot be written ({error.strerror}); "
-            "choose another directory"
-        ) from error
+    with atomic(data) as scratch:
+        _write_parquet(questions, scratch)
+    with atomic(task) as scratch:
+        scratch.write_text(yaml.safe_dump(description, sort_keys=False), encoding="utf-8")
     return task
 
 
@@ -73,13 +65,3 @@ def _write_parquet(questions: Iterable[Question], path: Path) -> None:
     types |= dict.fromkeys(("answer", "fold"), number)
     rows = [question.model_dump(mode="json") for question in questions]
     parquet.write_table(pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(types)), path)
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(scratch)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)

@@ -37,8 +37,8 @@ from transformers import PreTrainedTokenizerBase
 
 from paramspec.checked import Checked, Count, Seed, Share
 from paramspec.errors import InputError
+from paramspec.execution.files import PARTIAL, atomic, require_writable, writing_to
 from paramspec.execution.provenance import computed, number_versions
-from paramspec.execution.store import require_writable, writing_to
 from paramspec.method.hooks import (
     TrainedVectors,
     ValueVectorView,
@@ -466,15 +466,10 @@ def _write_state(
         tensors[f"{name}/offset"] = offset.detach()
         tensors[f"{name}/exp_avg"] = moments["exp_avg"]
         tensors[f"{name}/exp_avg_sq"] = moments["exp_avg_sq"]
-    scratch = state.with_name(state.name + ".partial")
     about = {"losses": json.dumps(losses)}
     about["sha256"] = _digest(tensors, about["losses"])
-    with writing_to(state.parent):
-        try:
-            save_file(tensors, scratch, about)
-            scratch.replace(state)
-        finally:
-            scratch.unlink(missing_ok=True)
+    with atomic(state) as scratch:
+        save_file(tensors, scratch, about)
 
 
 @torch.no_grad()
@@ -625,8 +620,8 @@ def finetune(
 def _done(record: dict[str, object], out: Path) -> dict[str, object]:
     """What to hand back of a run that has ended; nothing of it is needed to continue."""
     with writing_to(out):
-        for left in out.glob(f"{STATE}*"):
-            left.unlink()
+        for left in (out / STATE, *out.glob(f"{PARTIAL}*")):
+            left.unlink(missing_ok=True)
     if record["status"] == "finished":
         return record
     kept = record["kept"]
@@ -640,7 +635,7 @@ def _done(record: dict[str, object], out: Path) -> dict[str, object]:
 def _refuse_strangers(out: Path) -> None:
     if not (out / RECORD).exists():
         for file in sorted(out.iterdir()):
-            if file.name.startswith(RECORD):  # a run that was killed as it began
+            if file.name.startswith(PARTIAL):  # a run that was killed as it began
                 continue
             raise InputError(
                 f"{out}: holds {file.name}, and no {RECORD}; choose an empty or a new directory"
@@ -662,11 +657,9 @@ def _read_record(out: Path) -> dict[str, object] | None:
 
 
 def _write_record(out: Path, record: dict[str, object]) -> None:
-    scratch = out / (RECORD + ".partial")
-    with writing_to(out):
-        text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    with atomic(out / RECORD) as scratch:
         scratch.write_text(text, encoding="utf-8")
-        scratch.replace(out / RECORD)
 
 
 def _save_model(out: Path, loaded: LoadedModel, concepts: Sequence[str]) -> None:

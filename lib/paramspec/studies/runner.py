@@ -23,9 +23,10 @@ import torch
 from tqdm import tqdm
 
 from paramspec.errors import InputError, naming
+from paramspec.execution.files import writing_to
 from paramspec.execution.limits import release_memory
 from paramspec.execution.parallel import begin_work, hand_out, on_this_machine, worker_count
-from paramspec.execution.store import Store, writing_to
+from paramspec.execution.store import Store
 from paramspec.method.hooks import ValueVectorView, down_projections, value_vector_view
 from paramspec.method.kernels import arithmetic
 from paramspec.method.rows import Engine

@@ -26,11 +26,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from paramspec.errors import InputError, naming
+from paramspec.execution.files import remove_leftovers, writing_to
 from paramspec.execution.parallel import (
     in_worker,
 )
 from paramspec.execution.provenance import group_records, read_computed
-from paramspec.execution.store import Store, remove_leftovers, writing_to
+from paramspec.execution.store import Store
 from paramspec.method.batches import BATCH_TOKENS
 from paramspec.method.hooks import value_vector_view
 from paramspec.method.masks import ConceptCoefficients, load_masks, record_concepts, save_masks

@@ -1,0 +1,73 @@
+"""Files that are written whole or not at all, and one line where that is not possible.
+
+with atomic(path) as scratch:
+    table.to_parquet(scratch)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from paramspec.errors import InputError
+from paramspec.plain import require_unicode
+
+PARTIAL = ".partial-"  # how the name of an unfinished file or folder begins
+OLD = 24 * 3600  # seconds after which it is certain to be a dead process's
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """`with atomic(path) as scratch: ...`: fill a file beside its place, which it takes when whole.
+
+    Raises:
+        InputError: if it cannot be written; what was there stays.
+    """
+    scratch = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
+    with writing_to(path.parent):
+        try:
+            yield scratch
+            scratch.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, pattern: str = f"{PARTIAL}*") -> None:
+    """`remove_leftovers(out)`: unfinished files and folders, once they are certainly nobody's."""
+    before = time.time() - OLD
+    for left in folder.glob(pattern):
+        with contextlib.suppress(OSError):  # gone meanwhile, or not ours to remove
+            if left.stat().st_mtime < before:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+@contextlib.contextmanager
+def writing_to(directory: Path) -> Iterator[None]:
+    """`with writing_to(out): ...`: turn a failed write into one line that names the place."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors tells of a full disk in its own way
+        place = getattr(error, "filename", None) or directory
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{place}: cannot write ({reason}); "
+            "free some space, or choose a directory that you may write to"
+        ) from error
+
+
+def require_writable(directory: Path) -> None:
+    """`require_writable(out)`: make the directory now, and fail before any work if it can't be."""
+    require_unicode(directory)
+    with writing_to(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
