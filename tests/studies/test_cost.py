@@ -51,9 +51,10 @@ key_value_heads: 2
 batch: 8
 learning_rate: 0.005
 seed: 0
-families: [llama, qwen2, mistral, gemma2]
-generations: {1: 4}
-checkpoints: {families: [llama], generation: 1, steps: [2]}
+models:
+  llama-1: {family: llama, generation: 1, steps: 4, checkpoints: [2]}
+  qwen2-1: {family: qwen2, generation: 1, steps: 4}
+  gemma2-1: {family: gemma2, generation: 1, steps: 4}
 """
 HUB = [spec for spec in load_registry().values() if spec.source.kind == "hub"]
 
@@ -197,7 +198,7 @@ def test_micro_models_that_are_not_trained_are_counted_by_run(offline, recipe):
 
 def test_what_generations_share_is_counted_once(offline, recipe, monkeypatch):
     """Against the tokens of all texts that the training of both is shown."""
-    recipe.write_text(TINY.replace("{1: 4}", "{1: 4, 2: 9}"))
+    recipe.write_text(TINY + "  llama-2: {family: llama, generation: 2, steps: 9}\n")
     names = [f"{recipe.as_posix()}:llama-{number}" for number in (2, 1)]
     planned = small(names).training
     made, shown = [], []

@@ -26,18 +26,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import numpy as np
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StrictFloat,
-    StrictInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, StrictFloat, StrictInt, model_validator
 from tqdm import tqdm
 
-from paramspec.errors import InputError
+from paramspec.checked import Checked
+from paramspec.errors import InputError, naming
 from paramspec.execution.parallel import begin_work, hand_out
 from paramspec.execution.store import Store
 from paramspec.models.libraries import quiet_transformers
@@ -62,35 +55,38 @@ WARM_UP = 20  # steps
 FALL = 0.2  # of the steps, the last ones, in which the learning rate falls
 SORTED_TOGETHER = 16  # batches whose texts are sorted by length, so that little is padded
 
-# The sets of the registry that a recipe's models belong to.
-MAIN, SCALE, PRETRAINING, REVERSED = "zoo", "zoo-scale", "zoo-pretraining", "zoo-frequency"
 
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-Count = Annotated[StrictInt, Field(ge=1)]
 Tier = Literal["high", "medium", "low"]
+SetName = Literal["zoo", "zoo-scale", "zoo-pretraining", "zoo-frequency"]
+Whole = Annotated[StrictInt, Field(ge=1)]
 
 
-class _Shared(_Frozen):
-    """What a recipe file says of all its models, and a model's own recipe of that model."""
+class ModelRecipe(Checked):
+    """Everything that a micro model's weights depend on.
 
-    concepts: dict[str, Count] = Field(min_length=1)
+    `concepts` is the number of concepts of each tier by domain; `exposure` how often a fact of a
+    tier is seen, relative to the others; `steps` counts optimizer steps of `batch` texts;
+    `checkpoints` are steps after which the model is kept as well: its weights do not depend on
+    them.
+    """
+
+    family: Family
+    concepts: dict[str, Whole] = Field(min_length=1)
     exposure: dict[Tier, Annotated[StrictFloat, Field(ge=1e-6, le=1e6)]]
     vocabulary: StrictInt = Field(ge=258, le=65536)  # 256 bytes, and two special tokens
-    layers: Count
+    layers: Whole
     width: StrictInt = Field(ge=2)
-    mlp_width: Count
-    heads: Count
-    key_value_heads: Count
+    mlp_width: Whole
+    heads: Whole
+    key_value_heads: Whole
     batch: StrictInt = Field(ge=1, le=4096)
     learning_rate: StrictFloat = Field(gt=0, allow_inf_nan=False)
     seed: StrictInt = Field(ge=0, le=10**9)
+    steps: Whole
+    checkpoints: tuple[StrictInt, ...] = ()
 
     @model_validator(mode="after")
-    def _shape(self) -> _Shared:
+    def _fits(self) -> ModelRecipe:
         if self.width % (2 * self.heads):
             raise ValueError(
                 f"width {self.width} with {self.heads} heads: a head's share of the width must be "
@@ -103,32 +99,12 @@ class _Shared(_Frozen):
             )
         if set(self.exposure) != set(TIERS):
             raise ValueError(f"exposure {self.exposure}: give each of {', '.join(TIERS)}")
-        return self
-
-
-class ModelRecipe(_Shared):
-    """Everything that a micro model's weights depend on.
-
-    `concepts` is the number of concepts of each tier by domain; `exposure` how often a fact of a
-    tier is seen, relative to the others; `steps` counts optimizer steps of `batch` texts;
-    `checkpoints` are steps after which the model is kept as well: its weights do not depend on
-    them.
-    """
-
-    family: Family
-    steps: Count
-    checkpoints: tuple[StrictInt, ...] = ()
-
-    @model_validator(mode="after")
-    def _bounds(self) -> ModelRecipe:
         for step in self.checkpoints:
-            if not 0 < step < self.steps:
+            if not 0 < step < self.steps or self.checkpoints.count(step) > 1:
                 raise ValueError(
                     f"checkpoint at step {step} of {self.steps}: give steps from 1 to "
-                    f"{self.steps - 1}"
+                    f"{self.steps - 1}, each once"
                 )
-        if len(set(self.checkpoints)) < len(self.checkpoints):
-            raise ValueError(f"checkpoints {list(self.checkpoints)}: give each step once")
         if self.parameters > LARGEST:
             raise ValueError(
                 f"width {self.width}, mlp_width {self.mlp_width}, layers {self.layers}, vocabulary "
@@ -177,160 +153,22 @@ class ModelRecipe(_Shared):
         return self.vocabulary * self.width + self.layers * layer + self.width
 
 
-class ZooModel(_Frozen):
-    """A model of the zoo by its place in the recipe: what it is measured for, and at which step.
+class ZooModel(Checked):
+    """A model of the zoo: what it is measured for, and at which step.
 
     `generation` is its number in the family; `step` is None for the finished model.
     """
 
     name: str
-    generation: int
+    generation: Whole
     recipe: ModelRecipe
-    step: int | None
-    sets: tuple[str, ...]
+    step: int | None = None
+    sets: tuple[SetName, ...] = ("zoo",)
 
     @property
     def at(self) -> int:
         """The step that its weights are of."""
         return self.recipe.steps if self.step is None else self.step
-
-
-class _Scale(_Frozen):
-    family: Family
-    generation: StrictInt
-    widths: tuple[StrictInt, ...] = Field(min_length=1)
-
-    @property
-    def families(self) -> tuple[Family, ...]:
-        return (self.family,)
-
-
-class _Reversed(_Frozen):
-    families: tuple[Family, ...] = Field(min_length=1)
-    generation: StrictInt
-
-
-class _Checkpoints(_Reversed):
-    steps: tuple[StrictInt, ...] = Field(min_length=1)
-
-
-class _Zoo(_Shared):
-    """The file `zoo.yaml`: its comments say what each field means."""
-
-    families: tuple[Family, ...] = Field(min_length=1)
-    generations: dict[Count, Count] = Field(min_length=1)
-    scale: _Scale | None = None
-    checkpoints: _Checkpoints | None = None
-    reversed: _Reversed | None = None
-
-    @model_validator(mode="after")
-    def _known(self) -> _Zoo:
-        _require_once("families", self.families)
-        for (number, steps), (later, more) in itertools.pairwise(self.generations.items()):
-            if later <= number or more <= steps:
-                raise ValueError(
-                    f"generations {later}: {more} after {number}: {steps}: a later generation "
-                    "has a higher number, and more steps"
-                )
-        for name in ("scale", "checkpoints", "reversed"):
-            part = getattr(self, name)
-            if part is None:
-                continue
-            if part.generation not in self.generations:
-                raise ValueError(
-                    f"{name}.generation {part.generation}: generations are "
-                    f"{', '.join(map(str, self.generations))}"
-                )
-            _require_once(f"{name}: families", part.families)
-            for family in part.families:
-                if family not in self.families:
-                    raise ValueError(
-                        f"{name}: family {family!r}: families are {', '.join(self.families)}"
-                    )
-        if self.scale:
-            _require_once("scale.widths", self.scale.widths)
-        return self
-
-    def recipe(self, name: str, family: str, generation: int, **changed: object) -> ModelRecipe:
-        given = self.model_dump(include=set(ModelRecipe.model_fields) & set(_Zoo.model_fields))
-        given["checkpoints"] = ()
-        kept = self.checkpoints
-        if kept and not changed and family in kept.families and generation == kept.generation:
-            given["checkpoints"] = kept.steps
-        given |= {"family": family, "steps": self.generations[generation], **changed}
-        # Mistral's class is Llama's but for the window: with one seed, two models would be one.
-        given["seed"] += get_args(Family).index(family)
-        try:
-            return ModelRecipe(**given)
-        except ValidationError as error:
-            raise InputError(f"model {name}: {_first_breach(error)}") from error
-
-    def models(self, prefix: str) -> Iterator[ZooModel]:
-        for family in self.families:
-            for number in self.generations:
-                name = f"{prefix}{family}-{number}"
-                recipe = self.recipe(f"{family}-{number}", family, number)
-                sets = (MAIN,)
-                if recipe.checkpoints:
-                    sets += (PRETRAINING,)
-                if self.reversed and number == self.reversed.generation:
-                    sets += (REVERSED,) if family in self.reversed.families else ()
-                if self._on_ladder(family, number):
-                    sets += (SCALE,)
-                for step in recipe.checkpoints:
-                    yield ZooModel(
-                        name=f"{name}@{step}",
-                        generation=number,
-                        recipe=recipe,
-                        step=step,
-                        sets=(PRETRAINING,),
-                    )
-                yield ZooModel(name=name, generation=number, recipe=recipe, step=None, sets=sets)
-        yield from self._ladder(prefix)
-        yield from self._reversed(prefix)
-
-    def _on_ladder(self, family: str, number: int) -> bool:
-        scale = self.scale
-        if scale is None or (family, number) != (scale.family, scale.generation):
-            return False
-        return self.width in scale.widths
-
-    def _ladder(self, prefix: str) -> Iterator[ZooModel]:
-        if self.scale is None:
-            return
-        family, number = self.scale.family, self.scale.generation
-        for width in self.scale.widths:
-            if width != self.width:
-                changed = {"width": width, "mlp_width": self.mlp_width * width // self.width}
-                name = f"{family}-{number}-w{width}"
-                yield ZooModel(
-                    name=f"{prefix}{name}",
-                    generation=number,
-                    recipe=self.recipe(name, family, number, **changed),
-                    step=None,
-                    sets=(SCALE,),
-                )
-
-    def _reversed(self, prefix: str) -> Iterator[ZooModel]:
-        if self.reversed is None:
-            return
-        turned = dict(zip(TIERS, (self.exposure[tier] for tier in TIERS[::-1]), strict=True))
-        for family in self.reversed.families:
-            number = self.reversed.generation
-            name = f"{family}-{number}-reversed"
-            yield ZooModel(
-                name=f"{prefix}{name}",
-                generation=number,
-                recipe=self.recipe(name, family, number, exposure=turned),
-                step=None,
-                sets=(REVERSED,),
-            )
-
-
-def _require_once(place: str, values: Sequence[object]) -> None:
-    for value in values:
-        if list(values).count(value) > 1:
-            raise ValueError(f"{place} {list(values)}: {value!r} stands twice; give it once")
 
 
 def load_zoo(path: Path = RECIPE) -> dict[str, ZooModel]:
@@ -351,33 +189,42 @@ def load_zoo(path: Path = RECIPE) -> dict[str, ZooModel]:
 
 @functools.cache  # by content: a recipe may be edited while a process lives
 def _parse(path: Path, text: str) -> dict[str, ZooModel]:
-    remedy = f"see the comments in {RECIPE.name}"
     content = read_yaml(text, str(path))
+    prefix = "zoo-" if path == RECIPE else f"{path.as_posix()}:"
     try:
-        if not isinstance(content, dict):
-            raise InputError("expected the fields of a zoo recipe")
-        zoo = _Zoo.model_validate(content)
-        prefix = "zoo-" if path == RECIPE else f"{path.as_posix()}:"
-        models = {model.name: model for model in zoo.models(prefix)}
+        if not isinstance(content, dict) or not isinstance(content.get("models"), dict):
+            raise InputError("expected the fields of a zoo recipe, `models` among them")
+        common = {name: value for name, value in content.items() if name != "models"}
+        models = [
+            model
+            for name, line in content["models"].items()
+            for model in _models_of(prefix, str(name), common, line)
+        ]
         if path != RECIPE:  # whose concepts are known to exist, and which is listed in no time
-            _corpus_digest(tuple(zoo.concepts.items()))
-        return models
-    except ValidationError as error:
-        raise InputError(f"{path}: {_first_breach(error)}; {remedy}") from error
+            for concepts in {tuple(model.recipe.concepts.items()) for model in models}:
+                _corpus_digest(concepts)
     except InputError as error:
-        raise InputError(f"{path}: {error}; {remedy}") from error
+        raise InputError(f"{path}: {error}; see the comments in {RECIPE.name}") from error
+    return {model.name: model for model in models}
 
 
-def _first_breach(error: ValidationError) -> str:
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if part != "[key]")
-    if first["type"] == "value_error":
-        return first["msg"].removeprefix("Value error, ")
-    if first["type"] == "missing":
-        return f"{place}: missing"
-    if first["type"] == "extra_forbidden":
-        return f"{place}: no such field"
-    return f"{place} {repr(first['input'])[:60]}: {first['msg']}"
+def _models_of(prefix: str, name: str, common: Mapping, line: object) -> Iterator[ZooModel]:
+    """A training's checkpoints, and what it ends with."""
+    if not isinstance(line, dict):
+        raise InputError(f"model {name}: expected {{family: llama, generation: 1, steps: 100}}")
+    given = {**common, **line}
+    about = {key: given.pop(key) for key in ("generation", "sets") if key in given}
+    with naming(f"model {name}"):
+        recipe = ModelRecipe.parse(**given)
+        # Mistral's class is Llama's but for the window: with one seed, two models would be one.
+        seed = recipe.seed + get_args(Family).index(recipe.family)
+        about["recipe"] = recipe.model_copy(update={"seed": seed})
+        model = ZooModel.parse(name=f"{prefix}{name}", **about)
+    for step in recipe.checkpoints:
+        update = {"name": f"{model.name}@{step}", "step": step, "sets": ("zoo-pretraining",)}
+        yield model.model_copy(update=update)
+    more = ("zoo-pretraining",) if recipe.checkpoints else ()
+    yield model.model_copy(update={"sets": model.sets + more})
 
 
 # --- the corpus ---------------------------------------------------------------------------------
