@@ -24,10 +24,9 @@ test: .venv/installed  ## lint, and run every test (the site's need Chromium: CH
 	$(BIN)/ruff format --check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-bench: .venv/installed  ## measure scoring beside other tools (an hour), fine-tuning and the zoo
+bench: .venv/installed  ## measure scoring beside other tools (an hour) and fine-tuning
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/scoring.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/finetune.py
-	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/zoo.py
 
 setup: .venv/installed  ## create .venv, or bring it up to the locks
 

@@ -14,9 +14,9 @@ LONGEST = (
     "test_ends",
     "test_smollm2",
     "test_workers",
-    "test_plan",
+    "test_cost",
     "test_finetune",
-    "test_zoo",
+    "test_zoo_training",
 )
 
 

@@ -90,7 +90,8 @@ __getattr__, __dir__, __all__ = _lazy.attach(
             "resample_models",
             "with_interval",
         ],
-        "models.zoo": ["load_zoo", "train_zoo", "training_record", "zoo_questions"],
+        "models.zoo": ["load_zoo", "zoo_questions"],
+        "models.zoo_training": ["train_zoo", "training_record"],
         "studies.sweep": [
             "Study",
             "concept_coefficients",

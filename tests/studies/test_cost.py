@@ -20,12 +20,11 @@ from paramspec.method.hooks import ValueVectorView, unembed_only, value_vector_v
 from paramspec.method.masks import record_concepts
 from paramspec.method.pss import Choices, measure_concepts
 from paramspec.method.scoring import choose_engine
+from paramspec.models import zoo_training
 from paramspec.models.describe import study_questions
-from paramspec.models.micro import MicroModel
 from paramspec.models.registry import empty_model, load_registry, published_config
-from paramspec.models.zoo import (
-    architecture,
-    load_zoo,
+from paramspec.models.zoo import architecture, load_zoo
+from paramspec.models.zoo_training import (
     own_tokenizer,
     tokens_to_train,
     train_tokenizer,
@@ -201,18 +200,16 @@ def test_what_generations_share_is_counted_once(offline, recipe, monkeypatch):
     recipe.write_text(TINY + "  llama-2: {family: llama, generation: 2, steps: 9}\n")
     names = [f"{recipe.as_posix()}:llama-{number}" for number in (2, 1)]
     planned = small(names).training
-    made, shown = [], []
-    make, loss = MicroModel.__init__, MicroModel.loss_and_gradient
-    monkeypatch.setattr(
-        MicroModel, "__init__", lambda *given: made.append(given[2]) or make(*given)
-    )
-    monkeypatch.setattr(
-        MicroModel, "loss_and_gradient", lambda *given: shown.extend(given[1]) or loss(*given)
-    )
+    shown, train_step = [], zoo_training._train_step
+
+    def watch(network, optimizer, texts, rate):
+        shown.append(texts)
+        return train_step(network, optimizer, texts, rate)
+
+    monkeypatch.setattr(zoo_training, "_train_step", watch)
     train_zoo([load_zoo(recipe)[name] for name in names])
-    assert len(made) == 1
-    assert len(shown) == 8 * (4 + 9 - 3)  # texts, of which a quarter of the shorter's is a fall
-    assert planned["tokens"].sum() == sum(len(made[0][row]) for row in shown)
+    assert len(shown) == 4 + 9 - 3  # of the shorter's steps, the first three are of both
+    assert planned["tokens"].sum() == sum(len(text) for texts in shown for text in texts)
 
 
 def test_tokens_are_the_model_s_own_where_its_tokenizer_lies_here(offline):

@@ -35,7 +35,7 @@ from paramspec.models.registry import (
     zoo_model,
     zoo_spec,
 )
-from paramspec.models.zoo import train_zoo, trained
+from paramspec.models.zoo_training import train_zoo, trained
 from paramspec.plain import require_unicode
 
 INDEX = "model.safetensors.index.json"

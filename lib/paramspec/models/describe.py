@@ -17,7 +17,8 @@ import pandas as pd
 from paramspec.errors import InputError
 from paramspec.models.load import LoadedModel, taught_in
 from paramspec.models.registry import ModelSpec, custom_zoo, find_spec, load_registry, zoo_model
-from paramspec.models.zoo import read_record, training_record, zoo_questions
+from paramspec.models.zoo import zoo_questions
+from paramspec.models.zoo_training import read_record, training_record
 from paramspec.specwiki import Question, load_questions, sample_concepts
 
 

@@ -36,7 +36,7 @@ from paramspec.models.libraries import line_of, quiet_transformers, told_in_one_
 from paramspec.models.registry import ModelSpec
 from paramspec.models.tokens import front_tokens
 from paramspec.models.unpack import gguf_config, read_gguf, restore_rotation, unpacked
-from paramspec.models.zoo import read_record
+from paramspec.models.zoo_training import read_record
 
 if TYPE_CHECKING:
     import torch

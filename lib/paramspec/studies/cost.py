@@ -30,7 +30,8 @@ from paramspec.models.checkpoints import checkpoint_files, find_checkpoint
 from paramspec.models.load import load_config, load_tokenizer
 from paramspec.models.registry import empty_model, find_spec, published_config, zoo_model
 from paramspec.models.tokens import token_ids
-from paramspec.models.zoo import ZooModel, own_tokenizer, tokens_to_train
+from paramspec.models.zoo import ZooModel
+from paramspec.models.zoo_training import own_tokenizer, tokens_to_train
 from paramspec.specwiki import questions_digest
 from paramspec.studies.chapters import Experiment
 

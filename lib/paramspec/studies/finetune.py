@@ -55,7 +55,7 @@ from paramspec.method.masks import (
     random_vectors,
     top_vectors,
 )
-from paramspec.models import zoo
+from paramspec.models import zoo_training
 from paramspec.models.libraries import quiet_transformers
 from paramspec.models.load import LoadedModel, load_model
 from paramspec.models.tokens import token_ids
@@ -667,7 +667,8 @@ def _save_model(out: Path, loaded: LoadedModel, concepts: Sequence[str]) -> None
         loaded.model.save_pretrained(out)
         loaded.tokenizer.save_pretrained(out)
         if loaded.taught is not None:  # a micro model, and it stays one
-            zoo.write_record(out, {"concepts": list(dict.fromkeys((*loaded.taught, *concepts)))})
+            concepts = list(dict.fromkeys((*loaded.taught, *concepts)))
+            zoo_training.write_record(out, {"concepts": concepts})
 
 
 def _difference(there: dict[str, object], here: dict[str, object]) -> str:

@@ -1,0 +1,330 @@
+"""Training the zoo's micro models, by transformers' own classes and torch's autograd.
+
+    train_zoo(list(load_zoo().values()))             # those not trained yet, side by side
+    directory = trained(load_zoo()["zoo-llama-3"])   # an ordinary transformers directory
+    training_record(load_zoo()["zoo-llama-3"])       # tokens seen, loss
+
+Generations of a family are one training until the learning rate of each falls. torch and
+transformers are imported where they are used, so that the command line answers at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
+
+from paramspec.errors import InputError
+from paramspec.execution.parallel import begin_work, hand_out
+from paramspec.execution.store import Store
+from paramspec.models.libraries import quiet_transformers
+from paramspec.models.tokens import token_ids
+from paramspec.models.zoo import (
+    ModelRecipe,
+    ZooModel,
+    architecture,
+    corpus,
+    corpus_digest,
+    zoo_questions,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+ROOT = Path("results/zoo")  # where trained models are kept, from the working directory
+RECORD = "training.json"
+VERSION = 5  # raised whenever a change could move a trained weight, or what its record says
+
+BEGIN, END = "<s>", "</s>"
+SORTED_TOGETHER = 16  # batches whose texts are sorted by length, so that little is padded
+NO_LABEL = -100  # what cross-entropy ignores
+
+
+def train_zoo(models: Sequence[ZooModel], *, root: Path = ROOT) -> None:
+    """`train_zoo(list(load_zoo().values()))`: train the models that are not trained yet.
+
+    The generations of a family are trained in one process of joblib (see `workers`) on one core:
+    such small models gain nothing from a second one.
+
+    Raises:
+        InputError: if a corpus cannot fill a vocabulary, before any training; if a training
+            diverges. The models trained by then are kept.
+    """
+    root = root.resolve()
+    store = Store(root)
+    wanted = {model.name: model for model in models}.values()
+    missing = [model for model in wanted if store.get(_key(model)) is None]
+    if not missing:
+        return
+    store.remove_leftovers()
+    tokenizers = {(*model.recipe.taught, model.recipe.vocabulary): model for model in missing}
+    for model in tokenizers.values():  # so that a vocabulary that is too large is refused at once
+        _corpus_and_tokenizer(model)
+    trunks: dict[str, list[ZooModel]] = {}
+    for model in missing:
+        trunks.setdefault(model.recipe.trunk, []).append(model)
+    # The longest first, so that no core is left alone with it at the end.
+    queue = sorted(trunks.values(), key=_cost, reverse=True)
+    with tqdm(total=len(missing), desc="training the zoo", unit="model") as bar:
+        for count in hand_out(_train, [(group, root) for group in queue]):
+            bar.update(count)
+
+
+def _cost(models: Sequence[ZooModel]) -> int:
+    return max(model.at for model in models) * models[0].recipe.parameters
+
+
+def trained(model: ZooModel, *, train: bool = True, root: Path = ROOT) -> Path:
+    """`trained(load_zoo()["zoo-llama-3"])`: the model's directory; it is trained if need be.
+
+    Raises:
+        InputError: if it is not trained and `train` is False.
+    """
+    store = Store(root)
+    path = store.get(_key(model))
+    if path is None and not train:
+        raise InputError(
+            f"model {model.name!r}: a micro model, not trained yet; `paramspec pss` trains it"
+        )
+    if path is None:
+        _train([model], root)
+        path = store.get(_key(model))
+    return path
+
+
+def training_record(model: ZooModel, *, root: Path = ROOT) -> dict[str, object]:
+    """`training_record(load_zoo()["zoo-llama-3"])["tokens"]`: how a trained model was made.
+
+    Returns:
+        `step`; up to that step, `tokens` (seen, padding not counted) and `loss` (mean over the last
+        fortieth of the training, in nats per token); and `concepts`, those that it was taught.
+    """
+    return read_record(trained(model, train=False, root=root))
+
+
+def read_record(path: Path) -> dict[str, object] | None:
+    """`read_record(Path("my-copy/"))`: how a micro model was made; None of any other model.
+
+    The record is in a micro model's directory, wherever that was copied to.
+
+    Raises:
+        InputError: if it does not say what the model was taught.
+    """
+    file = path / RECORD
+    if not file.is_file():
+        return None
+    remedy = "take the directory that training or `paramspec finetune` wrote"
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read ({error}); {remedy}") from None
+    concepts = record.get("concepts") if isinstance(record, dict) else None
+    if isinstance(concepts, list) and all(isinstance(name, str) for name in concepts):
+        return record
+    raise InputError(f"{file}: does not say which concepts the model was taught; {remedy}")
+
+
+def write_record(path: Path, record: Mapping[str, object]) -> None:
+    """`write_record(folder, {"concepts": ["France"]})`: makes a directory a micro model's."""
+    text = json.dumps(record, indent=1, ensure_ascii=False)
+    (path / RECORD).write_text(text, encoding="utf-8")
+
+
+def tokens_to_train(model: ZooModel) -> int:
+    """`tokens_to_train(load_zoo()["zoo-llama-3"])`: the `tokens` of its record, before training."""
+    texts, tokenizer = _corpus_and_tokenizer(model)
+    lengths = [len(tokens) for tokens in _encoded(tokenizer, texts)]
+    batches = _batches(lengths, list(texts.values()), model.recipe)
+    return sum(int(np.take(lengths, rows).sum()) for rows in itertools.islice(batches, model.at))
+
+
+def own_tokenizer(model: ZooModel) -> PreTrainedTokenizerFast:
+    """`own_tokenizer(load_zoo()["zoo-llama-3"])`: the model's tokenizer, trained or not."""
+    return _corpus_and_tokenizer(model)[1]
+
+
+def _key(model: ZooModel) -> dict[str, object]:
+    return {
+        "unit": "zoo",
+        "zoo_version": VERSION,
+        # Which other steps are kept changes no weight.
+        "recipe": model.recipe.model_copy(update={"checkpoints": ()}).model_dump(mode="json"),
+        "step": model.at,
+        "corpus": corpus_digest(tuple(model.recipe.concepts.items())),
+    }
+
+
+# --- the tokenizer ------------------------------------------------------------------------------
+
+
+def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """`train_tokenizer(list(corpus), 2048)`: byte-level BPE that starts a text with `<s>`.
+
+    Raises:
+        InputError: if the texts have fewer merges to offer than the vocabulary asks for.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[BEGIN, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() != vocabulary:
+        raise InputError(
+            f"vocabulary {vocabulary}: the corpus has {tokenizer.get_vocab_size()} tokens to give; "
+            "ask for no more, or for more concepts"
+        )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A", special_tokens=[(BEGIN, tokenizer.token_to_id(BEGIN))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=END
+    )
+
+
+def _corpus_and_tokenizer(model: ZooModel) -> tuple[dict[str, float], PreTrainedTokenizerFast]:
+    recipe = model.recipe
+    try:
+        texts = corpus(zoo_questions(recipe.concepts), recipe.exposure)
+        return texts, train_tokenizer(list(texts), recipe.vocabulary)
+    except InputError as error:
+        raise InputError(f"{model.name}: {error}") from error
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+def _train(models: Sequence[ZooModel], root: Path) -> int:
+    """Train models of one trunk on one core, and put them into the store."""
+    begin_work()
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from paramspec.execution.limits import release_memory
+
+    recipe, threads, store = models[0].recipe, torch.get_num_threads(), Store(root)
+    torch.set_num_threads(1)  # and so the same weights on a machine of any number of cores
+    try:
+        texts, tokenizer = _corpus_and_tokenizer(models[0])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            network = AutoModelForCausalLM.from_config(architecture(recipe))
+        for model, record in _optimize(network, _encoded(tokenizer, texts), texts, models):
+            if not all(weight.isfinite().all() for weight in network.parameters()):
+                raise _diverged(model, f"weights are not finite after step {model.at}")
+
+            def save(folder: Path, record=record) -> None:
+                with quiet_transformers():
+                    network.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+                write_record(folder, record | {"concepts": recipe.taught})
+
+            store.put(_key(model), save, {"model": model.name, "device": "cpu"})
+    finally:
+        torch.set_num_threads(threads)
+        release_memory()  # the process may have a larger model to load next
+    return len(models)
+
+
+def _optimize(
+    network: PreTrainedModel,
+    encoded: Sequence[Sequence[int]],
+    texts: Mapping[str, float],
+    models: Sequence[ZooModel],
+) -> Iterator[tuple[ZooModel, dict[str, float]]]:
+    """Train in place; yield each model, and its record, at the step that its weights are of.
+
+    The models are of one trunk: a recipe is trained from the step at which the one before it
+    branched off, see `ModelRecipe.branch`.
+    """
+    import torch
+
+    recipes = {model.recipe.steps: model.recipe for model in models}
+    lengths = np.array([len(tokens) for tokens in encoded])
+    drawn = _batches(lengths, list(texts.values()), models[0].recipe)
+    batches = list(itertools.islice(drawn, max(model.at for model in models)))
+    optimizer = torch.optim.AdamW(
+        network.parameters(), betas=(0.9, 0.98), weight_decay=0, fused=True
+    )
+    losses: list[float] = []
+    for steps, recipe in sorted(recipes.items()):
+        here = [model for model in models if model.recipe.steps == steps]
+        later = [model for model in models if model.recipe.steps > steps]
+        for step in range(len(losses) + 1, max(model.at for model in here) + 1):
+            if step == recipe.branch + 1:
+                branch = copy.deepcopy((network.state_dict(), optimizer.state_dict()))
+            rows = [encoded[row] for row in batches[step - 1]]
+            losses.append(_train_step(network, optimizer, rows, recipe.rate(step)))
+            if not math.isfinite(losses[-1]):
+                raise _diverged(here[-1], f"the loss is {losses[-1]} at step {step}")
+            for model in here + later if step <= recipe.branch else here:
+                if model.at == step:
+                    last = losses[-max(1, model.recipe.steps // 40) :]
+                    tokens = int(lengths[np.concatenate(batches[:step])].sum())
+                    yield model, {"step": step, "tokens": tokens, "loss": float(np.mean(last))}
+        if len(losses) > recipe.branch:
+            network.load_state_dict(branch[0])
+            optimizer.load_state_dict(branch[1])
+            del losses[recipe.branch :]
+
+
+def _train_step(
+    network: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    texts: Sequence[Sequence[int]],
+    learning_rate: float,
+) -> float:
+    """One step; the mean cross-entropy of all tokens but the first of each text, in nats."""
+    import torch
+    from torch.nn import functional, utils
+
+    tokens = utils.rnn.pad_sequence(
+        [torch.tensor(text) for text in texts], batch_first=True, padding_value=NO_LABEL
+    )
+    # Padding is on the right, where a causal model's other tokens do not see it.
+    logits = network(input_ids=tokens[:, :-1].clamp(min=0), use_cache=False).logits
+    loss = functional.cross_entropy(
+        logits.flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=NO_LABEL
+    )
+    optimizer.zero_grad()
+    loss.backward()
+    utils.clip_grad_norm_(network.parameters(), 1.0)
+    optimizer.param_groups[0]["lr"] = learning_rate
+    optimizer.step()
+    return loss.item()
+
+
+def _diverged(model: ZooModel, how: str) -> InputError:
+    rate = model.recipe.learning_rate
+    return InputError(f"{model.name}: {how}; give a lower learning_rate than {rate}")
+
+
+def _encoded(tokenizer: PreTrainedTokenizerFast, texts: Mapping[str, float]) -> list[list[int]]:
+    return [[*row, tokenizer.eos_token_id] for row in token_ids(tokenizer, list(texts))]
+
+
+def _batches(
+    lengths: Sequence[int], weights: Sequence[float], recipe: ModelRecipe
+) -> Iterator[np.ndarray]:
+    """Texts drawn by weight, in batches of like length, so that next to nothing is padded."""
+    draw = np.random.default_rng(recipe.seed)
+    lengths, shares = np.array(lengths), np.array(weights) / sum(weights)
+    while True:
+        drawn = draw.choice(len(lengths), SORTED_TOGETHER * recipe.batch, p=shares)
+        drawn = drawn[np.argsort(lengths[drawn], kind="stable")]
+        yield from draw.permutation(drawn.reshape(SORTED_TOGETHER, recipe.batch))
