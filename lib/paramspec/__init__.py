@@ -64,7 +64,6 @@ __getattr__, __dir__, __all__ = _lazy.attach(
         "method.scoring": [
             "choose",
             "encode",
-            "score_one_at_a_time",
             "score_options",
         ],
         "specwiki": ["Question", "export_lm_eval", "load_questions", "questions_digest"],

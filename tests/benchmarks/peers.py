@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from oracles import score_one_at_a_time
+from paramspec.method.batches import pad_right
 from paramspec.method.hooks import ValueVectorView
-from paramspec.method.masks import pad_right
 from paramspec.method.rows import Engine, Request
-from paramspec.method.scoring import score_one_at_a_time, score_options
+from paramspec.method.scoring import score_options
 from paramspec.models.load import LoadedModel
 from paramspec.studies.plan import Cost
 

@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it
+    sys.path.append(str(Path(__file__).parents[1]))  # where the oracles are
 
 import torch
 from rich.console import Console

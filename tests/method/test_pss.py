@@ -13,6 +13,7 @@ import pytest
 import torch
 from scipy.stats import binom, chisquare
 
+from oracles import score_one_at_a_time
 from paramspec.errors import InputError
 from paramspec.method.hooks import value_vector_view
 from paramspec.method.masks import keep_tensor, record_concepts
@@ -26,7 +27,7 @@ from paramspec.method.pss import (
     method_key,
     other_concept,
 )
-from paramspec.method.scoring import encode, score_one_at_a_time
+from paramspec.method.scoring import encode
 from paramspec.stats.summary import (
     best_general_change,
     peak_pss,

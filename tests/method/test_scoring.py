@@ -12,6 +12,7 @@ from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from oracles import score_one_at_a_time
 from paramspec.errors import InputError
 from paramspec.method import scoring
 from paramspec.method.generation import answer_matches
@@ -22,7 +23,6 @@ from paramspec.method.scoring import (
     choose_engine,
     encode,
     mark,
-    score_one_at_a_time,
     score_options,
 )
 from toy_study import toy_questions, toy_tokenizer

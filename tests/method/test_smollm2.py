@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from oracles import score_one_at_a_time
 from paramspec.method.generation import answer_matches, generate_answers
 from paramspec.method.hooks import value_vector_view
 from paramspec.method.kernels import packs
@@ -26,7 +27,6 @@ from paramspec.method.scoring import (
     choose,
     choose_engine,
     encode,
-    score_one_at_a_time,
     score_options,
 )
 from paramspec.models.load import load_model

@@ -10,12 +10,12 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 import torch
-from toy_zoo import CLASSES, LINE, edit, network_of
 
 from paramspec.errors import InputError
 from paramspec.method.hooks import value_vector_view
 from paramspec.models.zoo import corpus, load_zoo, zoo_questions
 from paramspec.specwiki import QUESTIONS, TIERS, load_questions
+from toy_zoo import CLASSES, LINE, edit, network_of
 
 # The models
 

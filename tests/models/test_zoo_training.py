@@ -22,7 +22,6 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
-from toy_zoo import CLASSES, LINE, SMOKE, copy_recipe, edit, models_of, network_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from paramspec.errors import InputError
@@ -45,6 +44,7 @@ from paramspec.models.zoo_training import (
 )
 from paramspec.specwiki import TIERS, load_questions
 from paramspec.studies.sweep import measure_pss
+from toy_zoo import CLASSES, LINE, SMOKE, copy_recipe, edit, models_of, network_of
 
 
 def stored(directory: Path) -> dict[str, bytes]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
+from oracles import score_one_at_a_time
 from paramspec.errors import InputError
 from paramspec.execution import provenance
 from paramspec.execution.parallel import workers
@@ -19,7 +20,7 @@ from paramspec.method import masks
 from paramspec.method.hooks import value_vector_view
 from paramspec.method.masks import record_concepts
 from paramspec.method.pss import Choices
-from paramspec.method.scoring import choose, encode, score_one_at_a_time
+from paramspec.method.scoring import choose, encode
 from paramspec.models.load import load_model
 from paramspec.stats.methods import MEASURES, measure_methods, over_seeds, resample_runs
 from paramspec.stats.trends import interval

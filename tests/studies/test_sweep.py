@@ -17,13 +17,14 @@ import pytest
 import torch
 
 from disks import small_disk
+from oracles import score_one_at_a_time
 from paramspec.errors import InputError
 from paramspec.execution import provenance
 from paramspec.execution.store import Store
 from paramspec.method.hooks import value_vector_view
 from paramspec.method.masks import load_masks, record_concepts
 from paramspec.method.pss import Choices
-from paramspec.method.scoring import encode, score_one_at_a_time
+from paramspec.method.scoring import encode
 from paramspec.models.load import load_model
 from paramspec.models.tokens import tokenizer_facts
 from paramspec.specwiki import questions_digest

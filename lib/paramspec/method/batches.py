@@ -10,8 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from paramspec.execution.limits import OutOfMemory, is_out_of_memory
+from paramspec.models.tokens import token_ids
 
 # Tokens of a forward pass: enough for what a pass costs of itself to be little of it.
 BATCH_TOKENS = 1024
@@ -73,3 +76,34 @@ def _attempt(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return False, None
+
+
+def pad_right(rows: Sequence[Sequence[int]], least: int = 0) -> tuple[Tensor, Tensor]:
+    """`tokens, attention_mask = pad_right([[5, 6], [7]])`: int64 `[rows, longest, or least]`."""
+    tokens = torch.zeros(len(rows), max(least, *map(len, rows)), dtype=torch.long)
+    attention_mask = torch.zeros_like(tokens)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = torch.tensor(row)
+        attention_mask[index, : len(row)] = 1
+    return tokens, attention_mask
+
+
+def prompt_batches(
+    prompts: list[tuple[list[int], int]], batch_tokens: int
+) -> Iterator[list[tuple[list[int], int]]]:
+    """Prompts, sorted longest first, as many together as the budget of tokens takes."""
+    start = 0
+    while start < len(prompts):
+        size = max(1, batch_tokens // len(prompts[start][0]))
+        yield prompts[start : start + size]
+        start += size
+
+
+def sorted_prompts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+) -> list[tuple[list[int], int]]:
+    """`sorted_prompts(tokenizer, clozes)`: tokens and index of each text, the longest first."""
+    return sorted(
+        ((row, index) for index, row in enumerate(token_ids(tokenizer, texts))),
+        key=lambda pair: -len(pair[0]),
+    )

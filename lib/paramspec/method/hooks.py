@@ -191,39 +191,24 @@ def mask_value_vectors(view: ValueVectorView, keep: Tensor) -> Iterator[None]:
             f"keep: shape {tuple(keep.shape)} does not fit {view.layers} layers "
             f"of {view.width} value vectors"
         )
-    drop = ~keep
-    counts = drop.sum(-1)  # [layers, batch]
-    every = drop.nonzero()[:, 2].split(counts.flatten().tolist())
-    on_device: dict[torch.device, Tensor] = {}
-
-    def apply(layer: int, inputs: Tensor) -> Tensor:
-        masks, width = keep.shape[1:]
-        # OPT flattens batch and tokens.
-        shaped = inputs if inputs.ndim == 3 else inputs.reshape(masks, -1, width)
-        # Zeros are written, not multiplied by: inf * 0 is nan.
-        if inputs.device.type == "cpu":  # where masked_fill takes eight times as long
-            filled = shaped.expand(max(masks, len(shaped)), -1, -1)
-            # The inputs are another step's outputs, which nobody has kept in inference mode.
-            if not (inputs.is_inference() and filled.shape == shaped.shape):
-                filled = filled.clone()
-            for number, row in enumerate(filled):
-                row.index_fill_(1, every[layer * masks + number % masks], 0)
-        else:
-            if inputs.device not in on_device:
-                on_device[inputs.device] = drop.to(inputs.device)
-            filled = shaped.masked_fill(on_device[inputs.device][layer][:, None], 0)
-        return filled if inputs.ndim == 3 else filled.reshape(-1, width)
-
     with ExitStack() as stack:
-        for layer, (module, masked) in enumerate(
-            zip(view.modules, counts.sum(-1).tolist(), strict=True)
-        ):
-            if masked:
+        for layer, module in enumerate(view.modules):
+            if not keep[layer].all():
+                own = keep[layer, :, None].to(module.weight.device)  # [batch, 1, width]
                 hook = module.register_forward_pre_hook(
-                    lambda _, args, layer=layer: (apply(layer, args[0]), *args[1:])
+                    lambda _, args, own=own: (_masked(args[0], own), *args[1:])
                 )
                 stack.callback(hook.remove)
         yield
+
+
+def _masked(inputs: Tensor, keep: Tensor) -> Tensor:
+    """The inputs of a down projection, zero where `keep` `[batch, 1, width]` is False."""
+    # OPT flattens batch and tokens.
+    rows = inputs if inputs.ndim == 3 else inputs.reshape(len(keep), -1, keep.shape[-1])
+    # Zeros are written, not multiplied by: inf * 0 is nan.
+    masked = torch.where(keep, rows, 0)
+    return masked if inputs.ndim == 3 else masked.reshape(-1, keep.shape[-1])
 
 
 def mask_rows(

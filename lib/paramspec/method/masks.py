@@ -28,7 +28,13 @@ from transformers import PreTrainedTokenizerBase
 
 from paramspec.errors import InputError
 from paramspec.execution.files import atomic
-from paramspec.method.batches import BATCH_TOKENS, in_batches
+from paramspec.method.batches import (
+    BATCH_TOKENS,
+    in_batches,
+    pad_right,
+    prompt_batches,
+    sorted_prompts,
+)
 from paramspec.method.hooks import (
     Position,
     ValueVectorView,
@@ -36,7 +42,6 @@ from paramspec.method.hooks import (
     refuse_too_long,
     unembed_only,
 )
-from paramspec.models.tokens import token_ids
 from paramspec.specwiki import Question
 
 Scope = Literal["layer", "model"]
@@ -118,7 +123,6 @@ def mean_coefficients(
     *,
     position: Position = "mean",
     batch_tokens: int = BATCH_TOKENS,
-    progress: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """`coefficients = mean_coefficients(view, tokenizer, statements)`: over any texts.
 
@@ -131,11 +135,8 @@ def mean_coefficients(
     """
     total = torch.zeros(view.layers, view.width)
     names = ["a text"] * len(texts)
-    for indices, coefficients in _record_texts(
-        view, tokenizer, texts, names, position, batch_tokens
-    ):
+    for _, coefficients in _record_texts(view, tokenizer, texts, names, position, batch_tokens):
         total += coefficients.sum(0)
-        progress(len(indices))
     return total / len(texts)
 
 
@@ -182,37 +183,6 @@ def _record_texts(
     )
     for batch, coefficients in batches:
         yield [index for _, index in batch], coefficients
-
-
-def pad_right(rows: Sequence[Sequence[int]], least: int = 0) -> tuple[Tensor, Tensor]:
-    """`tokens, attention_mask = pad_right([[5, 6], [7]])`: int64 `[rows, longest, or least]`."""
-    tokens = torch.zeros(len(rows), max(least, *map(len, rows)), dtype=torch.long)
-    attention_mask = torch.zeros_like(tokens)
-    for index, row in enumerate(rows):
-        tokens[index, : len(row)] = torch.tensor(row)
-        attention_mask[index, : len(row)] = 1
-    return tokens, attention_mask
-
-
-def prompt_batches(
-    prompts: list[tuple[list[int], int]], batch_tokens: int
-) -> Iterator[list[tuple[list[int], int]]]:
-    """Prompts, sorted longest first, as many together as the budget of tokens takes."""
-    start = 0
-    while start < len(prompts):
-        size = max(1, batch_tokens // len(prompts[start][0]))
-        yield prompts[start : start + size]
-        start += size
-
-
-def sorted_prompts(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
-) -> list[tuple[list[int], int]]:
-    """`sorted_prompts(tokenizer, clozes)`: tokens and index of each text, the longest first."""
-    return sorted(
-        ((row, index) for index, row in enumerate(token_ids(tokenizer, texts))),
-        key=lambda pair: -len(pair[0]),
-    )
 
 
 def value_vector_scores(

@@ -161,11 +161,11 @@ def count_masks(choices: Choices) -> int:
 
 
 def concept_masks(coefficients: ConceptCoefficients, concept: str, choices: Choices) -> list[_Mask]:
-    """`concept_masks(coefficients, "France", choices)`: its masks and their controls."""
+    """`concept_masks(coefficients, "France", choices)`: none, its masks, and their controls."""
     layers, width = coefficients.sums.shape[2:]
     scores = value_vector_scores(coefficients, concept, choices.choose_on)
     magnitudes = coefficients.related(concept, choices.choose_on)
-    masks = []
+    masks = [_Mask("none", 0.0, choices.seed, torch.empty(0, 2, dtype=torch.int32))]
     for ratio in choices.ratios:
         own = top_vectors(scores, ratio, choices.scope)
         masks.append(_Mask("concept", ratio, choices.seed, own))
@@ -181,7 +181,7 @@ def concept_masks(coefficients: ConceptCoefficients, concept: str, choices: Choi
                 theirs = value_vector_scores(coefficients, partner, choices.choose_on)
                 other = top_vectors(theirs, ratio, choices.scope)
                 masks.append(_Mask("other", ratio, seed, other))
-    return [mask for mask in masks if mask.kind in ("concept", *choices.nulls)]
+    return [mask for mask in masks if mask.kind in ("none", "concept", *choices.nulls)]
 
 
 def other_concept(concepts: Sequence[str], concept: str, seed: int) -> str:
@@ -221,31 +221,42 @@ def measure_concepts(
         engine: see `score_options`.
         progress: called with the number of question evaluations done.
     """
-    everything = torch.ones(view.layers, view.width, dtype=torch.bool)
     items: dict[str, Item] = {}
-    requests, rows, keeps, masks = [], [], [], {}
+    keeps: list[Tensor | None] = []
+    masks: dict[str, Tensor] = {}
+    asked: list[tuple[Request, Question, dict[str, object]]] = []
     for concept in concepts:
-        asked = asked_questions(questions, concept, choices, unrelated)
-        none = _Mask("none", 0.0, choices.seed, torch.empty(0, 2, dtype=torch.int32))
-        for mask in (none, *concept_masks(coefficients, concept, choices)):
+        own = asked_questions(questions, concept, choices, unrelated)
+        for mask in concept_masks(coefficients, concept, choices):
             if mask.kind == "none":
                 keeps.append(None)
             else:
-                keeps.append(keep_tensor(mask.vectors, *everything.shape))
+                keeps.append(keep_tensor(mask.vectors, view.layers, view.width))
                 masks[mask_name(name, concept, mask.ratio, mask.kind, mask.seed)] = mask.vectors
-            for question, role in asked:
+            for question, role in own:
                 if question.id not in items:
                     items[question.id] = encode(tokenizer, question)
-                requests.append(Request(items[question.id], len(keeps) - 1))
-                rows.append((question, role, concept, mask))
+                item = items[question.id]
+                row = {
+                    "model": name,
+                    "protocol": choices.protocol,
+                    "question_id": question.id,
+                    "role": role,
+                    "mask_concept": concept,
+                    "ratio": mask.ratio,
+                    "mask": mask.kind,
+                    "seed": mask.seed,
+                    "option_tokens": [len(option) for option in item.options],
+                }
+                asked.append((Request(item, len(keeps) - 1), question, row))
     known = [
-        (unmasked or {}).get(question.id) if mask.kind == "none" else None
-        for question, _, _, mask in rows
+        (unmasked or {}).get(question.id) if row["mask"] == "none" else None
+        for _, question, row in asked
     ]
     found = iter(
         score_options(
             view,
-            [request for request, score in zip(requests, known, strict=True) if score is None],
+            [request for (request, *_), score in zip(asked, known, strict=True) if score is None],
             keeps,
             engine=engine,
             row_tokens=choices.row_tokens,
@@ -253,14 +264,11 @@ def measure_concepts(
             progress=progress,
         )
     )
-    scores = [next(found) if score is None else score for score in known]
-    details = pd.DataFrame(
-        [
-            _detail(name, choices.protocol, row, request, score)
-            for row, request, score in zip(rows, requests, scores, strict=True)
-        ],
-        columns=list(DETAIL_COLUMNS),
-    )
+    rows = []
+    for (_, question, row), score in zip(asked, known, strict=True):
+        logprobs = (next(found) if score is None else score).tolist()
+        rows.append(row | {"option_logprobs": logprobs} | mark(logprobs, question))
+    details = pd.DataFrame(rows, columns=list(DETAIL_COLUMNS))
     return Tables(pss_rows(details, questions), details, masks)
 
 
@@ -295,23 +303,6 @@ def generator_of(key: str) -> torch.Generator:
     """`generator_of("0 France")`: seeded by the digest of a text."""
     digest = hashlib.sha256(key.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def _detail(name: str, protocol: str, row: tuple, request: Request, score: Tensor) -> tuple:
-    question, role, concept, mask = row
-    return (
-        name,
-        protocol,
-        question.id,
-        role,
-        concept,
-        mask.ratio,
-        mask.kind,
-        mask.seed,
-        score.tolist(),
-        [len(option) for option in request.item.options],
-        *mark(score.tolist(), question).values(),
-    )
 
 
 def pss_rows(details: pd.DataFrame, questions: Sequence[Question]) -> pd.DataFrame:

@@ -16,7 +16,6 @@ where a prediction is read off, a block of the vocabulary at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -36,7 +35,6 @@ from paramspec.method.batches import BATCH_TOKENS, in_batches
 from paramspec.method.hooks import (
     ValueVectorView,
     mask_rows,
-    mask_value_vectors,
     refuse_too_long,
     unembed_only,
     unverified_view,
@@ -406,26 +404,6 @@ def _plain_forward(
     chosen = logits[torch.arange(len(targets)), targets.to(logits.device)].float()
     sums = [part.float().logsumexp(-1) for part in logits.split(256)]
     return (chosen - torch.cat(sums)).cpu()
-
-
-@torch.no_grad()
-def score_one_at_a_time(view: ValueVectorView, item: Item, keep: Tensor | None = None) -> Tensor:
-    """`score_one_at_a_time(view, item)`: the reference that every engine is held against.
-
-    One option a forward pass, no padding, all logits, as lm-evaluation-harness defines it.
-
-    Returns:
-        fp32 `[options]`, in nats.
-    """
-    scores = []
-    for option in item.options:
-        tokens = torch.tensor([item.context + option], device=view.model.device)
-        masked = nullcontext() if keep is None else mask_value_vectors(view, keep[:, None])
-        with masked:
-            logits = view.model(input_ids=tokens[:, :-1], use_cache=False).logits[0].float()
-        log_probabilities = logits.log_softmax(-1)[-len(option) :]
-        scores.append(log_probabilities.gather(1, tokens[0, -len(option) :, None]).sum().cpu())
-    return torch.stack(scores)
 
 
 # --- choosing an engine ---------------------------------------------------------------------------

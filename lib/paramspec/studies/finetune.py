@@ -39,6 +39,7 @@ from paramspec.checked import Checked, Count, Seed, Share
 from paramspec.errors import InputError
 from paramspec.execution.files import PARTIAL, atomic, require_writable, writing_to
 from paramspec.execution.provenance import computed, number_versions
+from paramspec.method.batches import pad_right
 from paramspec.method.hooks import (
     TrainedVectors,
     ValueVectorView,
@@ -51,7 +52,6 @@ from paramspec.method.masks import (
     magnitude_matched_vectors,
     masked_per_layer,
     mean_coefficients,
-    pad_right,
     random_vectors,
     top_vectors,
 )
