@@ -329,15 +329,15 @@ def break_experts(path):
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (break_nothing_there, r"no such directory; check the path"),
-        (break_no_config, r"no config\.json; name a directory made by save_pretrained"),
+        (break_nothing_there, r"no such directory, GGUF file or hub id"),
+        (break_no_config, r"cannot be loaded .*config\.json"),
         (break_no_weights, r"no model\.safetensors"),
-        (break_cut, r"model\.safetensors: corrupt or cut short .*copy or download it again"),
-        (break_config, r"config\.json: not JSON .*copy it again"),
-        (break_pickle, r"weights in pickle only \(pytorch_model\.bin\).*convert them"),
-        (break_no_tokenizer, r"no tokenizer .*save it there"),
-        (break_architecture, r"BertModel: not a causal language model; use a decoder-only model"),
-        (break_unknown_type, r"model_type 'hyperllama': not an architecture of transformers"),
+        (break_cut, r"cannot be loaded \(SafetensorError: .*complete, supported"),
+        (break_config, r"config\.json' is not a valid JSON file"),
+        (break_pickle, r"pickled weights, which can run code, are never read"),
+        (break_no_tokenizer, r"no tokenizer; save it there"),
+        (break_architecture, r"\['BertModel'\] .*not a causal language model; use a decoder-only"),
+        (break_unknown_type, r"cannot be loaded .*`hyperllama`"),
         (break_shapes, r"weights do not fit the config"),
         (break_experts, r"MixtralForCausalLM: a mixture of experts is not supported.*dense model"),
     ],
@@ -357,7 +357,7 @@ def test_a_gguf_file_cut_in_half(refused, tmp_path):
     half = tmp_path / "half.gguf"
     with source.open("rb") as whole:
         half.write_bytes(whole.read(source.stat().st_size // 2))
-    assert re.search(r"half\.gguf: .*(corrupt|cut short)", refused(model=[str(half)]))
+    assert re.search(r"half\.gguf: cannot be loaded", refused(model=[str(half)]))
 
 
 def test_a_second_model_that_is_wrong_stops_the_run_before_the_first(refused, place, tmp_path):

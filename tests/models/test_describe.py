@@ -13,12 +13,9 @@ from paramspec.models.describe import comparable_models, describe_models
 from paramspec.models.registry import load_registry, models_in
 from paramspec.stats.trends import like_sized_ends
 
-# The order of generations
-
 
 def in_order(names):
-    table = describe_models(names).set_index("model")
-    return table["order"].to_dict()
+    return describe_models(names).set_index("model")["order"].to_dict()
 
 
 @pytest.mark.parametrize(

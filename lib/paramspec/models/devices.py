@@ -24,45 +24,33 @@ def place_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]
     Raises:
         InputError: if there is no such device or dtype here.
     """
-    place = _device(device)
-    return place, _dtype(dtype, place)
-
-
-def _device(device: str) -> torch.device:
     import torch
 
+    usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if usable else "cpu"
     if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]*))?", device):
         raise InputError(f"device {device!r}: unknown; use auto, cpu, cuda or cuda:0")
-    place = torch.device(device)
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {device!r}: no usable GPU on this machine; use cpu")
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"device {device!r}: this machine has {torch.cuda.device_count()} GPUs; count from 0"
-        )
-    return place
-
-
-def _dtype(dtype: str, place: torch.device) -> torch.dtype:
-    import torch
-
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: unknown; use {', '.join(DTYPES)}")
+    place = torch.device(device)
     if place.type == "cpu":
-        return torch.bfloat16 if dtype == "bfloat16" else torch.float32
+        return place, torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    if (place.index or 0) >= usable:
+        raise InputError(
+            f"device {device!r}: {usable} GPUs can be used on this machine, counted from 0; use cpu"
+        )
     capable = torch.cuda.is_bf16_supported(including_emulation=False)
     if dtype == "bfloat16" and not capable:
         raise InputError(f"dtype 'bfloat16': {place} does not compute in it; use float32")
-    return torch.bfloat16 if dtype != "float32" and capable else torch.float32
+    return place, torch.bfloat16 if capable and dtype != "float32" else torch.float32
 
 
 def device_map(needed: int, place: torch.device) -> dict:
-    """How to place `needed` bytes of weights: on the CPU, on one GPU, or over all GPUs.
+    """`from_pretrained(..., **device_map(needed, place))`: `needed` bytes of weights on a device.
 
-    A tenth is left for what a forward pass needs. Nothing is put off to CPU or disk behind a GPU,
-    where weights could not be read as value vectors.
+    On the CPU, on one GPU, or over all GPUs where `place` names none and one has no room for them.
+    A tenth is left for what a forward pass needs.
     """
     import torch
 
@@ -78,13 +66,7 @@ def device_map(needed: int, place: torch.device) -> dict:
         index: int(0.9 * torch.cuda.mem_get_info(index)[0])
         for index in range(torch.cuda.device_count())
     }
-    single = place.index if place.index is not None else torch.cuda.current_device()
-    if needed <= free[single]:
+    single = torch.cuda.current_device() if place.index is None else place.index
+    if place.index is not None or needed <= free[single]:
         return {"device_map": {"": single}}
-    if place.index is None and needed <= sum(free.values()):
-        return {"device_map": "auto", "max_memory": free}
-    room = free[single] if place.index is not None else sum(free.values())
-    raise InputError(
-        f"device {str(place)!r}: the weights need {needed / 1e9:.0f} GB, {room / 1e9:.0f} GB are "
-        "free; use more GPUs, bfloat16 or a smaller model"
-    )
+    return {"device_map": "auto", "max_memory": free}

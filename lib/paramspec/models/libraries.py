@@ -7,7 +7,6 @@ with quiet_transformers(), told_in_one_line(path):
 from __future__ import annotations
 
 import contextlib
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from paramspec.execution.limits import OutOfMemory, is_out_of_memory
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """`with quiet_transformers(): ...`: what they would tell is checked, and told in one line."""
+    """`with quiet_transformers(): ...`: no progress bars and warnings of transformers."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -33,7 +32,10 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def told_in_one_line(path: Path) -> Iterator[None]:
-    """Turn what a library raises while it loads `path` into one line."""
+    """`with told_in_one_line(path): ...`: an InputError for what a library raises on bad files.
+
+    Libraries raise errors of any class there, tokenizers a bare Exception.
+    """
     try:
         yield
     except InputError:
@@ -44,30 +46,13 @@ def told_in_one_line(path: Path) -> Iterator[None]:
                 f"{path}: out of memory while it is loaded; use a machine with more memory, "
                 "--dtype bfloat16, a smaller model, or fewer --jobs side by side"
             ) from error
-        # Libraries meet bad files with any error, tokenizers with a bare Exception. What is raised
-        # elsewhere is a fault of this package, and is shown as it is.
-        if not is_of_a_library(error):
-            raise
         raise InputError(
             f"{path}: cannot be loaded ({type(error).__name__}: {line_of(error)}); "
-            "check that it is a complete, supported model"
+            "check that it is a complete, supported causal language model"
         ) from error
 
 
-def is_of_a_library(error: BaseException) -> bool:
-    """Whether a library raised an error, or it is of a kind that bad files are met with."""
-    if isinstance(error, MemoryError):
-        return False
-    if isinstance(error, OSError | ValueError | KeyError | RuntimeError | ImportError):
-        return True
-    frame = None
-    for frame, _ in traceback.walk_tb(error.__traceback__):  # noqa: B007
-        pass
-    file = Path(frame.f_code.co_filename)
-    return "site-packages" in file.parts and Path(__file__).parents[1] not in file.parents
-
-
 def line_of(error: object) -> str:
-    """The first line of a message, shortened to fit into ours."""
-    lines = str(error).strip().splitlines() or ["no message"]
-    return lines[0] if len(lines[0]) <= 160 else f"{lines[0][:157]}..."
+    """`line_of(error)`: a message in one line, shortened to fit into ours."""
+    line = " ".join(str(error).split()) or "no message"
+    return line if len(line) <= 240 else f"{line[:237]}..."

@@ -17,18 +17,12 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StrictBool,
-    StrictFloat,
-    StrictInt,
-    ValidationError,
-)
+from pydantic import Field, StrictBool, StrictFloat
 
-from paramspec.errors import InputError
-from paramspec.models.zoo import RECIPE, ZooModel, architecture, load_zoo
+from paramspec.checked import Checked
+from paramspec.errors import InputError, naming
+from paramspec.models.zoo import SetName as ZooSet
+from paramspec.models.zoo import Whole, ZooModel, architecture, load_zoo
 from paramspec.plain import read_yaml
 
 if TYPE_CHECKING:
@@ -36,23 +30,11 @@ if TYPE_CHECKING:
 
 
 REGISTRY = Path(__file__).with_name("models.yaml")
-SetName = Literal[
-    "twenty",
-    "scale",
-    "pretraining",
-    "causal",
-    "zoo",
-    "zoo-scale",
-    "zoo-pretraining",
-    "zoo-frequency",
-]
+SetName = Literal["twenty", "scale", "pretraining", "causal", ZooSet]
+SETS = get_args(SetName)
 
 
-class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class HubSource(Frozen):
+class HubSource(Checked):
     """A repository of the Hugging Face hub, at a branch or tag; `commit` pins it where known."""
 
     kind: Literal["hub"]
@@ -65,7 +47,7 @@ class HubSource(Frozen):
         return self.repo if self.revision == "main" else f"{self.repo}@{self.revision}"
 
 
-class WheelSource(Frozen):
+class WheelSource(Checked):
     """A GGUF file inside an installed wheel. The wheel is read, never imported."""
 
     kind: Literal["wheel"]
@@ -78,7 +60,7 @@ class WheelSource(Frozen):
         return f"wheel {self.distribution} {self.version}"
 
 
-class ZooSource(Frozen):
+class ZooSource(Checked):
     """A micro model, trained here from a recipe."""
 
     kind: Literal["zoo"]
@@ -92,43 +74,42 @@ class ZooSource(Frozen):
 Source = Annotated[HubSource | WheelSource | ZooSource, Field(discriminator="kind")]
 
 
-class Mmlu(Frozen):
+class Mmlu(Checked):
     """Published MMLU accuracy, 5-shot unless the source says otherwise, in percent."""
 
     score: StrictFloat = Field(ge=0, le=100)
     source: str
 
 
-class Architecture(Frozen):
-    """What else decides the shapes of a model's weights, by its names in the maker's config.json.
+class Architecture(Checked):
+    """The remaining fields of the maker's config.json that decide the shapes of weights.
 
-    `dtype` is that of the published weights. `head_dim` stands here even where the config leaves
-    it to be derived.
+    `dtype` is that of the published weights.
     """
 
-    num_attention_heads: StrictInt = Field(gt=0)
-    num_key_value_heads: StrictInt = Field(gt=0)
-    head_dim: StrictInt = Field(gt=0)
-    vocab_size: StrictInt = Field(gt=0)
-    max_position_embeddings: StrictInt = Field(gt=0)
-    sliding_window: StrictInt | None = Field(default=None, gt=0)
+    num_attention_heads: Whole
+    num_key_value_heads: Whole
+    head_dim: Whole
+    vocab_size: Whole
+    max_position_embeddings: Whole
+    sliding_window: Whole | None = None
     tie_word_embeddings: StrictBool
     dtype: Literal["float32", "bfloat16", "float16"]
 
 
-class ModelSpec(Frozen):
+class ModelSpec(Checked):
     """One entry of `models.yaml`; the head of that file says what each field means."""
 
     id: str
     family: str
     generation: str
     model_type: str
-    parameters: StrictInt = Field(gt=0)
+    parameters: Whole
     released: date | None
     mmlu: Mmlu | None
-    layers: StrictInt = Field(gt=0)
-    width: StrictInt = Field(gt=0)
-    mlp_width: StrictInt = Field(gt=0)
+    layers: Whole
+    width: Whole
+    mlp_width: Whole
     config: Architecture | None = None
     source: Source
     licence: str
@@ -147,24 +128,26 @@ def load_registry(path: Path = REGISTRY) -> dict[str, ModelSpec]:
     """
     registry: dict[str, ModelSpec] = {}
     entries = read_yaml(path.read_text(encoding="utf-8"), str(path))
-    if not isinstance(entries, list):
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise InputError(f"{path}: expected a list of models; see the head of the file")
     for number, entry in enumerate(entries, start=1):
-        name = entry.get("id", number) if isinstance(entry, dict) else number
-        if isinstance(entry, dict) and set(entry) == {"zoo"}:
+        if set(entry) == {"zoo"}:
             recipe = path.parent / entry["zoo"]
             registry |= {model.name: zoo_spec(model) for model in load_zoo(recipe).values()}
             continue
-        try:
-            spec = ModelSpec.model_validate(entry)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"])) or "entry"
-            raise InputError(f"{path}: model {name!r}: {field}: {first['msg']}") from error
-        if spec.id in registry:
-            raise InputError(f"{path}: model {name!r}: the id is used twice; rename one")
+        with naming(f"{path}: model {entry.get('id', number)!r}"):
+            spec = ModelSpec.parse(**entry)
+            if spec.id in registry:
+                raise InputError("the id is used twice; rename one")
         registry[spec.id] = spec
     return registry
+
+
+def models_in(chosen: str | None = None) -> list[ModelSpec]:
+    """`models_in("twenty")`: the registry entries of a set, or all of them, in file order."""
+    if chosen is not None and chosen not in SETS:
+        raise InputError(f"set {chosen!r}: no such set in {REGISTRY.name}; use {', '.join(SETS)}")
+    return [spec for spec in load_registry().values() if chosen is None or chosen in spec.sets]
 
 
 def expand_models(names: Sequence[str]) -> list[str]:
@@ -179,7 +162,7 @@ def expand_models(names: Sequence[str]) -> list[str]:
     """
     expanded: list[str] = []
     for name in names:
-        if name in get_args(SetName):
+        if name in SETS:
             expanded += [spec.id for spec in models_in(name)]
         elif name.endswith((".yaml", ".yml")) and not Path(name).is_dir():
             expanded += [m.name for m in load_zoo(Path(name)).values() if "zoo" in m.sets]
@@ -204,34 +187,21 @@ def require_distinct(names: Sequence[str]) -> None:
 def published_config(spec: ModelSpec) -> PreTrainedConfig:
     """`published_config(load_registry()["qwen2-7b"])`: of transformers' own class, no network.
 
-    It decides every shape of the model, and so its cost; what decides none (rotary frequencies,
-    the epsilon of a norm) comes with the checkpoint. Of a model that also sees images, the
-    configuration of its language model.
-
-    Raises:
-        InputError: if the entry has no `config`.
+    It decides every shape of the language model, and so its cost; what decides none (rotary
+    frequencies, the epsilon of a norm) comes with the checkpoint. The entry has a `config`, or is
+    of the zoo.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if spec.source.kind == "zoo":
         return architecture(zoo_model(spec.id).recipe)
-    if spec.config is None:
-        raise InputError(
-            f"model {spec.id!r}: no config in {REGISTRY.name}; add it from its hub page"
-        )
-    settings = {
-        name: value
-        for name, value in spec.config.model_dump().items()
-        # A class without a window has no such field; of Mistral's, None must be said.
-        if name != "sliding_window" or value is not None or spec.model_type == "mistral"
-    }
-    kind = CONFIG_MAPPING[spec.model_type]().get_text_config(decoder=True).model_type
+    model_type = CONFIG_MAPPING[spec.model_type]().get_text_config(decoder=True).model_type
     return AutoConfig.for_model(
-        kind,
+        model_type,
         num_hidden_layers=spec.layers,
         hidden_size=spec.width,
         intermediate_size=spec.mlp_width,
-        **settings,
+        **spec.config.model_dump(exclude_unset=True),
     )
 
 
@@ -287,19 +257,16 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 def find_spec(model: str) -> ModelSpec | None:
     """`find_spec("zoo-llama-3").generation`: what the registry or a recipe says of a model."""
-    if found := custom_zoo(model):
-        return zoo_spec(found)
-    return load_registry().get(model)
+    found = _of_a_recipe(model)
+    return zoo_spec(found) if found else load_registry().get(model)
 
 
 def zoo_model(name: str) -> ZooModel:
-    found = custom_zoo(name) or load_zoo().get(name)
-    if found is None:
-        raise InputError(f"model {name!r}: no such micro model in {RECIPE.name}; correct the name")
-    return found
+    """`zoo_model("zoo-llama-3").recipe`: a micro model that `find_spec` knows."""
+    return _of_a_recipe(name) or load_zoo()[name]
 
 
-def custom_zoo(model: str) -> ZooModel | None:
+def _of_a_recipe(model: str) -> ZooModel | None:
     """The model that `FILE.yaml:NAME` means, or None if this is no such name."""
     file, colon, name = model.rpartition(":")
     if not colon or not file.endswith((".yaml", ".yml")) or Path(model).expanduser().exists():
@@ -313,6 +280,7 @@ def custom_zoo(model: str) -> ZooModel | None:
 
 
 def zoo_spec(model: ZooModel) -> ModelSpec:
+    """`zoo_spec(load_zoo()["zoo-llama-3"])`: a micro model as an entry of the registry."""
     recipe = model.recipe
     step = "" if model.step is None else f", step {model.step}"
     return ModelSpec(
@@ -330,12 +298,3 @@ def zoo_spec(model: ZooModel) -> ModelSpec:
         licence="MIT",
         sets=model.sets,
     )
-
-
-def models_in(chosen: str | None = None) -> list[ModelSpec]:
-    """`models_in("twenty")`: the registry entries of a set, or all of them, in file order."""
-    if chosen is not None and chosen not in get_args(SetName):
-        raise InputError(
-            f"set {chosen!r}: no such set in {REGISTRY.name}; use {', '.join(get_args(SetName))}"
-        )
-    return [spec for spec in load_registry().values() if chosen is None or chosen in spec.sets]

@@ -30,22 +30,18 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
     """
     if not texts:
         return []
-    front = front_tokens(tokenizer)
-    special = {
-        token.content: number
-        for number, token in tokenizer.added_tokens_decoder.items()
-        if token.special
-    }
-    rows = _read(tokenizer, texts)
+    front, rows = front_tokens(tokenizer), _read(tokenizer, texts)
+    known = tokenizer.added_tokens_decoder.items()
+    special = {number: token.content for number, token in known if token.special}
     for text, row in zip(texts, rows, strict=True):
         if not row:
-            raise InputError(f"text {_short(text)}: the tokenizer reads nothing of it; reword it")
-        for token, number in special.items():
+            raise InputError(f"text {text[:80]!r}: the tokenizer reads nothing of it; reword it")
+        for number in special.keys() & set(row):
             # Word-level and unigram vocabularies hold their special tokens among the words.
-            if number in row and token in text:
+            if special[number] in text:
                 raise InputError(
-                    f"text {_short(text)}: the tokenizer reads {token!r} in it as a special token; "
-                    "reword the text, or use another model"
+                    f"text {text[:80]!r}: the tokenizer reads {special[number]!r} in it as a "
+                    "special token; reword the text, or use another model"
                 )
     return [[*front, *row] for row in rows]
 
@@ -86,19 +82,17 @@ def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
         here (nothing stands behind one); `bos`, `eos` and `unk`. A token is `{"id": 1, "token":
         "<s>"}`, or None where the tokenizer has none.
     """
-    before, after = added_tokens(tokenizer)
 
     def named(number: int | None) -> dict[str, object] | None:
         if number is None:
             return None
         return {"id": int(number), "token": tokenizer.convert_ids_to_tokens(int(number))}
 
-    return {
-        "class": type(tokenizer).__name__,
-        "size": len(tokenizer),
-        "added_before": [named(number) for number in before],
-        "added_after": [named(number) for number in after],
-        "kept": [named(number) for number in front_tokens(tokenizer)],
+    before, after = added_tokens(tokenizer)
+    around = {"added_before": before, "added_after": after, "kept": front_tokens(tokenizer)}
+    facts = {"class": type(tokenizer).__name__, "size": len(tokenizer)}
+    facts |= {name: [named(number) for number in numbers] for name, numbers in around.items()}
+    return facts | {
         "bos": named(tokenizer.bos_token_id),
         "eos": named(tokenizer.eos_token_id),
         "unk": named(tokenizer.unk_token_id),
@@ -116,7 +110,3 @@ def _read(
         verbose=False,  # about lengths, which are compared with the model's context
     )
     return read["input_ids"]
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 80 else f"{text[:77]}...")

@@ -1,73 +1,91 @@
 """GGUF files: unpacked once, to a directory of safetensors, which is loaded as any other.
 
-directory = unpacked(Path("weights.gguf"), torch.float32)
-restore_rotation(path, directory, network)      # Llama 3.1's, which no config holds
+    directory = unpacked(Path("weights.gguf"), torch.float32)
+    restore_rotation(network)       # Llama 3.1's, which no config of transformers holds
+
+transformers reads some of a file's keys into the config, and leaves the class's defaults for the
+others, without a word. Here each key is read by transformers, or set here; or it agrees with the
+config, says that something is not there, or moves no number; or the file is refused by its name.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from paramspec.errors import InputError
+from paramspec.errors import InputError, naming
 from paramspec.execution.store import Store
-from paramspec.models.checkpoints import check_report, checkpoint_files, digest_files
+from paramspec.models.checkpoints import checkpoint_files, digest_files
 from paramspec.models.devices import device_map
-from paramspec.models.gguf_config import honoured
-from paramspec.models.libraries import is_of_a_library, line_of
 
 if TYPE_CHECKING:
     import torch
-    from gguf import GGUFReader
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 UNPACKED = Path("results/gguf")  # where GGUF files are unpacked to, from the working directory
-ROPE_FACTORS = "rope_factors.safetensors"
+# Attributes that are set from a file, where a class has them; 0 is none.
+SETS = {
+    "attention.key_length": "head_dim",
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+# Shapes, which the weights are held against; how the file was made; texts longer than any here.
+MOVES_NOTHING = {
+    "context_length",
+    "feed_forward_length",
+    "vocab_size",
+    "attention.head_count_kv",
+    "tensor_data_layout",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
+    "pooling_type",
+}
 
 
 def unpacked(path: Path, dtype: torch.dtype) -> Path:
     """`unpacked(file, torch.float32)`: the directory of safetensors it is unpacked to, once."""
-    from safetensors.torch import save_file
-
     store = Store(UNPACKED)
-    key = {"unit": "gguf", "unpacking_version": 1, "dtype": str(dtype)}
+    key = {"unit": "gguf", "unpacking_version": 2, "dtype": str(dtype)}
     key["file"] = digest_files(checkpoint_files(path))
     with store.turn(key):
         directory = store.get(key)
         if directory is None:
-            network, tokenizer, factors = _unpack(path, dtype)
+            network, tokenizer = _unpack(path, dtype)
 
             def write(folder: Path) -> None:
                 network.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
-                if factors is not None:
-                    save_file({"factors": factors}, folder / ROPE_FACTORS)
 
             directory = store.put(key, write)
     return directory
 
 
-def _unpack(
-    path: Path, dtype: torch.dtype
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.Tensor | None]:
-    """The network of a GGUF file on the CPU, its tokenizer, and what its rotation is divided by."""
+def _unpack(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The network of a GGUF file on the CPU, and its tokenizer."""
+    import gguf
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    reader = read_gguf(path)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    config = gguf_config(path)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     factors = tensors.pop("rope_freqs.weight", None)
+    if factors is not None:
+        # Llama 3.1 and later: each rotary frequency is divided by a factor of its own, llama.cpp's
+        # form of `rope_type: llama3`. transformers leaves it out.
+        config.rope_factors = factors.data.tolist()
     held = sum(int(tensor.n_elements) for tensor in tensors.values())
     device_map(held * dtype.itemsize, torch.device("cpu"))  # refuses what has no room
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no switch silences
         network, report = AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,
-            config=gguf_config(path, reader),
+            config=config,
             # Since transformers 5 the weights stay packed unless this is asked for.
             quantization_config=GgufConfig(dequantize=True),
             dtype=dtype,
@@ -82,61 +100,126 @@ def _unpack(
             f"{path}: holds {held} weights, of which {type(network).__name__} takes {taken}; "
             "use the model's safetensors"
         )
-    values = None if factors is None else torch.from_numpy(factors.data.copy())
-    if values is not None:
-        _divide_rotation(path, network, values)  # refused here, if it is not understood
-    return network, tokenizer, values
+    restore_rotation(network)  # refused here, if it is not understood
+    return network, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
-def gguf_config(path: Path, reader: GGUFReader) -> PreTrainedConfig:
+def check_report(path: Path, report: Mapping[str, object]) -> None:
+    """`check_report(path, report)`: refuse weights that do not fit the config, number by number.
+
+    Args:
+        report: what `from_pretrained(..., output_loading_info=True)` returns next to the network.
+    """
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        found = sorted(report.get(problem) or (), key=str)
+        if found:
+            raise InputError(
+                f"{path}: the weights do not fit the config: {len(found)} {problem}, the first is "
+                f"{found[0]}; put the model's own config and weights together"
+            )
+
+
+def restore_rotation(network: PreTrainedModel) -> None:
+    """`restore_rotation(network)`: divide rotary frequencies by the config's `rope_factors`."""
+    import torch
+
+    factors = getattr(network.config, "rope_factors", None)
+    if factors is None:
+        return
+    rotary = getattr(network.get_decoder(), "rotary_emb", None)
+    if network.config.model_type != "llama" or len(rotary.inv_freq) != len(factors):
+        raise InputError(
+            "rope_freqs.weight is understood for Llama only; use the model's safetensors"
+        )
+    for frequencies in (rotary.inv_freq, rotary.original_inv_freq):
+        frequencies.div_(torch.tensor(factors, device=frequencies.device))
+
+
+# --- the config ---------------------------------------------------------------------------------
+
+
+def gguf_config(path: Path) -> PreTrainedConfig:
+    """`gguf_config(Path("weights.gguf"))`: the config of its model, all that the file says in it.
+
+    Raises:
+        InputError: if the file says what the model's class cannot do.
+    """
+    import gguf
     from transformers import AutoConfig
 
-    return honoured(path, AutoConfig.from_pretrained(path.parent, gguf_file=path.name), reader)
+    fields = gguf.GGUFReader(path).fields
+    prefix = f"{fields['general.architecture'].contents()}."
+    facts = {
+        key.removeprefix(prefix): field.contents()
+        for key, field in fields.items()
+        if key.startswith(prefix)
+    }
+    with naming(str(path)):
+        return honoured(AutoConfig.from_pretrained(path.parent, gguf_file=path.name), facts)
 
 
-def read_gguf(path: Path) -> GGUFReader:
-    import gguf
+def honoured(config: PreTrainedConfig, facts: Mapping[str, object]) -> PreTrainedConfig:
+    """`config = honoured(config, {"final_logit_softcapping": 30.0})`: changed in place.
 
-    with path.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise InputError(f"{path}: not a GGUF file; name a GGUF file or a model directory")
-    try:
-        reader = gguf.GGUFReader(path)
-        architecture = reader.fields["general.architecture"].contents()
-    except Exception as error:  # the reader meets the end of the file in many ways
-        if not is_of_a_library(error):
-            raise
-        raise InputError(
-            f"{path}: GGUF file corrupt or cut short ({type(error).__name__}: {line_of(error)}); "
-            "copy or download it again"
-        ) from error
-    scaling = reader.fields.get(f"{architecture}.rope.scaling.type")
-    if scaling is not None and scaling.contents() != "none":
-        raise InputError(
-            f"{path}: rope scaling {scaling.contents()!r}, which transformers does not read from "
-            "GGUF; use the model's safetensors"
-        )
-    return reader
-
-
-def restore_rotation(path: Path, directory: Path, network: PreTrainedModel) -> None:
-    """`restore_rotation(file, unpacked(file, dtype), network)`: what no weight or config holds."""
-    from safetensors.torch import load_file
-
-    if (directory / ROPE_FACTORS).is_file():
-        _divide_rotation(path, network, load_file(directory / ROPE_FACTORS)["factors"])
-
-
-def _divide_rotation(path: Path, network: PreTrainedModel, values: torch.Tensor) -> None:
-    """Llama 3.1 and later: a GGUF file divides each rotary frequency by a factor of its own.
-
-    transformers leaves `rope_freqs.weight` out. It is llama.cpp's form of `rope_type: llama3`.
+    Args:
+        config: as transformers reads it from the file.
+        facts: the file's keys below its architecture, and their values.
     """
-    rotary = getattr(network.get_decoder(), "rotary_emb", None)
-    if network.config.model_type != "llama" or rotary.inv_freq.shape != values.shape:
-        raise InputError(
-            f"{path}: rope_freqs.weight is understood for Llama only; use the model's safetensors"
-        )
-    for name in ("inv_freq", "original_inv_freq"):
-        frequencies = getattr(rotary, name)
-        frequencies.div_(values.to(frequencies.device))
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+    facts = {
+        name: value[0] if isinstance(value, list) and len(set(value)) == 1 else value
+        for name, value in facts.items()  # what is the same in each layer may be said of each
+    }
+    if facts.get("attention.sliding_window", 0) >= facts.get("context_length", math.inf):
+        del facts["attention.sliding_window"]  # nothing is out of reach
+    for name, attribute in SETS.items():
+        # Qwen's classes have a switch, which decides each layer's window as the config is made.
+        fixed = attribute == "sliding_window" and hasattr(config, "use_sliding_window")
+        if name in facts and hasattr(config, attribute) and not fixed:
+            setattr(config, attribute, facts[name] or None)
+    if facts.get("attention.scale") and hasattr(config, "query_pre_attn_scalar"):
+        # The class takes whole numbers alone; compared below.
+        config.query_pre_attn_scalar = round(facts["attention.scale"] ** -2)
+    read = GGUF_CONFIG_MAPPING.get(config.model_type.removesuffix("_text"), {})
+    said = _said_otherwise(config)
+    if not facts.get("attention.scale"):
+        # llama.cpp takes the size of a head, and of models of 27B another that no key says.
+        facts["attention.scale"] = said["attention.key_length"] ** -0.5
+    for name, value in facts.items():
+        known = _says_none(name, value)
+        if name in said:
+            known |= value == said[name] or math.isclose(value, said[name], rel_tol=1e-6)
+        else:
+            known |= name in read or name in MOVES_NOTHING
+        if not known:
+            raise InputError(
+                f"{name} {str(value)[:60]!r}: not what transformers' {type(config).__name__} can "
+                "be set to; use the model's safetensors"
+            )
+    return config
+
+
+def _said_otherwise(config: PreTrainedConfig) -> dict[str, float]:
+    """What the config says under other names than a file's."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = getattr(config, "rope_parameters", None) or {}
+    return {
+        "attention.key_length": head,
+        "attention.value_length": head,
+        "attention.sliding_window": getattr(config, "sliding_window", None) or 0,
+        "attention.scale": getattr(config, "query_pre_attn_scalar", head) ** -0.5,
+        "attention.causal": True,
+        "attn_logit_softcapping": getattr(config, "attn_logit_softcapping", None) or 0,
+        "final_logit_softcapping": getattr(config, "final_logit_softcapping", None) or 0,
+        "rope.dimension_count": head * rope.get("partial_rotary_factor", 1),
+        "rope.freq_base": rope.get("full_attention", rope).get("rope_theta", 0),
+        "rope.freq_base_swa": rope.get("sliding_attention", rope).get("rope_theta", 0),
+    }
+
+
+def _says_none(name: str, value: object) -> bool:
+    """Whether a value says that there is no such thing."""
+    if name.endswith(("scale", "factor")) and value == 1:
+        return True
+    return name != "attention.causal" and value in (0, "", "none", [])

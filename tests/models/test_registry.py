@@ -1,0 +1,164 @@
+"""The registry of models: what it says is right, and a file that does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from paramspec.cli import app
+from paramspec.errors import InputError
+from paramspec.models.registry import empty_model, load_registry, models_in, published_config
+
+MADE = [spec for spec in load_registry().values() if spec.source.kind != "zoo"]
+
+
+def test_registry_holds_the_sets_that_the_paper_describes():
+    assert len(models_in("twenty")) == 20
+    assert {spec.family for spec in models_in("twenty")} == {"llama", "qwen", "mistral", "gemma"}
+    for family in ("llama", "qwen", "mistral", "gemma"):
+        generations = {spec.generation for spec in models_in("twenty") if spec.family == family}
+        assert len(generations) >= 3
+    scale = [spec.id for spec in models_in("scale")]
+    assert scale == [
+        *(f"qwen1.5-{size}" for size in ("0.5b", "1.8b", "4b", "7b", "14b")),
+        *("gemma-2-2b", "gemma-2-9b"),
+    ]
+    assert [spec.id for spec in models_in("causal")] == ["llama-2-7b", "qwen2-7b"]
+
+
+def test_pretraining_revisions_are_ten_of_one_run():
+    """The hub names a checkpoint by step and tokens: a step is 2^22 tokens, rounded up to 1e9."""
+    specs = models_in("pretraining")
+    steps = []
+    for spec in specs:
+        assert spec.source.repo == "allenai/OLMo-2-1124-7B"
+        named = re.fullmatch(r"stage1-step(\d+)-tokens(\d+)B", spec.source.revision)
+        steps.append(int(named[1]))
+        assert int(named[2]) == math.ceil(int(named[1]) * 2**22 / 1e9)
+        assert spec.id == f"olmo-2-7b-{steps[-1] // 1000}k"
+    assert steps == list(range(10_000, 1_000_000, 100_000))
+    assert len({spec.source.commit for spec in specs}) == 10
+
+
+def test_generations_are_in_order_of_release():
+    by_generation: dict[str, dict[str, list]] = {}
+    for spec in MADE:
+        assert 2023 <= spec.released.year <= 2025
+        by_generation.setdefault(spec.family, {}).setdefault(spec.generation, []).append(spec)
+    for generations in by_generation.values():
+        starts = [min(spec.released for spec in specs) for specs in generations.values()]
+        assert starts == sorted(starts)
+
+
+def test_every_hub_entry_is_filled_and_a_gate_says_where_to_ask():
+    """By maker: which of them ask a user to accept their terms first."""
+    gated = {"meta-llama", "google"}
+    for spec in MADE:
+        assert spec.licence
+        assert spec.sets or spec.source.kind == "wheel", spec.id
+        if spec.mmlu is None:  # nobody measured a checkpoint
+            assert spec.sets == ("pretraining",), spec.id
+        else:
+            assert len(spec.mmlu.source.split()) > 2, spec.id
+        if spec.source.kind == "hub":
+            if spec.source.repo.split("/")[0] in gated:
+                assert spec.gated, spec.id
+            if spec.gated:
+                assert spec.gated == f"https://huggingface.co/{spec.source.repo}"
+    hub = CliRunner().invoke(app, ["models", "--set", "twenty"])
+    assert "ask for access at https://huggingface.co/SOURCE" in hub.output
+
+
+@pytest.mark.parametrize("spec", MADE, ids=lambda spec: spec.id)
+def test_full_size_architecture_has_the_registered_numbers(spec):
+    """transformers' own class at full size, on the device that holds shapes alone."""
+    model = empty_model(published_config(spec))
+    assert model.dtype == getattr(torch, spec.config.dtype)
+    parameters = list(model.parameters())
+    assert {parameter.device.type for parameter in parameters} == {"meta"}
+    assert sum(parameter.numel() for parameter in parameters) == spec.parameters
+    mlps = [part for name, part in model.named_modules() if name.endswith("mlp.down_proj")]
+    assert len(mlps) == spec.layers
+    shapes = {(part.in_features, part.out_features) for part in mlps}
+    assert shapes == {(spec.mlp_width, spec.width)}
+
+
+ENTRY = """
+- id: toy
+  family: llama
+  generation: "1"
+  model_type: llama
+  parameters: 10
+  released: 2024-01-01
+  mmlu: null
+  layers: 2
+  width: 4
+  mlp_width: 8
+  source: {kind: hub, repo: org/toy}
+  licence: MIT
+"""
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (ENTRY + "  colour: red\n", "model 'toy': colour "),
+        (ENTRY.replace("layers: 2", "layers: two"), "model 'toy': layers 'two': "),
+        (ENTRY.replace("  layers: 2\n", ""), "model 'toy': layers: missing"),
+        (ENTRY.replace("kind: hub", "kind: ftp"), "model 'toy': source "),
+        (ENTRY.replace("org/toy", "toy"), "model 'toy': source.hub.repo 'toy': "),
+        (ENTRY + "  sets: [forty]\n", "model 'toy': sets[0] 'forty': "),
+        (ENTRY.replace("mmlu: null", "mmlu: {score: 101.5, source: x}"), "mmlu.score 101.5: "),
+        (ENTRY + ENTRY, "model 'toy': the id is used twice"),
+        ("id: toy\n", "expected a list"),
+        ("- [", "not YAML"),
+    ],
+)
+def test_registry_errors_name_the_entry_and_the_field(tmp_path, content, told):
+    path = tmp_path / "models.yaml"
+    path.write_text(content)
+    with pytest.raises(InputError, match=re.escape(told)) as caught:
+        load_registry(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def test_command_lists_the_registry():
+    shown = CliRunner().invoke(app, ["models"])
+    assert shown.exit_code == 0
+    for spec in load_registry().values():
+        line = next(line for line in shown.output.splitlines() if line.split()[:1] == [spec.id])
+        assert spec.source.label in line
+        assert spec.generation in line
+    scale = CliRunner().invoke(app, ["models", "--set", "scale", "--json"])
+    rows = json.loads(scale.output)
+    assert [row["id"] for row in rows] == [spec.id for spec in models_in("scale")]
+    assert rows[0]["mmlu"]["score"] == 39.2
+    assert rows[0]["on_disk"] in (True, False)
+
+
+def test_command_refuses_an_unknown_set(command):
+    told = (
+        "paramspec: error: set 'ten': no such set in models.yaml; "
+        "use twenty, scale, pretraining, causal, zoo, zoo-scale, zoo-pretraining, zoo-frequency\n"
+    )
+    assert command("models", "--set", "ten") == (2, "", told)
+
+
+def test_listing_the_registry_imports_nothing_heavy():
+    code = (
+        "import sys; from paramspec.models.registry import load_registry; load_registry()\n"
+        "print([name for name in ('torch', 'transformers', 'gguf') if name in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert run.stdout == "[]\n", run.stderr
