@@ -29,7 +29,13 @@ from paramspec.models.devices import device_map, place_and_dtype
 from paramspec.models.libraries import quiet_transformers, told_in_one_line
 from paramspec.models.registry import ModelSpec, empty_model
 from paramspec.models.tokens import front_tokens
-from paramspec.models.unpack import check_report, gguf_config, restore_rotation, unpacked
+from paramspec.models.unpack import (
+    check_report,
+    gguf_config,
+    gguf_facts,
+    restore_rotation,
+    unpacked,
+)
 from paramspec.models.zoo_training import read_record
 
 if TYPE_CHECKING:
@@ -143,13 +149,13 @@ def check_checkpoint(checkpoint: Checkpoint) -> PreTrainedModel | None:
     or a file of weights that is not there or not whole, weights that do not fit the config.
 
     Returns:
-        The model on the device `meta`, with shapes and no numbers; None of a GGUF file, which is
-        checked further as it is unpacked.
+        The model on the device `meta`, with shapes and no numbers; None of a GGUF file, of which
+        only its own header is read here.
     """
     path = checkpoint.path
     with quiet_transformers(), told_in_one_line(path):
         if path.is_file():
-            gguf_config(path)
+            gguf_facts(path)
             return None
         load_tokenizer(checkpoint)
         return _read_weights(path, device_map={"": "meta"})

@@ -138,24 +138,30 @@ def restore_rotation(network: PreTrainedModel) -> None:
 # --- the config ---------------------------------------------------------------------------------
 
 
+def gguf_facts(path: Path) -> dict[str, object]:
+    """`gguf_facts(Path("weights.gguf"))`: the file's keys below its architecture, and values."""
+    import gguf
+
+    fields = gguf.GGUFReader(path).fields
+    prefix = f"{fields['general.architecture'].contents()}."
+    return {
+        key.removeprefix(prefix): field.contents()
+        for key, field in fields.items()
+        if key.startswith(prefix)
+    }
+
+
 def gguf_config(path: Path) -> PreTrainedConfig:
     """`gguf_config(Path("weights.gguf"))`: the config of its model, all that the file says in it.
 
     Raises:
         InputError: if the file says what the model's class cannot do.
     """
-    import gguf
     from transformers import AutoConfig
 
-    fields = gguf.GGUFReader(path).fields
-    prefix = f"{fields['general.architecture'].contents()}."
-    facts = {
-        key.removeprefix(prefix): field.contents()
-        for key, field in fields.items()
-        if key.startswith(prefix)
-    }
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     with naming(str(path)):
-        return honoured(AutoConfig.from_pretrained(path.parent, gguf_file=path.name), facts)
+        return honoured(config, gguf_facts(path))
 
 
 def honoured(config: PreTrainedConfig, facts: Mapping[str, object]) -> PreTrainedConfig:
@@ -163,7 +169,7 @@ def honoured(config: PreTrainedConfig, facts: Mapping[str, object]) -> PreTraine
 
     Args:
         config: as transformers reads it from the file.
-        facts: the file's keys below its architecture, and their values.
+        facts: see `gguf_facts`.
     """
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
