@@ -310,6 +310,12 @@ def test_weights_that_would_lie_outside_the_gpus_are_refused(toy, monkeypatch):
     assert "toy: the weights exceed what is free on the GPUs; use more" in refusal(toy)
 
 
+@pytest.mark.parametrize("error", [AttributeError, TypeError, AssertionError, IndexError])
+def test_a_fault_of_ours_is_not_told_as_an_incomplete_model(error):
+    with pytest.raises(error), libraries.told_in_one_line(Path("some/model")):
+        raise error("of ours")
+
+
 # --- the embedded default -----------------------------------------------------------------------
 
 

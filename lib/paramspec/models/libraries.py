@@ -7,6 +7,7 @@ with quiet_transformers(), told_in_one_line(path):
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,7 +35,8 @@ def quiet_transformers() -> Iterator[None]:
 def told_in_one_line(path: Path) -> Iterator[None]:
     """`with told_in_one_line(path): ...`: an InputError for what a library raises on bad files.
 
-    Libraries raise errors of any class there, tokenizers a bare Exception.
+    Libraries raise errors of any class there, tokenizers a bare Exception. What is raised elsewhere
+    is a fault of this package, and is shown as it is.
     """
     try:
         yield
@@ -46,10 +48,21 @@ def told_in_one_line(path: Path) -> Iterator[None]:
                 f"{path}: out of memory while it is loaded; use a machine with more memory, "
                 "--dtype bfloat16, a smaller model, or fewer --jobs side by side"
             ) from error
+        if not _is_of_a_library(error):
+            raise
         raise InputError(
             f"{path}: cannot be loaded ({type(error).__name__}: {line_of(error)}); "
             "check that it is a complete, supported causal language model"
         ) from error
+
+
+def _is_of_a_library(error: Exception) -> bool:
+    """Whether a library raised an error, or it is of a class that bad files are met with."""
+    if isinstance(error, OSError | ValueError | KeyError | RuntimeError | ImportError):
+        return True
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    file = Path(frame.f_code.co_filename)
+    return "site-packages" in file.parts and Path(__file__).parents[1] not in file.parents
 
 
 def line_of(error: object) -> str:
