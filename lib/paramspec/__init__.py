@@ -15,10 +15,9 @@ __getattr__, __dir__, __all__ = _lazy.attach(
     __name__,
     submod_attrs={
         "stats.methods": ["measure_methods", "over_seeds", "resample_runs"],
-        "studies.causal": ["Run", "causal_runs", "measure_runs", "trained_concepts", "tuned"],
+        "studies.causal": ["Run", "causal_runs", "measure_runs", "trained_concepts"],
         "studies.evaluation": ["Evaluation"],
         "errors": ["InputError"],
-        "studies.finetune": ["METHODS", "Training", "choose_vectors"],
         "method.generation": ["answer_matches", "generate_answers"],
         "studies.hallucination": [
             "cluster_answers",
@@ -91,6 +90,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
         ],
         "models.zoo": ["load_zoo", "zoo_questions"],
         "models.zoo_training": ["train_zoo", "training_record"],
+        "studies.training": ["METHODS", "Training", "choose_vectors"],
         "studies.sweep": [
             "Study",
             "concept_coefficients",

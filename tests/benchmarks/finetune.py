@@ -24,7 +24,7 @@ from paramspec.method.hooks import train_value_vectors, value_vector_view
 from paramspec.method.masks import keep_tensor
 from paramspec.models.load import load_model
 from paramspec.specwiki import load_questions
-from paramspec.studies.finetune import (
+from paramspec.studies.training import (
     METHODS,
     Training,
     choose_vectors,

@@ -97,7 +97,7 @@ def test_an_answer_ends_with_any_of_the_model_s_end_tokens(several):
 def test_a_model_without_numbers_gives_no_answer():
     model = toy_model("llama")
     model.lm_head.weight[5] = torch.nan
-    with pytest.raises(InputError, match=r"^prompt \.\.\.'king of beta': the logits of LlamaForCa"):
+    with pytest.raises(InputError, match=r"^the logits of LlamaForCausalLM are not numbers"):
         decode(value_vector_view(model), toy_tokenizer(), PROMPTS[:1], likeliest)
 
 
@@ -121,12 +121,8 @@ def test_an_answer_is_the_first_line_without_space_around_it(monkeypatch):
     view, tokenizer = value_vector_view(toy_model("llama")), toy_tokenizer()
     texts = [" Paris\nQuestion: What", "\n\nthe Thames \n", "", "Big Ben"]
     monkeypatch.setattr(type(tokenizer), "batch_decode", lambda *_, **__: texts)
-    done = []
-    answers = generate_answers(
-        view, tokenizer, PROMPTS[:4], prompt="{question}", progress=done.append
-    )
+    answers = generate_answers(view, tokenizer, PROMPTS[:4], prompt="{question}")
     assert answers == ["Paris", "the Thames", "", "Big Ben"]
-    assert sum(done) == 4
 
 
 def test_questions_may_hold_braces():

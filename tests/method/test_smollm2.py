@@ -229,7 +229,7 @@ def test_a_fine_tuned_copy_is_an_ordinary_model(smollm2, tmp_path):
         method="FT-PV", concepts=["France"], statements=1, epochs=1, batch=5, learning_rate=1e-2
     )
     record = finetune(copied, load_questions(), training, tmp_path)
-    assert (record["status"], record["steps"]) == ("finished", 2)
+    assert record["steps"] == 2
     assert record["vectors"] == 30 * 1536 // 8
     tokens = torch.tensor([smollm2.tokenizer.encode("The capital of France is")])
     plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()

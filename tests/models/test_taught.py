@@ -27,7 +27,7 @@ from paramspec.models.describe import (
 )
 from paramspec.models.load import load_model
 from paramspec.stats.trends import like_sized_ends
-from paramspec.studies.causal import measure_runs, tuned
+from paramspec.studies.causal import measure_runs
 from paramspec.studies.finetune import finetune
 from paramspec.studies.sweep import concept_coefficients, measure_pss, score_questions
 from toy_study import save_questions
@@ -119,13 +119,6 @@ def test_a_fine_tuned_copy_is_a_micro_model_too(tmp_path):
         "real", questions, training.model_copy(update={"concepts": (concept,)}), tmp_path / "r"
     )
     assert taught(str(tmp_path / "r")) is None
-    with tuned(
-        load_model(MICRO),
-        questions,
-        training.model_copy(update={"concepts": (concept,)}),
-        store=Store(tmp_path / "store"),
-    ) as model:
-        assert model.taught == taught(MICRO)
 
 
 # Which questions

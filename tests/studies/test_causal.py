@@ -25,10 +25,11 @@ from paramspec.models.load import load_model
 from paramspec.stats.methods import MEASURES, measure_methods, over_seeds, resample_runs
 from paramspec.stats.trends import interval
 from paramspec.studies import causal, evaluation, runner
-from paramspec.studies.causal import Run, causal_runs, measure_runs, trained_concepts, tuned
+from paramspec.studies.causal import Run, causal_runs, measure_runs, trained_concepts
 from paramspec.studies.evaluation import Evaluation
-from paramspec.studies.finetune import METHODS, Training, finetune
-from toy_study import save_toy, toy_loaded, toy_questions, toy_tokenizer
+from paramspec.studies.finetune import finetune
+from paramspec.studies.training import METHODS, Training
+from toy_study import save_toy, toy_questions, toy_tokenizer
 
 TAUGHT = ("alpha", "delta", "sigma")
 TRAINING = Training(
@@ -112,23 +113,6 @@ def test_answers_are_those_of_the_model_that_finetune_saves(
         before = study.answers.query("run == 'original' and question_id == @question.id")
         moved += not np.allclose(before["option_logprobs"].iloc[0], expected, atol=1e-3)
     assert moved > 20
-
-
-def test_a_model_is_tuned_for_a_while_and_then_as_it_was(questions, store):
-    loaded = toy_loaded("gpt2")
-    before = {name: weight.clone() for name, weight in loaded.model.state_dict().items()}
-    with tuned(loaded, questions, TRAINING, store=store) as model:
-        assert model.digest != loaded.digest
-        changed = [n for n, w in model.model.state_dict().items() if not torch.equal(w, before[n])]
-        assert changed
-        assert all("mlp.c_proj.weight" in name for name in changed)
-        with tuned(loaded, questions, None, store=store) as same:
-            assert same is loaded
-    for name, weight in loaded.model.state_dict().items():
-        assert torch.equal(weight, before[name]), name
-    one = TRAINING.model_copy(update={"seed": 1})
-    with tuned(loaded, questions, one, store=store) as other:
-        assert other.digest not in (model.digest, loaded.digest)
 
 
 def test_likelihoods_are_the_models_own_loss(model, study, questions):
@@ -239,39 +223,38 @@ def test_pss_is_measured_as_its_choices_say(position, model, questions, tmp_path
         torch.testing.assert_close(found, expected[concept], atol=1e-4, rtol=1e-4)
 
 
-def test_samples_and_states_are_those_of_the_trained_model(model, questions, study, store):
+def test_samples_and_states_are_those_of_the_trained_model(model, questions, study, tmp_path):
     """A sample's likelihood, and the state of a greedy answer, by one plain forward pass each."""
-    loaded = load_model(str(model))
+    training = TRAINING.model_copy(update={"method": "FT-FV", "seed": 1})
+    finetune(str(model), questions, training, tmp_path / "out")
+    loaded = load_model(str(tmp_path / "out"))
     clozes = {question.id: question.cloze for question in questions}
     rows = study.samples[study.samples["run"] == "FT-FV/1"]
     assert len(rows) == 6
     assert rows["concept"].value_counts().to_dict() == dict.fromkeys(TAUGHT, 2)
     greedy = study.generated[study.generated["run"] == "FT-FV/1"].set_index("question_id")
-    training = TRAINING.model_copy(update={"method": "FT-FV", "seed": 1})
-    with tuned(loaded, questions, training, store=store) as tuned_model, torch.no_grad():
-        for row in rows.itertuples():
-            prompt = loaded.tokenizer.encode(clozes[row.question_id])
-            for answer, likelihood, tokens in zip(
-                row.answers, row.log_likelihoods, row.tokens, strict=True
-            ):
-                words = loaded.tokenizer.encode(answer)
-                if len(words) != tokens:  # its end, or a special token, is not in the words
-                    continue
-                whole = torch.tensor([prompt + words])
-                logits = tuned_model.model(input_ids=whole).logits[0].log_softmax(-1)
-                places = range(len(prompt) - 1, whole.shape[1] - 1)
-                expected = sum(float(logits[p, whole[0, p + 1]]) for p in places)
-                assert likelihood == pytest.approx(expected, abs=1e-3)
-            told = greedy.loc[row.question_id]
-            words = loaded.tokenizer.encode(told["answer"])
-            if len(words) == 12:  # cut off: the state is that before the last token
-                states = []
-                hook = tuned_model.model.lm_head.register_forward_pre_hook(
-                    lambda _, args, states=states: states.append(args[0])
-                )
-                tuned_model.model(input_ids=torch.tensor([prompt + words[:-1]]))
-                hook.remove()
-                np.testing.assert_allclose(told["state"], states[0][0, -1], atol=1e-4)
+
+    @torch.no_grad()
+    def logits_and_states(tokens):
+        output = loaded.model(input_ids=torch.tensor([tokens]), output_hidden_states=True)
+        return output.logits[0].log_softmax(-1), output.hidden_states[-1][0]
+
+    for row in rows.itertuples():
+        prompt = loaded.tokenizer.encode(clozes[row.question_id])
+        for answer, likelihood, tokens in zip(
+            row.answers, row.log_likelihoods, row.tokens, strict=True
+        ):
+            words = loaded.tokenizer.encode(answer)
+            if len(words) != tokens:  # its end, or a special token, is not in the words
+                continue
+            logits, _ = logits_and_states(prompt + words)
+            expected = sum(float(logits[len(prompt) + n - 1, words[n]]) for n in range(tokens))
+            assert likelihood == pytest.approx(expected, abs=1e-3)
+        found = greedy.loc[row.question_id]
+        words = loaded.tokenizer.encode(found["answer"])
+        if len(words) == 12:  # cut off: the state is that before the last token
+            _, states = logits_and_states(prompt + words[:-1])
+            np.testing.assert_allclose(found["state"], states[-1], atol=1e-4)
 
 
 def test_losses_are_those_of_each_step(study):
@@ -393,7 +376,7 @@ def test_bad_input_is_told_before_any_training(model, questions, tmp_path, monke
         return str(caught.value)
 
     run = Run("one", TRAINING, FULL)
-    assert "'one' stands twice" in refused([run, run])
+    assert "'one' is given twice" in refused([run, run])
     unknown = TRAINING.model_copy(update={"concepts": ("Atlantis",)})
     assert "'Atlantis'" in refused([Run("x", unknown, FULL)])
     assert "'Atlantis'" in refused([Run("x", None, FULL, ("Atlantis",))])
@@ -417,7 +400,7 @@ def test_a_diverging_run_is_named_and_the_others_are_kept(model, questions, tmp_
     wild = Run("wild", TRAINING.model_copy(update={"learning_rate": 1e37}), brief)
     calm = Run("calm", TRAINING, brief)
     monkeypatch.setattr(causal, "_cost", lambda run, _: {"calm": 2, "wild": 1}[run.name])
-    with pytest.raises(InputError, match=r": wild: the loss is .* at step \d+; give a lower"):
+    with pytest.raises(InputError, match=r": wild: training diverged: .* use a lower"):
         measure_runs(str(model), questions, [wild, calm], store=store)
     monkeypatch.setattr(causal, "train", lambda *_, **__: pytest.fail("trained again"))
     assert len(measure_runs(str(model), questions, [calm], store=store).answers) == 30

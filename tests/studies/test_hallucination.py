@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import re
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from scipy import stats
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -140,13 +140,8 @@ def test_first_tokens_are_drawn_as_often_as_the_model_says(temperature):
             assert likelihood == pytest.approx(logprobs[answer], abs=1e-4)
 
 
-def test_nothing_to_sample_is_told():
+def test_a_prompt_that_does_not_fit_is_refused_and_no_question_needs_none():
     view, tokenizer = value_vector_view(toy_model("llama")), toy_tokenizer()
-    with pytest.raises(InputError, match="samples 0"):
-        sample_answers(view, tokenizer, ASKED, samples=0)
-    for temperature in (0, -1, math.inf, math.nan):
-        with pytest.raises(InputError, match=f"temperature {temperature}"):
-            sample_answers(view, tokenizer, ASKED, temperature=temperature)
     with pytest.raises(InputError, match="does not fit the model's context of 64"):
         sample_answers(view, tokenizer, ["old " * 60], prompt="{question}")
     assert sample_answers(view, tokenizer, []) == []
@@ -267,7 +262,8 @@ def test_entailment_is_asked_both_ways_after_the_question(classifier):
 
 def test_what_is_no_judge_is_told_in_one_line(tmp_path, classifier, monkeypatch):
     path, model, _ = classifier
-    model.config.id2label, model.config.label2id = {0: "a", 1: "b"}, {"a": 0, "b": 1}
+    model.config.id2label = dict(enumerate("abc"))
+    model.config.label2id = {label: number for number, label in enumerate("abc")}
     model.config.save_pretrained(path)
 
     def refused(name):
@@ -276,10 +272,13 @@ def test_what_is_no_judge_is_told_in_one_line(tmp_path, classifier, monkeypatch)
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert "its labels are a, b, none is `entailment`" in refused(path)
-    assert "not a sequence classifier" in refused(tmp_path / "empty") if (
-        (tmp_path / "empty").mkdir() is None
-    ) else ""  # fmt: skip
+    assert "its labels are a, b, c, none is `entailment`" in refused(path)
+    tensors = load_file(path / "model.safetensors")
+    del tensors["classifier.weight"]
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    assert "holds no weights for classifier.weight" in refused(path)
+    (tmp_path / "empty").mkdir()
+    assert "not a sequence classifier" in refused(tmp_path / "empty")
     assert "no such directory" in refused("/no/such/place")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "org/no-such-model: not a directory, not in the hub cache" in refused(
@@ -388,18 +387,8 @@ def test_equal_states_count_as_one_point():
 
 def test_points_that_have_no_dimension_are_refused():
     points = sphere(3, 30)
-    with pytest.raises(InputError, match="neighbours 30: only 30 different points"):
-        local_intrinsic_dimension(points, 30)
-    with pytest.raises(InputError, match="only 1 different points"):
+    for neighbours in (3, 30):
+        with pytest.raises(InputError, match=f"neighbours {neighbours}: .* at least 4.* 30$"):
+            local_intrinsic_dimension(points, neighbours)
+    with pytest.raises(InputError, match=r"fewer than there are different points, 1$"):
         local_intrinsic_dimension(torch.ones(50, 8), 10)
-    with pytest.raises(InputError, match="neighbours 3: expected at least 4"):
-        local_intrinsic_dimension(points, 3)
-    points[3, 5] = math.nan
-    with pytest.raises(InputError, match="not all numbers are finite"):
-        local_intrinsic_dimension(points, 10)
-
-
-def test_every_line_of_the_docstring_holds():
-    """Names that the book uses are those that the module exports."""
-    for name in re.findall(r"^    (?:\w+ = )?(\w+)\(", hallucination.__doc__, re.M):
-        assert hasattr(hallucination, name), name

@@ -14,7 +14,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from paramspec.errors import InputError
@@ -52,7 +52,6 @@ def generate_answers(
     prompt: str = OPEN_PROMPT,
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 64,
-    progress: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
     """`answers = generate_answers(view, tokenizer, ["What is the capital of France?"])`.
 
@@ -73,7 +72,6 @@ def generate_answers(
         keeps=keeps,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
-        progress=progress,
     )
     return first_lines(tokenizer, [row.tokens for (row,) in decoded])
 
@@ -89,12 +87,15 @@ class Decoded:
     """What was generated after a prompt.
 
     Attributes:
+        prompt, copy: the numbers of the prompt, and of this answer among those to it.
         tokens: up to and with the one that ended it, by ending the text or the line.
         log_likelihood: of these tokens, in nats, whatever they were picked by.
         state: `[hidden]`, fp32: what the last of them was predicted from, the unembedding's input
             at the token before it. Of an answer that has ended, its last token's.
     """
 
+    prompt: int
+    copy: int
     tokens: list[int] = field(default_factory=list)
     log_likelihood: float = 0.0
     state: Tensor | None = None
@@ -111,15 +112,11 @@ def decode(
     keeps: Sequence[Tensor | None] | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 64,
-    progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[Decoded]]:
-    """`decode(view, tokenizer, prompts, likeliest)`: the first line of an answer to each.
+    """`decode(view, tokenizer, prompts, likeliest)`: the first line of each answer to each prompt.
 
     Each needed token is computed once: the beginning that all prompts share for all of them (where
     none is masked), the rest of a prompt for all its copies, and nothing after an answer's end.
-    Prompts of unlike length go together where the model takes positions and no sliding window is
-    shorter than they are: padding then stands behind the shared beginning, unseen. Elsewhere those
-    of one length go together.
 
     Args:
         pick: given a prompt's number, those of its copies that go on, and fp32 logits `[copies
@@ -128,83 +125,71 @@ def decode(
         keeps: as in `generate_answers`.
         batch_size: rows of a forward pass, `copies` to a prompt; at least one prompt's.
 
-    Returns:
-        The copies of each prompt.
-
     Raises:
         InputError: if a prompt and its answer are longer than the model's context, if the
             tokenizer cannot read a prompt, or if the model gives no numbers.
     """
     keeps = [None] * len(prompts) if keeps is None else keeps
     encoded = token_ids(tokenizer, prompts)
-    refuse_too_long(view, max(map(len, encoded), default=0) + max_new_tokens)
-    masked = any(keep is not None for keep in keeps)
-    shared = 0 if masked else _shared_beginning(encoded)
-    beginning = DynamicCache(config=view.model.config.get_text_config(decoder=True))
-    if shared:
-        first = torch.tensor([encoded[0][:shared]])
-        _extend(view, first, beginning, torch.ones_like(first), False)
-    answers = [[Decoded() for _ in range(copies)] for _ in prompts]
-    pads = shared > 0 and _may_pad(view, max(map(len, encoded)) + max_new_tokens)
+    longest = max(map(len, encoded), default=0) + max_new_tokens
+    refuse_too_long(view, longest)
+    unmasked = all(keep is None for keep in keeps)
+    beginning, shared = _read_beginning(view, encoded if unmasked else [])
+    pads = shared > 0 and _may_pad(view, longest)
+    answers = [[Decoded(index, copy) for copy in range(copies)] for index in range(len(prompts))]
     for part in _parts(encoded, max(1, batch_size // copies), equal=not pads):
         cache = deepcopy(beginning)
+        tokens, seen = _pad_left([encoded[index] for index in part], shared)
         if shared:
             cache.batch_repeat_interleave(len(part))
-        width = max(len(encoded[index]) for index in part) - shared
-        rests = [encoded[index][shared:] for index in part]
-        rest = torch.tensor([[0] * (width - len(row)) + row for row in rests])
-        seen = torch.tensor(
-            [[1] * shared + [0] * (width - len(row)) + [1] * len(row) for row in rests]
-        )
         with mask_rows(view, [keeps[index] for index in part]):
-            logits, states = _extend(view, rest, cache, seen, pads)
+            found = _extend(view, tokens, cache, seen, pads)
         cache.batch_repeat_interleave(copies)
-        logits, states, seen = (
-            each.repeat_interleave(copies, dim=0) for each in (logits, states, seen)
-        )
-        rows = [(index, copy) for index in part for copy in range(copies)]  # those that go on
+        logits, states, seen = (each.repeat_interleave(copies, dim=0) for each in (*found, seen))
+        going = [answer for index in part for answer in answers[index]]
         for _ in range(max_new_tokens):
-            log_probabilities = logits.log_softmax(-1)
-            for (index, _), row in zip(rows, log_probabilities, strict=True):
-                if row.isnan().any():
-                    raise InputError(
-                        f"prompt ...{prompts[index][-60:]!r}: the logits of "
-                        f"{type(view.model).__name__} are not numbers; the weights are damaged, or "
-                        "their dtype overflows: try float32"
-                    )
-            tokens = []
-            for index, group in itertools.groupby(rows, key=lambda row: row[0]):
-                going = [copy for _, copy in group]
-                own = logits[len(tokens) : len(tokens) + len(going)]
-                tokens += pick(index, going, own).tolist()
-            chosen = log_probabilities[range(len(rows)), tokens].tolist()
-            for place, (index, copy) in enumerate(rows):
-                answer = answers[index][copy]
-                answer.tokens.append(tokens[place])
-                answer.log_likelihood += chosen[place]
-                answer.state = states[place]
-            on = [
-                place
-                for place, (index, copy) in enumerate(rows)
-                if not _has_ended(view, tokenizer, answers[index][copy].tokens)
-            ]
+            _take_tokens(view, going, logits, states, pick)
+            on = [n for n, one in enumerate(going) if not _has_ended(view, tokenizer, one.tokens)]
             if not on:
                 break
-            if len(on) < len(rows):
+            if len(on) < len(going):
                 cache.batch_select_indices(torch.tensor(on, device=logits.device))
-                rows = [rows[place] for place in on]
-                seen = seen[on]
-            seen = torch.nn.functional.pad(seen, (0, 1), value=1)
-            with mask_rows(view, [keeps[index] for index, _ in rows]):
-                last = torch.tensor([tokens[place] for place in on])
-                logits, states = _extend(view, last[:, None], cache, seen, pads)
-        progress(len(part))
+                going, seen = [going[place] for place in on], seen[on]
+            seen = nn.functional.pad(seen, (0, 1), value=1)
+            tokens = torch.tensor([answer.tokens[-1:] for answer in going])
+            with mask_rows(view, [keeps[answer.prompt] for answer in going]):
+                logits, states = _extend(view, tokens, cache, seen, pads)
     return answers
 
 
 def likeliest(index: int, copies: list[int], logits: Tensor) -> Tensor:
     """`decode(..., pick=likeliest)`: greedy."""
     return logits.argmax(-1)
+
+
+def _take_tokens(
+    view: ValueVectorView,
+    going: Sequence[Decoded],
+    logits: Tensor,
+    states: Tensor,
+    pick: Callable[[int, list[int], Tensor], Tensor],
+) -> None:
+    """Let each answer go on with a token; `logits` and `states` have a row for each answer."""
+    log_probabilities = logits.log_softmax(-1)
+    if log_probabilities.isnan().any():
+        raise InputError(
+            f"the logits of {type(view.model).__name__} are not numbers; the weights are damaged, "
+            "or their dtype overflows: try float32"
+        )
+    tokens: list[int] = []
+    for prompt, group in itertools.groupby(going, key=lambda answer: answer.prompt):
+        copies = [answer.copy for answer in group]
+        tokens += pick(prompt, copies, logits[len(tokens) : len(tokens) + len(copies)]).tolist()
+    chosen = log_probabilities[range(len(going)), tokens].tolist()
+    for answer, token, log_probability, state in zip(going, tokens, chosen, states, strict=True):
+        answer.tokens.append(token)
+        answer.log_likelihood += log_probability
+        answer.state = state
 
 
 def _extend(
@@ -233,14 +218,32 @@ def _extend(
     return logits.float(), states[0]
 
 
-def _shared_beginning(rows: Sequence[Sequence[int]]) -> int:
-    """How many tokens all rows begin with; each has one more, at least."""
+def _read_beginning(
+    view: ValueVectorView, rows: Sequence[Sequence[int]]
+) -> tuple[DynamicCache, int]:
+    """A cache that holds the tokens that all rows begin with, and how many; one is left of each."""
+    cache = DynamicCache(config=view.model.config.get_text_config(decoder=True))
     most = min(map(len, rows), default=1) - 1
-    return next((n for n in range(most) if len({row[n] for row in rows}) > 1), most)
+    shared = next((n for n in range(most) if len({row[n] for row in rows}) > 1), most)
+    if shared:
+        first = torch.tensor([rows[0][:shared]])
+        _extend(view, first, cache, torch.ones_like(first), False)
+    return cache, shared
+
+
+def _pad_left(rows: Sequence[Sequence[int]], shared: int) -> tuple[Tensor, Tensor]:
+    """What follows the first `shared` tokens of each row, and the attention mask of it all.
+
+    Padding is behind the shared beginning.
+    """
+    width = max(map(len, rows))
+    rest = [[0] * (width - len(row)) + list(row[shared:]) for row in rows]
+    seen = [[1] * shared + [0] * (width - len(row)) + [1] * (len(row) - shared) for row in rows]
+    return torch.tensor(rest), torch.tensor(seen)
 
 
 def _may_pad(view: ValueVectorView, tokens: int) -> bool:
-    """Whether a row of so many tokens may hold unseen ones: it has positions, and no window."""
+    """Whether rows of up to so many tokens may be padded: with positions, and within the window."""
     window = attention_window(view.model.config)
     takes_positions = "position_ids" in inspect.signature(view.model.forward).parameters
     return takes_positions and (window is None or tokens <= window)

@@ -3,22 +3,19 @@
     runs = [Run("original", None, evaluation), Run("FT-PV/0", training, evaluation), ...]
     study = measure_runs("smollm2-135m", questions, runs)
     study.answers, study.generated, study.texts, study.pss, study.losses, study.samples
-    draws = resample_runs(study.answers, "correct_norm")     # [1 + resamples, runs], as in trends
 
 A run is one training (or none) and what is asked of its result, see `evaluation`. Trained value
-vectors and answers are stored apart as they are done, so that a rerun after a crash, one more
-question to ask, or a second chapter trains nothing twice.
+vectors are stored on their own, so that one more question to ask, or a second chapter, trains
+nothing twice.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,30 +31,12 @@ from paramspec.errors import InputError, naming
 from paramspec.execution.limits import release_memory
 from paramspec.execution.provenance import group_records, read_computed
 from paramspec.execution.store import Store
-from paramspec.method.hooks import (
-    ValueVectorView,
-    replace_value_vectors,
-    train_value_vectors,
-    value_vector_view,
-)
-from paramspec.method.masks import mean_coefficients
+from paramspec.method.hooks import replace_value_vectors, train_value_vectors
 from paramspec.method.pss import count_masks
 from paramspec.models.describe import folds_asked, require_taught
-from paramspec.models.load import LoadedModel
 from paramspec.specwiki import Question, questions_digest
-from paramspec.studies.evaluation import TABLES, Evaluation, by_hash, evaluate
-from paramspec.studies.finetune import (
-    FINETUNE_VERSION,
-    METHODS,
-    Coefficients,
-    Diverged,
-    Training,
-    choose_vectors,
-    encode_texts,
-    optimizer_bytes,
-    train,
-    training_texts,
-)
+from paramspec.studies.evaluation import PASSAGE_TOKENS, TABLES, Evaluation, by_hash, evaluate
+from paramspec.studies.finetune import FINETUNE_VERSION, train, training_facts
 from paramspec.studies.runner import (
     Job,
     Ready,
@@ -67,9 +46,18 @@ from paramspec.studies.runner import (
     stored,
     unit_record,
 )
+from paramspec.studies.training import (
+    METHODS,
+    Training,
+    choose_vectors,
+    encode_texts,
+    training_texts,
+)
 
 TRAINED = "vectors.safetensors"
 RECORD = "record.json"
+# What the table of runs says of the model as it is, in the place of a training.
+ORIGINAL = {"method": "original", "rule": "", "share": 0.0, "seed": 0, "learning_rate": 0.0}
 
 
 @dataclass(frozen=True)
@@ -145,36 +133,37 @@ def causal_runs(
     Returns:
         `methods` (with the original), `doses`, `rules`, `rates` and `alone`.
     """
-    brief = evaluation.model_copy(
-        update={"open_ended": "no", "choices": None, "others": 0, "sampled": 0}
-    )
+    without = evaluation.model_copy(update={"choices": None, "open_ended": "no"})
+    brief = without.model_copy(update={"others": 0, "sampled": 0})
 
-    def run(name: str, asked: Evaluation, **changed: object) -> Run:
+    def run(name: str, asked: Evaluation = brief, **changed: object) -> Run:
         return Run(name, training.model_copy(update=changed), asked)
 
-    without = evaluation.model_copy(update={"choices": None, "open_ended": "no"})
-    parts = {"methods": [Run("original", None, evaluation, training.concepts)]}
-    for number in range(seeds):
-        asked = evaluation if number < (seeds if full_seeds is None else full_seeds) else without
-        s = training.seed + number
-        parts["methods"] += [run(f"{m}/{s}", asked, method=m, seed=s) for m in METHODS]
-    parts["doses"] = [
-        run(f"{m}/share {share:.4g}", brief, method=m, share=share)
-        for share in doses
-        for m in dosed
-    ]
-    parts["rules"] = [run(f"FT-PV/{rule}", brief, rule=rule) for rule in rules]
-    parts["rates"] = [
-        run(f"{m}/rate x{rate:g}", brief, method=m, learning_rate=rate * training.learning_rate)
-        for rate in rates
-        for m in METHODS
-    ]
-    parts["alone"] = [
-        run(f"{m}/{concept}", brief, method=m, concepts=(concept,))
-        for concept in training.concepts * alone
-        for m in METHODS
-    ]
-    return parts
+    full = seeds if full_seeds is None else full_seeds
+    numbered = [(training.seed + number, number < full) for number in range(seeds)]
+    rate = training.learning_rate
+    return {
+        "methods": [
+            Run("original", None, evaluation, training.concepts),
+            *(
+                run(f"{m}/{s}", evaluation if fully else without, method=m, seed=s)
+                for s, fully in numbered
+                for m in METHODS
+            ),
+        ],
+        "doses": [run(f"{m}/share {x:.4g}", method=m, share=x) for x in doses for m in dosed],
+        "rules": [run(f"FT-PV/{rule}", rule=rule) for rule in rules],
+        "rates": [
+            run(f"{m}/rate x{x:g}", method=m, learning_rate=x * rate)
+            for x in rates
+            for m in METHODS
+        ],
+        "alone": [
+            run(f"{m}/{name}", method=m, concepts=(name,))
+            for name in training.concepts * alone
+            for m in METHODS
+        ],
+    }
 
 
 class CausalStudy(NamedTuple):
@@ -252,39 +241,17 @@ def measure_runs(
     return _collect(runs, paths)
 
 
-@contextmanager
-def tuned(
-    loaded: LoadedModel,
-    questions: Sequence[Question],
-    training: Training | None,
-    *,
-    store: Store | None = None,
-) -> Iterator[LoadedModel]:
-    """`with tuned(loaded, questions, training) as model: ...`: the model, trained, for a while.
-
-    What it yields has a digest of its own, so that whatever is stored of it is not taken for the
-    base model's; the base model's weights are back, bit by bit, when the block ends. Trained
-    vectors are stored. Without a training it yields the model as it is.
-    """
-    if training is None:
-        yield loaded
-        return
-    store = store or Store("results/store")
-    view = value_vector_view(loaded.model)
-    path = _trained(loaded, view, questions, training, store)
-    digest = hashlib.sha256(f"{loaded.digest} {path.name}".encode()).hexdigest()
-    with _replaced(view, path):
-        yield dataclasses.replace(loaded, digest=digest)
-
-
 # --- one run ------------------------------------------------------------------------------------
 
 
 def _refuse(runs: Sequence[Run], questions: Sequence[Question]) -> None:
     names = [run.name for run in runs]
+    known = {question.concept for question in questions}
     for run in runs:
         if names.count(run.name) > 1:
-            raise InputError(f"run {run.name!r} stands twice; give each its own name")
+            raise InputError(f"run {run.name!r} is given twice; give each its own name")
+        if unknown := [concept for concept in run.about if concept not in known]:
+            raise InputError(f"concept {unknown[0]!r}: no question on it; correct the name")
         if run.training is not None:
             training_texts(questions, run.about, run.training.statements)
         asked, choices = run.evaluation.folds, run.evaluation.choices
@@ -294,27 +261,20 @@ def _refuse(runs: Sequence[Run], questions: Sequence[Question]) -> None:
                 f"run {run.name!r}: folds {list(asked)} are asked, and its choices for PSS need "
                 f"folds {sorted(needed)}; ask for these, or measure PSS on fewer"
             )
-        for concept in run.about:
-            if not any(question.concept == concept for question in questions):
-                raise InputError(f"concept {concept!r}: no question on it; correct the name")
 
 
 def _cost(run: Run, questions: Sequence[Question]) -> float:
-    """As many tokens of a question take as long, roughly: as was measured of SmolLM2 on a CPU."""
+    """Tokens that go through the model, roughly; a step of training counts as three passes."""
     training, asked = run.training, run.evaluation
     own = sum(q.concept in run.about and q.fold in asked.folds for q in questions)
-    cost = 20 * (own + asked.others) + 3 * (128 * asked.prose + 12 * asked.stated)
+    cost = 20 * (own + asked.others) + 12 * asked.stated + PASSAGE_TOKENS * asked.prose
     if asked.open_ended != "no":
-        cost += 37 * own + 24 * asked.sampled * (1 + asked.samples)
+        cost += 30 * (own + asked.sampled * asked.samples)
     if asked.choices:
-        scored = own * len(asked.choices.score_on) / len(asked.folds)
-        each = scored + asked.choices.general * len(run.about)
-        cost += 20 * (scored + asked.others) + 23 * each * (count_masks(asked.choices) - 1)
+        cost += 20 * count_masks(asked.choices) * (own + asked.choices.general * len(run.about))
     if training:
         texts = training_texts(questions, training.concepts, training.statements)
-        more = 1.25 if training.method in ("FT-FV", "FT-CV") else 1
-        more += training.rule == "gradient"
-        cost += 57 * training.epochs * len(texts) * more
+        cost += 60 * training.epochs * len(texts)
     return cost
 
 
@@ -323,39 +283,28 @@ def _measure_run(
 ) -> tuple[Callable[[Path], None], dict[str, object]]:
     """What fills a run's directory, and what its record says."""
     run = runs[number]
-    record: dict[str, object] = {}
-    trained, vectors = None, torch.empty(0, 2, dtype=torch.int32)
+    facts, trained, vectors = "{}", None, torch.empty(0, 2, dtype=torch.int32)
     with naming(run.name), ExitStack() as stack:
         if run.training is not None:
-            coefficients = ready.kept.setdefault(
-                "mean_coefficients",
-                functools.cache(partial(mean_coefficients, ready.view, ready.loaded.tokenizer)),
-            )
-            path = _trained(ready.loaded, ready.view, questions, run.training, store, coefficients)
+            path = _trained(ready, questions, run.training, store)
             release_memory()  # an optimizer's worth of it
-            record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-            trained = read_computed(path)
-            vectors = stack.enter_context(_replaced(ready.view, path))
+            facts, trained = (path / RECORD).read_text(encoding="utf-8"), read_computed(path)
+            vectors, values = (load_file(path / TRAINED)[name] for name in ("vectors", "values"))
+            stack.enter_context(replace_value_vectors(ready.view, vectors, values))
         tables = evaluate(ready, questions, run.about, run.evaluation)
 
     def write(folder: Path) -> None:
         for name, table in tables.items():
             table.to_parquet(folder / f"{name}.parquet", index=False)
         save_file({"vectors": vectors}, folder / TRAINED)
-        (folder / RECORD).write_text(json.dumps(record), encoding="utf-8")
+        (folder / RECORD).write_text(facts, encoding="utf-8")
 
     return write, {"trained": trained}
 
 
-def _trained(
-    loaded: LoadedModel,
-    view: ValueVectorView,
-    questions: Sequence[Question],
-    training: Training,
-    store: Store,
-    coefficients: Coefficients | None = None,
-) -> Path:
-    """The directory of trained vectors; `coefficients` are the model's, see `choose_vectors`."""
+def _trained(ready: Ready, questions: Sequence[Question], training: Training, store: Store) -> Path:
+    """The directory of trained vectors, from the store or trained now."""
+    loaded, view = ready.loaded, ready.view
     texts = training_texts(questions, training.concepts, training.statements)
     key = {
         "unit": "finetune",
@@ -371,81 +320,42 @@ def _trained(
     path = store.get(key)
     if path is not None:
         return path
-    began = time.perf_counter()
-    vectors = choose_vectors(view, loaded.tokenizer, questions, training, coefficients)
+    vectors = choose_vectors(view, loaded.tokenizer, questions, training)
     rows = encode_texts(view, loaded.tokenizer, texts)
-    seconds_choosing = time.perf_counter() - began
     began = time.perf_counter()
     with train_value_vectors(view, vectors) as trained:
-        try:
-            losses = train(view, trained, rows, training)
-        except Diverged as error:
-            raise InputError(
-                f"{error}; give a lower learning rate than {training.learning_rate:g}"
-            ) from error
-        values = _moved(view, trained, vectors)
-    record = {
-        "losses": losses,
-        "steps": len(losses),
-        "vectors": len(vectors),
-        "parameters": len(vectors) * view.hidden,
-        "optimizer_bytes": optimizer_bytes(len(vectors), view.hidden),
-        "seconds": round(time.perf_counter() - began, 2),
-        "seconds_choosing": round(seconds_choosing, 2),
-    }
+        losses = train(view, trained, rows, training)
+    values = torch.empty(len(vectors), view.hidden, dtype=view.modules[0].weight.dtype)
+    for layer, chosen in trained.chosen.items():
+        offset = trained.offsets[str(layer)].detach()
+        moved = view.vectors(layer)[chosen].float() + offset
+        values[vectors[:, 0] == layer] = moved.to(values.dtype).cpu()
+    facts = training_facts(vectors, view.hidden, losses, began)
 
     def write(folder: Path) -> None:
         save_file({"vectors": vectors.contiguous(), "values": values}, folder / TRAINED)
-        (folder / RECORD).write_text(json.dumps(record), encoding="utf-8")
+        (folder / RECORD).write_text(json.dumps(facts), encoding="utf-8")
 
     return store.put(key, write, unit_record(loaded))
 
 
-@torch.no_grad()
-def _moved(view: ValueVectorView, trained: object, vectors: Tensor) -> Tensor:
-    """Where the chosen vectors are after training, `[n, hidden]`, in the weights' dtype."""
-    values = torch.empty(len(vectors), view.hidden, dtype=view.modules[0].weight.dtype)
-    for layer, chosen in trained.chosen.items():
-        rows = vectors[:, 0] == layer
-        offset = trained.offsets[str(layer)]
-        values[rows] = (view.vectors(layer)[chosen].float() + offset).to(values.dtype).cpu()
-    return values
-
-
-@contextmanager
-def _replaced(view: ValueVectorView, path: Path) -> Iterator[Tensor]:
-    """The trained vectors in their places, for a while; which they are."""
-    tensors = load_file(path / TRAINED)
-    vectors = tensors["vectors"]
-    with replace_value_vectors(view, vectors, tensors.pop("values")):
-        yield vectors
-
-
 def _collect(runs: Sequence[Run], paths: Sequence[Path]) -> CausalStudy:
-    rows, vectors, tables, records = [], {}, {name: [] for name in (*TABLES, "losses")}, []
+    rows, vectors, records = [], {}, []
+    tables: dict[str, list[pd.DataFrame]] = {name: [] for name in (*TABLES, "losses")}
     for run, path in zip(runs, paths, strict=True):
-        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-        training, losses = run.training, record.get("losses", [])
-        rows.append(
-            {
-                "run": run.name,
-                "method": training.method if training else "original",
-                "rule": training.rule if training else "",
-                "share": training.share if training else 0.0,
-                "seed": training.seed if training else 0,
-                "learning_rate": training.learning_rate if training else 0.0,
-                "loss_first": losses[0] if losses else np.nan,
-                "loss_last": np.mean(losses[-max(1, len(losses) // 10) :]) if losses else np.nan,
-                **{
-                    name: record.get(name, 0)
-                    for name in ("vectors", "parameters", "optimizer_bytes", "steps", "seconds")
-                },
-            }
-        )
+        facts = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        losses = facts.get("losses", [])
+        training = run.training.model_dump() if run.training else ORIGINAL
+        row = {"run": run.name} | {name: training[name] for name in ORIGINAL}
+        row["loss_first"] = losses[0] if losses else np.nan
+        row["loss_last"] = np.mean(losses[-max(1, len(losses) // 10) :]) if losses else np.nan
+        for name in ("vectors", "parameters", "optimizer_bytes", "steps", "seconds"):
+            row[name] = facts.get(name, 0)
+        rows.append(row)
         vectors[run.name] = load_file(path / TRAINED)["vectors"]
         made = read_computed(path)
-        trained = made.pop("trained", None)
-        records += [({"unit": "training", "run": run.name}, trained)] if trained else []
+        if trained := made.pop("trained", None):
+            records.append(({"unit": "training", "run": run.name}, trained))
         records.append(({"unit": "evaluation", "run": run.name}, made))
         curve = pd.DataFrame({"step": range(1, len(losses) + 1), "loss": losses})
         tables["losses"].append(curve.assign(run=run.name))

