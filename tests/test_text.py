@@ -249,6 +249,7 @@ def test_figures_show_names_as_they_stand(recwarn):
     from matplotlib import pyplot as plt
     from matplotlib.text import Text
 
+    figures.use_book_style()
     for title, (figure, names) in drawn_figures().items():
         figure.canvas.draw()  # mathematics that is none would raise
         texts = [text for text in figure.findobj(Text) if text.get_visible()]

@@ -153,8 +153,9 @@ def run(
     With parameters of your own, the result goes to results/runs/; the book's copy stays.
     """
     from paramspec_book import book
+    from paramspec_book.parameters import parse_assignments
 
-    given = book.parse_assignments(parameter or [])
+    given = parse_assignments(parameter or [])
     book.run_chapter(chapter, given, profile=profile, target=out, force=force)
 
 
@@ -390,10 +391,10 @@ def plan(
 
     from paramspec.studies.chapters import CHAPTERS, chapter_experiments
     from paramspec.studies.cost import plan as make_plan
-    from paramspec_book import book
+    from paramspec_book.parameters import parse_assignments, planned_values
 
-    given = book.parse_assignments(parameter or [])
-    values, others = book.chapter_values(profile, chapter or (), given, CHAPTERS)
+    given = parse_assignments(parameter or [])
+    values, others = planned_values(profile, chapter or (), given, CHAPTERS)
     asked = {name: chapter_experiments(name, own) for name, own in values.items()}
     planned = make_plan(asked, gpu=gpu, utilisation=utilisation)
     if as_json:

@@ -3,8 +3,8 @@
     print(printable(message))            # one line, whatever stands in a path
     Markdown(f"{in_markdown(model)} answers")
 
-In a table of the command line no text is markup (`cli._console`); in a figure, see
-`figures.as_written`; in a DataFrame on a page, `figures.use_book_style`.
+In a table of the command line no text is markup (`cli._console`); in a figure, and in a DataFrame
+on a page, see `figures.use_book_style`.
 """
 
 from __future__ import annotations

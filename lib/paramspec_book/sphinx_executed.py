@@ -5,8 +5,8 @@
 
 Sources stay `book/X.md` in the table of contents, so links, edit buttons and warnings name the file
 that a person edits; their cells and outputs come from `book/_executed/X.ipynb` (or the folder that
-the environment variable PARAMSPEC_EXECUTED names). A copy that is missing, failed or stale is a
-warning, which `-W` makes an error. A directive `{executed-chapters}` lists all copies in a table.
+the environment variable PARAMSPEC_EXECUTED names). A copy that is missing or stale is a warning,
+which `-W` makes an error. A directive `{executed-chapters}` lists all copies in a table.
 
 Built on myst-nb's custom formats (`nb_custom_formats`), each keyed by the whole path of a chapter.
 """
@@ -24,7 +24,9 @@ from sphinx.util.docutils import SphinxDirective
 
 from paramspec.execution.provenance import machine
 from paramspec.markup import in_markdown
-from paramspec_book import book
+from paramspec_book.book import executed_folder
+from paramspec_book.keys import RECORD, execution_key, read_record
+from paramspec_book.parameters import chapters
 
 LOGGER = logging.getLogger(__name__)
 
@@ -42,70 +44,68 @@ def register_copies(app: Sphinx) -> None:
     root = Path(app.srcdir)
     formats = dict(app.env.mystnb_config.custom_formats)
     app.env.executed_records = {}
-    for chapter in book.chapters(root):
-        docname = app.env.path2doc(str(chapter.source))
-        copy = book.executed_folder(root) / f"{chapter.name}.ipynb"
+    for chapter in chapters(root):
+        docname = app.env.path2doc(str(chapter))
+        copy = executed_folder(root) / f"{chapter.stem}.ipynb"
         arguments = {"docname": docname, "copy": str(copy), "root": str(root)}
-        formats[str(chapter.source)] = (f"{__name__}.read_copy", arguments, False)
-        app.env.executed_records[docname] = book.read_record(copy)
+        formats[str(chapter)] = (f"{__name__}.read_copy", arguments, False)
+        app.env.executed_records[docname] = read_record(copy)
     app.env.mystnb_config = app.env.mystnb_config.copy(custom_formats=formats)
 
 
 def read_copy(text: str, docname: str, copy: str, root: str) -> Any:
-    """Return the executed copy of a chapter's `text`; warn when it is missing, failed or stale.
+    """Return the executed copy of a chapter, whose source is `text`.
 
-    Without a copy the page shows the chapter unexecuted.
+    One that is missing or stale is a warning, and the page shows the chapter unexecuted.
     """
-    remedy = f"run `paramspec run {Path(copy).stem}`"
-    try:
-        notebook = standard_nb_read(Path(copy).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        problem = "missing" if isinstance(error, FileNotFoundError) else f"unreadable ({error})"
-        LOGGER.warning("the executed copy is %s; %s", problem, remedy, location=docname)
-        return read_myst_markdown_notebook(text, add_source_map=True)
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    record = book.read_record(Path(copy))
-    if any(output.output_type == "error" for output in outputs):
-        LOGGER.warning("the executed copy holds an error; %s", remedy, location=docname)
-    elif record is None or record["key"] != book.execution_key(
-        text, record["profile"], record["parameters"], Path(root)
+    chapter, record = Path(root) / f"{docname}.md", read_record(Path(copy))
+    unexecuted = read_myst_markdown_notebook(text, add_source_map=True)
+    if record is None:
+        problem = "missing"
+    elif record["key"] != execution_key(
+        chapter, record["profile"], record["parameters"], Path(root)
     ):
-        LOGGER.warning(
-            "the executed copy is stale: the chapter, the library, the environment or the data "
-            "changed since; %s",
-            remedy,
-            location=docname,
-        )
-    # Warnings then name lines of the source, and the record stays out of the page's front matter.
-    notebook.metadata["source_map"] = book.cell_lines(text, notebook.cells)
-    for key in (book.RECORD, "papermill"):
-        notebook.metadata.pop(key, None)
-    return notebook
+        problem = "stale: the chapter, the library, the environment or the data changed since"
+    else:
+        notebook = standard_nb_read(Path(copy).read_text("utf-8"))
+        lines = unexecuted.metadata["source_map"]  # warnings then name lines of the source
+        for place, cell in enumerate(notebook.cells):
+            if "injected-parameters" in cell.metadata.get("tags", []):
+                lines.insert(place, lines[place - 1])
+        notebook.metadata["source_map"] = lines
+        for key in (RECORD, "papermill"):  # else they are the page's front matter
+            notebook.metadata.pop(key, None)
+        return notebook
+    LOGGER.warning(
+        "the executed copy is %s; run `paramspec run %s`", problem, chapter.stem, location=docname
+    )
+    return unexecuted
 
 
 def add_note(app: Sphinx, doctree: nodes.document) -> None:
     """Put a folded note under a chapter's title: when, where and from what it was executed."""
-    docname = app.env.docname
-    record = app.env.executed_records.get(docname)
+    record = app.env.executed_records.get(app.env.docname)
     if record is None:
         return
-    url = app.config.html_theme_options["repository_url"]
-    branch = app.config.html_theme_options["repository_branch"]
+    commit = _commit(record)
+    if record["commit"]:
+        url = app.config.html_theme_options["repository_url"]
+        refuri = f"{url}/tree/{record['commit']}"
+        commit = nodes.reference("", commit, refuri=refuri, internal=False)
     at = f" at {record['commit'][:7]}" if record["commit"] else ""
     title = f"Last executed {record['executed']}{at}, profile {record['profile']}"
-    note = nodes.admonition(classes=["dropdown", "last-executed"])
-    note += nodes.title("", title)
+    note = nodes.admonition("", nodes.title("", title), classes=["dropdown", "last-executed"])
     fields = nodes.field_list()
     for name, value in [
-        ("Source", _link(f"{docname}.md", f"{url}/blob/{branch}/{docname}.md")),
-        ("Commit", _commit(record, url)),
-        ("Parameters", _parameters(record)),
-        ("Run time", nodes.Text(f"{record['seconds']} s")),
-        ("Machine", nodes.Text(record["machine"])),
-        ("Versions", nodes.Text(_pairs(record["versions"], " "))),
-        *[("Results", nodes.Text(text)) for text in _results(record.get("results"))],
+        ("Commit", commit),
+        ("Parameters", nodes.literal("", _pairs(record["parameters"], " = ") or "none")),
+        ("Run time", f"{record['seconds']} s"),
+        ("Machine", record["machine"]),
+        ("Versions", _pairs(record["versions"], " ")),
+        *[("Results", line) for line in describe_results(record["results"])],
     ]:
-        body = nodes.field_body("", nodes.paragraph("", "", value))
+        shown = nodes.Text(value) if isinstance(value, str) else value
+        body = nodes.field_body("", nodes.paragraph("", "", shown))
         fields += nodes.field("", nodes.field_name("", name), body)
     note += fields
     section = next(doctree.findall(nodes.section), doctree)
@@ -117,40 +117,19 @@ class ExecutedChapters(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Return the table; a chapter without a copy says so."""
-        url = self.config.html_theme_options["repository_url"]
         rows = ["| Chapter | Executed | Profile | Commit | Seconds | Machine |", "|" + "---|" * 6]
         for docname, record in self.env.executed_records.items():
-            link = f"[](/{docname}.md)"
-            if record is None:
-                rows.append(f"| {link} | not executed | | | | |")
-                continue
-            commit = _commit(record, url)
-            shown = commit.astext()
-            if isinstance(commit, nodes.reference):
-                shown = f"[{shown}]({commit['refuri']})"
-            cells = [in_markdown(record["executed"]), in_markdown(record["profile"]), shown]
-            cells += [str(record["seconds"]), in_markdown(record["machine"])]
-            rows.append(f"| {link} | " + " | ".join(cells) + " |")
+            cells = ["not executed", "", "", "", ""]
+            if record is not None:
+                names = ("executed", "profile", "commit", "seconds", "machine")
+                cells = [in_markdown(record[name]) for name in names]
+                cells[2] = _commit(record)
+            rows.append(f"| [](/{docname}.md) | " + " | ".join(cells) + " |")
         return self.parse_text_to_nodes("\n".join(rows))
 
 
-def _commit(record: dict[str, Any], url: str) -> nodes.Node:
-    """Return the commit as a link, and whether the files differed from it."""
-    if record["commit"] is None:
-        return nodes.Text("outside git")
-    changed = ", with uncommitted changes" if record["dirty"] else ""
-    return _link(record["commit"][:10] + changed, f"{url}/tree/{record['commit']}")
-
-
-def _parameters(record: dict[str, Any]) -> nodes.Node:
-    text = _pairs(record["parameters"], " = ")
-    return nodes.literal("", text) if text else nodes.Text("none")
-
-
-def _results(results: dict[str, Any] | None) -> list[str]:
+def describe_results(results: dict[str, Any]) -> list[str]:
     """Return a line for each way in which the results of a page were computed, and its models."""
-    if not results:  # the copy is of another version of the library, and stale
-        return []
     lines = []
     for group in results["computed"]:
         counts = ", ".join(f"{count} {unit}" for unit, count in group["units"].items())
@@ -169,9 +148,12 @@ def _results(results: dict[str, Any] | None) -> list[str]:
     return lines
 
 
+def _commit(record: dict[str, Any]) -> str:
+    """Return the beginning of the commit, and whether the files differed from it."""
+    if record["commit"] is None:
+        return "outside git"
+    return record["commit"][:10] + (", with uncommitted changes" if record["dirty"] else "")
+
+
 def _pairs(values: dict[str, Any], between: str) -> str:
     return ", ".join(f"{name}{between}{value}" for name, value in values.items())
-
-
-def _link(text: str, url: str) -> nodes.Node:
-    return nodes.reference("", text, refuri=url, internal=False)

@@ -17,13 +17,11 @@ from urllib.parse import urljoin, urlsplit
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from paramspec_book import book
+from paramspec_book.parameters import toc_pages
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
-PAGES = [
-    p.relative_to(REPOSITORY).with_suffix(".html").as_posix() for p in book.toc_pages(REPOSITORY)
-]
+PAGES = [p.relative_to(REPOSITORY).with_suffix(".html").as_posix() for p in toc_pages(REPOSITORY)]
 WIDTHS = [1280, 390]  # a laptop's and a phone's, in px
 PATIENCE = 600_000  # ms, on a machine that has other things to do
 

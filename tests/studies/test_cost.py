@@ -34,7 +34,7 @@ from paramspec.models.zoo_training import (
 from paramspec.specwiki import load_questions
 from paramspec.studies.chapters import CHAPTERS, Experiment, chapter_experiments
 from paramspec.studies.cost import Tokens, find_gpu, plan, subject, tokens_of
-from paramspec_book import book
+from paramspec_book import parameters
 from toy_study import save_toy
 from toys import random_model
 
@@ -252,7 +252,7 @@ def test_a_model_larger_than_a_gpu_takes_several(offline):
 def test_bad_input_is_one_line(words, told, offline, monkeypatch, capsys):
     (offline / "none.yaml").write_text("chapter: {}\n")
     (offline / "typed.yaml").write_text("6-scale: {concepts: many}\n")
-    monkeypatch.setattr(book, "find_root", lambda: REPOSITORY)
+    monkeypatch.setattr(parameters, "find_root", lambda: REPOSITORY)
     monkeypatch.setattr(sys, "argv", ["paramspec", "plan", *words])
     with pytest.raises(SystemExit) as stopped:
         cli.main()
@@ -273,7 +273,7 @@ def test_gpus_are_sourced_and_found_by_any_spelling():
 
 def test_command_says_what_twenty_models_cost(offline, monkeypatch, capsys):
     """Of the paper's profile, as tables and as JSON."""
-    monkeypatch.setattr(book, "find_root", lambda: REPOSITORY)
+    monkeypatch.setattr(parameters, "find_root", lambda: REPOSITORY)
 
     def run(*words):
         monkeypatch.setattr(
