@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
-from rich.console import Console
 
 import growth
 import peers
@@ -54,15 +51,11 @@ def agree(actual, expected):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("needed_only", [True, False])
 @pytest.mark.parametrize("rows", [0, 5])
-def test_nnsight_scores_what_one_at_a_time_does_under_masks(
-    loaded, view, masked, rows, needed_only
-):
+def test_nnsight_scores_what_one_at_a_time_does_under_masks(loaded, view, masked, rows):
     pytest.importorskip("nnsight")
     expected = peers.one_at_a_time(view, masked)
-    contender = peers.Nnsight(peers.wrap(loaded), view.names, rows, needed_only)
-    agree(contender(masked), expected)
+    agree(peers.Nnsight(peers.wrap(loaded), view.names, rows)(masked), expected)
     # Masks move these scores by more than the tolerance, and wrapping left the model as it was.
     plain = peers.Work("plain", [Request(item, 0) for item, _ in masked.requests])
     moved = zip(peers.one_at_a_time(view, plain), expected, masked.requests, strict=True)
@@ -87,7 +80,16 @@ def test_needed_work_is_that_of_a_count_by_hand():
     # Under two masks nothing is shared between the questions.
     apart = peers.needed([Request(first, 0), Request(second, 1)])
     assert apart == (3 + 5, (1 + 2 + 3) + (1 + 2 + 3 + 4 + 5), 2 + 3)
-    assert found.flops(SimpleNamespace(token=1000, pair=10, unembedded=1)) == 6000 + 180 + 5
+
+
+def test_needed_flops_are_those_of_a_llama_s_matrices(loaded):
+    config = loaded.model.config
+    width, keys = config.hidden_size, config.num_key_value_heads * config.head_dim
+    weights = 2 * width**2 + 2 * width * keys + 3 * width * config.intermediate_size
+    token, pair = 2 * config.num_hidden_layers * weights, 4 * config.num_hidden_layers * width
+    read = 2 * width * config.vocab_size
+    assert config.num_attention_heads * config.head_dim == width
+    assert peers.Needed(6, 18, 5).flops(loaded.model) == 6 * token + 18 * pair + 5 * read
 
 
 @pytest.fixture
@@ -100,17 +102,19 @@ def on_toys(monkeypatch):
     for module in (scoring, growth):
         monkeypatch.setattr(module, "load_questions", questions)
     monkeypatch.setattr(scoring, "load_model", lambda *_, **__: toy_loaded("llama"))
+    monkeypatch.setattr(growth, "PROMPTS", 5)
     square = torch.ones(64, 64)
-    way = scoring.Multiplication("square", 2 * 64**3, lambda: square @ square)
-    monkeypatch.setattr(scoring, "matmuls", lambda _: [way])
-    line = "--dtypes float32 --rounds 2 --questions 10 --concepts 3 --general 2 --batches 4,8 "
-    line += "--nnsight-batches 6,0 --growth-rounds 1 --memory= --grow-questions 4,8 "
-    line += "--grow-concepts 2,4 --grow-ratios 1,2 --grow-controls 0,1 --grow-prompt 2,4 "
-    line += "--grow-shared-prompt 2,4 --grow-models 16x1,32x2 --grow-prompts 5"
-    return scoring.parse(line.split())
+    monkeypatch.setattr(scoring, "products", lambda _: {"a": (2 * 64**3, lambda: square @ square)})
+    line = "--quick --dtypes float32 --questions 10 --concepts 3 --general 2 --growth-rounds 1"
+    given = scoring.parse(line.split())
+    given.batches, given.nnsight_batches = (4, 8), (6, 0)
+    pairs = ("concepts", (2, 4)), ("ratios", (1, 2)), ("controls", (0, 1)), ("prompt", (2, 4))
+    given.axes = {"questions": (4, 8), **dict(pairs), "shared_prompt": (2, 4)}
+    given.axes["parameters"] = ((16, 1), (32, 2))
+    return given
 
 
-def test_the_whole_run_on_a_toy(on_toys, monkeypatch):
+def test_the_whole_run_on_a_toy(on_toys):
     for package in ("lm_eval", "nnsight"):
         pytest.importorskip(package)
     found = json.loads(json.dumps(scoring.measure(on_toys)))
@@ -131,7 +135,7 @@ def test_the_whole_run_on_a_toy(on_toys, monkeypatch):
     assert len(axes) == 14
     masks = {key: row["questions"] for key, row in zip(axes, found["growth"], strict=True)}
     assert masks["ratios", 2] == 2 * masks["ratios", 1] == masks["controls", 1]
-    scoring.show(found, Console(file=io.StringIO()))
+    scoring.show(found)
 
 
 def test_a_peer_that_is_not_installed_is_a_row_that_says_so(on_toys, monkeypatch):
@@ -142,13 +146,13 @@ def test_a_peer_that_is_not_installed_is_a_row_that_says_so(on_toys, monkeypatch
     assert [row["contender"] for row in absent] == ["lm-eval", "nnsight"]
     assert all(row["seconds"] is None for row in absent)
     assert sum("nothing to compare with" in note for note in found["notes"]) == 2
-    scoring.show(found, Console(file=io.StringIO()))
+    scoring.show(found)
 
 
-def row(work, dtype, contender, variant=scoring.SHARED, **values):
-    sizes = {"questions": 600, "options": 2400, "masks": 30, "tokens": 9000}
-    measured = {"seconds": 1.0, "ratio": 1.0, "share": 0.6, "differing": 0, "difference": 1e-4}
-    return scoring.Row(work, dtype, contender, variant, **(sizes | measured | values))
+def row(work, dtype, contender, **values):
+    row = {"work": work, "dtype": dtype, "contender": contender, "variant": scoring.SHARED}
+    row |= {"questions": 600, "masks": 30, "seconds": 1.0, "ratio": 1.0, "share": 0.6}
+    return row | {"differing": 0, "difference": 1e-4} | values
 
 
 def test_every_bound_is_held():
@@ -178,10 +182,10 @@ def test_every_bound_is_held():
     ]
     for place, values in wrong:
         table = list(good)
-        table[place] = dataclasses.replace(table[place], **values)
+        table[place] = table[place] | values
         problems, _ = scoring.find_problems(table, [], [])
         assert len(problems) == 1, (place, values, problems)
-    small = [dataclasses.replace(each, questions=100, masks=5, ratio=0.1) for each in good]
+    small = [each | {"questions": 100, "masks": 5, "ratio": 0.1} for each in good]
     problems, unchecked = scoring.find_problems(small, [], [])
     assert problems == []
     assert len(unchecked) == 6

@@ -1,6 +1,6 @@
 """How the engine's time and memory grow: with questions, masks, prompts and the model.
 
-    rows = measure_time(loaded, Sizes(), rounds=3)     # a row per point of an axis
+    rows = measure_time(loaded, AXES, rounds=3)        # a row per point of an axis
     rows = measure_memory("smollm2-135m", "bfloat16", ((8, 1), (32, 1), (8, 8)))
 
 All points of all axes are timed in turn, round by round. Memory is that of a process of its own
@@ -10,16 +10,15 @@ for each case: `python tests/benchmarks/growth.py MODEL DTYPE CONCEPTS MASKS` pr
 from __future__ import annotations
 
 import copy
-import gc
 import json
+import resource
 import statistics
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -33,39 +32,28 @@ from paramspec.method.rows import Engine, Item, Request
 from paramspec.method.scoring import choose_engine, encode
 from paramspec.models.load import LoadedModel, load_model
 from paramspec.specwiki import Question, load_questions
-from paramspec.studies.plan import cost_of
+from turns import in_turns
 
 RATIO = 0.01
 LINEAR = ("questions", "concepts", "ratios", "controls")  # the axes that time is linear in
+Axes = Mapping[str, Sequence]
+# The points of each axis. `questions` are without a mask; `concepts` have a mask each, on their own
+# questions and ten general ones; `ratios` are masks of each of four concepts, each larger than the
+# one before; `controls` are masks beside its own, as large as it; `prompt` and `shared_prompt` are
+# tokens in front of each of forty questions; `parameters` are (hidden size, layers).
+AXES: Axes = {
+    "questions": (55, 110, 220, 440),
+    "concepts": (8, 16, 32),
+    "ratios": (1, 2, 4, 8),
+    "controls": (0, 1, 3, 7),
+    "prompt": (10, 20, 40, 80, 160),
+    "shared_prompt": (10, 20, 40, 80, 160),
+    "parameters": ((192, 10), (384, 20), (576, 30), (960, 32)),
+}
+PROMPTS = 40
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """The points of each axis; an empty one is not measured.
-
-    Attributes:
-        questions: without a mask.
-        concepts: a mask each, on its own questions and ten general ones.
-        ratios: masks of each of four concepts, each larger than the one before.
-        controls: masks of each of four concepts beside its own, as large as it.
-        prompt: tokens in front of each of some questions, other ones for each.
-        shared_prompt: tokens in front of each of some questions, the same for all.
-        models: (hidden size, layers), in the proportions of the model at hand.
-        prompts: questions that prompts are put in front of.
-    """
-
-    questions: tuple[int, ...] = (55, 110, 220, 440)
-    concepts: tuple[int, ...] = (8, 16, 32)
-    ratios: tuple[int, ...] = (1, 2, 4, 8)
-    controls: tuple[int, ...] = (0, 1, 3, 7)
-    prompt: tuple[int, ...] = (10, 20, 40, 80, 160)
-    shared_prompt: tuple[int, ...] = (10, 20, 40, 80, 160)
-    models: tuple[tuple[int, int], ...] = ((192, 10), (384, 20), (576, 30), (960, 32))
-    prompts: int = 40
-
-
-@dataclass
-class Point:
+class Point(NamedTuple):
     """A place on an axis: `x`, and the work that is timed there."""
 
     axis: str
@@ -73,26 +61,6 @@ class Point:
     view: ValueVectorView
     engine: Engine
     work: peers.Work
-    seconds: list[float] = field(default_factory=list)
-
-    def run(self) -> None:
-        began = time.perf_counter()
-        peers.engine(self.view, self.engine, self.work)
-        self.seconds.append(time.perf_counter() - began)
-
-    def row(self) -> dict[str, object]:
-        found = peers.needed(self.work.requests)
-        return {
-            "axis": self.axis,
-            "x": self.x,
-            "dtype": str(self.view.model.dtype).removeprefix("torch."),
-            "seconds": statistics.median(self.seconds),
-            "low": min(self.seconds),
-            "high": max(self.seconds),
-            "questions": len(self.work.requests),
-            "tokens": found.tokens,
-            "flops": found.flops(cost_of(self.view.model.config)),
-        }
 
 
 def random_masks(view: ValueVectorView, ratios: Sequence[float]) -> list[torch.Tensor]:
@@ -131,10 +99,9 @@ def _behind(items: Sequence[Item], prompts: Sequence[Sequence[int]]) -> peers.Wo
     return peers.Work("unmasked", [Request(item, 0) for item in longer])
 
 
-def points(loaded: LoadedModel, sizes: Sizes) -> list[Point]:
-    """`points(loaded, Sizes())`: of all axes."""
+def points(loaded: LoadedModel, axes: Axes) -> Iterator[Point]:
+    """`points(loaded, AXES)`: of all axes."""
     view, tokenizer, every = value_vector_view(loaded.model), loaded.tokenizer, load_questions()
-    engine = choose_engine(view)
 
     def spread(count: int) -> list[Item]:
         return [encode(tokenizer, question) for question in every[:: len(every) // count][:count]]
@@ -142,31 +109,26 @@ def points(loaded: LoadedModel, sizes: Sizes) -> list[Point]:
     def masks(concepts: int, ratios: Sequence[float]) -> peers.Work:
         return masked_work(view, tokenizer, load_questions(concepts=concepts), ratios)
 
-    items = spread(sizes.prompts)
-    texts = [tokenizer.encode(" ".join(question.statements)) for question in every[: len(items)]]
+    items = spread(PROMPTS)
+    texts = [tokenizer.encode(" ".join(question.statements)) for question in every[:PROMPTS]]
     # Text after text in a circle, beginning with another for each question.
-    own = [
-        [token for text in texts[at:] + texts[:at] for token in text] for at in range(len(texts))
-    ]
-    axes: dict[str, tuple[Sequence[int], Callable[[int], peers.Work]]] = {
-        "questions": (sizes.questions, lambda x: _behind(spread(x), [()] * x)),
-        "concepts": (sizes.concepts, lambda x: masks(x, [RATIO])),
-        "ratios": (sizes.ratios, lambda x: masks(4, [RATIO * (1 + i) for i in range(x)])),
-        "controls": (sizes.controls, lambda x: masks(4, [RATIO] * (1 + x))),
-        "prompt": (sizes.prompt, lambda x: _behind(items, [text[:x] for text in own])),
-        "shared_prompt": (sizes.shared_prompt, lambda x: _behind(items, [own[0][:x]] * len(items))),
+    own = [[token for text in texts[at:] + texts[:at] for token in text] for at in range(PROMPTS)]
+    works: dict[str, Callable[[int], peers.Work]] = {
+        "questions": lambda x: _behind(spread(x), [()] * x),
+        "concepts": lambda x: masks(x, [RATIO]),
+        "ratios": lambda x: masks(4, [RATIO * (1 + i) for i in range(x)]),
+        "controls": lambda x: masks(4, [RATIO] * (1 + x)),
+        "prompt": lambda x: _behind(items, [text[:x] for text in own]),
+        "shared_prompt": lambda x: _behind(items, [own[0][:x]] * PROMPTS),
     }
-    found = [
-        Point(axis, x, view, engine, work(x))
-        for axis, (values, work) in axes.items()
-        for x in values
-    ]
-    for hidden, layers in sizes.models:
+    for axis, work in works.items():
+        for x in axes.get(axis, ()):
+            yield Point(axis, x, view, choose_engine(view), work(x))
+    for hidden, layers in axes.get("parameters", ()):
         other = value_vector_view(random_model(loaded.model, hidden, layers))
         count = sum(parameter.numel() for parameter in other.model.parameters())
-        work = _behind(items, [()] * len(items))
-        found.append(Point("parameters", count, other, choose_engine(other), work))
-    return found
+        work = _behind(items, [()] * PROMPTS)
+        yield Point("parameters", count, other, choose_engine(other), work)
 
 
 def random_model(like: torch.nn.Module, hidden: int, layers: int) -> torch.nn.Module:
@@ -183,26 +145,26 @@ def random_model(like: torch.nn.Module, hidden: int, layers: int) -> torch.nn.Mo
     return model.to(like.dtype).eval().requires_grad_(False)
 
 
-def measure_time(
-    loaded: LoadedModel,
-    sizes: Sizes,
-    rounds: int = 3,
-    progress: Callable[[], None] = lambda: None,
-) -> list[dict[str, object]]:
-    """`measure_time(loaded, Sizes())`: a row a point; `progress` is called after each timing.
+def measure_time(loaded: LoadedModel, axes: Axes, rounds: int) -> list[dict[str, object]]:
+    """`measure_time(loaded, AXES, 3)`: a row a point.
 
     Returns:
-        `axis`, `x`, `dtype`, `seconds` (median), `low`, `high`, and the `questions`, `tokens` and
-        `flops` that are needed there.
+        `axis`, `x`, `seconds` (median), `low`, `high`, and the `questions`, `tokens` and `flops`
+        that are needed there.
     """
-    found = points(loaded, sizes)
-    for point in found:  # what is prepared once, and each size's first memory, is not timed
-        peers.engine(point.view, point.engine, point.work.only(range(4)))
-    for _ in range(rounds):
-        for point in found:
-            point.run()
-            progress()
-    return [point.row() for point in found]
+    found = list(points(loaded, axes))
+    ways = {
+        number: partial(peers.engine, point.view, point.engine, point.work)
+        for number, point in enumerate(found)
+    }
+    rows = []
+    for point, seconds in zip(found, in_turns(ways, rounds).values(), strict=True):
+        needed = peers.needed(point.work.requests)
+        row = {"axis": point.axis, "x": point.x, "questions": len(point.work.requests)}
+        row |= {"seconds": statistics.median(seconds), "low": min(seconds), "high": max(seconds)}
+        flops = needed.flops(point.view.model)
+        rows.append(row | {"tokens": needed.tokens, "flops": flops})
+    return rows
 
 
 def superlinear(rows: Sequence[dict], slack: float = 1.2) -> list[str]:
@@ -223,26 +185,6 @@ def superlinear(rows: Sequence[dict], slack: float = 1.2) -> list[str]:
 # --- memory -------------------------------------------------------------------------------------
 
 
-@contextmanager
-def watching_memory(every: float = 0.005) -> Iterator[list[int]]:
-    """`with watching_memory() as seen: ...`: resident bytes of this process, time after time."""
-    process, done = psutil.Process(), threading.Event()
-    seen = [process.memory_info().rss]
-
-    def watch() -> None:
-        while not done.wait(every):
-            seen.append(process.memory_info().rss)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield seen
-    finally:
-        done.set()
-        thread.join()
-        seen.append(process.memory_info().rss)
-
-
 def memory_here(model: str, dtype: str, concepts: int, masks: int) -> dict[str, object]:
     """`memory_here("smollm2-135m", "bfloat16", 8, 1)`: in this process, which had better be new."""
     torch.set_num_threads(1)
@@ -251,41 +193,29 @@ def memory_here(model: str, dtype: str, concepts: int, masks: int) -> dict[str, 
     engine = choose_engine(view)
     ratios = [RATIO * (1 + number) for number in range(masks)]
     work = masked_work(view, loaded.tokenizer, load_questions(concepts=concepts), ratios)
-    gc.collect()
     release_memory()
-    with watching_memory() as seen:
-        peers.engine(view, engine, work)
-    return {
-        "concepts": concepts,
-        "masks": masks,
-        "dtype": dtype,
-        "questions": len(work.requests),
-        "loaded": seen[0],
-        "peak": max(seen),
-        "growth": max(seen) - seen[0],
-    }
+    before = psutil.Process().memory_info().rss
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is from here on
+    peers.engine(view, engine, work)
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    sizes = {"concepts": concepts, "masks": masks, "questions": len(work.requests)}
+    return sizes | {"dtype": dtype, "loaded": before, "peak": peak}
 
 
 def measure_memory(
-    model: str,
-    dtype: str,
-    cases: Sequence[tuple[int, int]],
-    progress: Callable[[], None] = lambda: None,
+    model: str, dtype: str, cases: Sequence[tuple[int, int]]
 ) -> list[dict[str, object]]:
     """`measure_memory("smollm2-135m", "bfloat16", ((8, 1), (32, 1)))`: concepts, and masks of each.
 
     Returns:
-        A row a case: resident bytes once the model is `loaded` and the questions are encoded, at
-        their `peak` while they are scored, and the `growth` from one to the other.
+        A row a case: resident bytes once the model is `loaded` and the questions are encoded, and
+        at the process's `peak`.
     """
     rows = []
-    for concepts, masks in cases:
-        line = [sys.executable, __file__, model, dtype, str(concepts), str(masks)]
-        done = subprocess.run(line, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(line)} failed:\n{done.stderr}")
+    for case in cases:
+        line = [sys.executable, __file__, model, dtype, *map(str, case)]
+        done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
-        progress()
     return rows
 
 

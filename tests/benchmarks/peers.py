@@ -2,7 +2,7 @@
 
     work = Work("masked", requests, keeps, vectors)
     scores = LmEval(loaded, batch=32)(work)      # without masks
-    scores = Nnsight(wrap(loaded), view.names, rows=20, needed=True)(work)
+    scores = Nnsight(wrap(loaded), view.names, rows=20)(work)
     scores = one_at_a_time(view, work)           # the reference
 
 Each returns a tensor `[options]` for each request: log-likelihoods in nats. All start from the same
@@ -20,7 +20,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from oracles import score_one_at_a_time
 from paramspec.method.batches import pad_right
@@ -28,7 +30,6 @@ from paramspec.method.hooks import ValueVectorView
 from paramspec.method.rows import Engine, Request
 from paramspec.method.scoring import score_options
 from paramspec.models.load import LoadedModel
-from paramspec.studies.plan import Cost
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
@@ -60,7 +61,7 @@ class Work:
 
 
 class Needed(NamedTuple):
-    """What no way of scoring can leave out: `needed(requests).flops(cost_of(config))`.
+    """What no way of scoring can leave out: `needed(requests).flops(model)`.
 
     Attributes:
         tokens: distinct beginnings of the token sequences under a mask, each computed once.
@@ -72,8 +73,20 @@ class Needed(NamedTuple):
     pairs: int
     unembedded: int
 
-    def flops(self, cost: Cost) -> int:
-        return self.tokens * cost.token + self.pairs * cost.pair + self.unembedded * cost.unembedded
+    def flops(self, model: PreTrainedModel) -> int:
+        """`needed(requests).flops(model)`: of products of matrices, two a weight and token."""
+        config, unembedding = model.config, model.get_output_embeddings()
+        projections = sum(
+            part.weight.numel()
+            for part in model.modules()
+            if isinstance(part, nn.Linear | Conv1D) and part is not unembedding
+        )
+        heads = config.num_attention_heads
+        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        # Of a pair, queries with keys, and their weights with values.
+        pair = 4 * config.num_hidden_layers * width
+        read = 2 * self.unembedded * unembedding.weight.numel()
+        return 2 * self.tokens * projections + self.pairs * pair + read
 
 
 def needed(requests: Sequence[Request]) -> Needed:
@@ -154,19 +167,19 @@ class _Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Nnsight:
-    """`Nnsight(wrap(loaded), view.names, rows=20, needed=True)(work)`: batches of one mask each.
+    """`Nnsight(wrap(loaded), view.names, rows=20)(work)`: batches of one mask each.
+
+    It unembeds only where an option is read off.
 
     Attributes:
         wrapped: from `wrap`.
         names: of the down projections, as in `ValueVectorView`.
         rows: options in a batch, sorted by length and padded on the right; 0 for all of a mask's.
-        needed: unembed only where an option is read off.
     """
 
     wrapped: TransformersModel
     names: Sequence[str]
     rows: int
-    needed: bool
 
     def __call__(self, work: Work) -> list[Tensor]:
         scores = [torch.zeros(len(request.item.options)) for request in work.requests]
@@ -192,27 +205,23 @@ class Nnsight:
 
         # The last token is predicted, never read.
         tokens, attention_mask = pad_right([line.tokens[:-1] for line in lines])
+        options = [line.option for line in lines]
+        rows = torch.tensor([row for row, option in enumerate(options) for _ in option])
         ends = [len(line.tokens) - 1 for line in lines]
-        rows = torch.tensor([row for row, line in enumerate(lines) for _ in line.option])
-        places = torch.cat(
-            [
-                torch.arange(end - len(line.option), end)
-                for line, end in zip(lines, ends, strict=True)
-            ]
-        )
-        targets = torch.tensor([token for line in lines for token in line.option])
+        places = [range(end - len(o), end) for end, o in zip(ends, options, strict=True)]
+        places = torch.tensor(list(itertools.chain(*places)))
+        targets = torch.tensor(list(itertools.chain(*options)))
         chosen = [
             (self.wrapped.get(name), vectors[vectors[:, 0] == layer, 1].long())
             for layer, name in enumerate(self.names if vectors is not None else ())
         ]
-        head, needed = self.wrapped.lm_head, self.needed
+        head = self.wrapped.lm_head
         with self.wrapped.trace(input_ids=tokens, attention_mask=attention_mask, use_cache=False):
             for projection, masked in chosen:
                 projection.input[..., masked] = 0
-            if needed:
-                head.input = head.input[rows, places][None]
+            head.input = head.input[rows, places][None]
             logits = nnsight.save(head.output)
-        logits = logits[0] if needed else logits[rows, places]
+        logits = logits[0]
         read = logits.gather(1, targets[:, None])[:, 0].float()
         read = read - torch.cat([part.float().logsumexp(-1) for part in logits.split(256)])
-        return [part.sum() for part in read.split([len(line.option) for line in lines])]
+        return [part.sum() for part in read.split(list(map(len, options)))]
