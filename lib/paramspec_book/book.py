@@ -29,7 +29,7 @@ from typing import Any
 
 from paramspec.errors import InputError
 from paramspec.execution.ends import out_of_the_main_thread
-from paramspec.execution.files import atomic, remove_leftovers, require_writable
+from paramspec.execution.files import atomic, require_writable
 from paramspec.execution.provenance import USED, hardware, machine, used_results, versions
 from paramspec.markup import printable
 from paramspec_book.keys import RECORD, execution_key, read_record
@@ -86,6 +86,8 @@ def run_chapter(
     Raises InputError before any work for an unknown chapter, profile, parameter, or an ill-typed
     value, and for a target that cannot be written; ChapterFailed when the chapter raises.
     """
+    import nbformat
+
     root = root or find_root()
     chapter = find_chapter(name, root)
     values = chapter_values(chapter, profile, parameters or {}, root)
@@ -115,12 +117,11 @@ def run_chapter(
         "seconds": seconds,
         "profile": profile,
         "parameters": values,
-        **_commit(root),
-        "versions": {"python": platform.python_version()} | versions(*VERSIONS),
-        "machine": machine(hardware()),
         "results": used_results(used),
+        **_circumstances(root),
     }
-    _write(notebook, target)
+    with atomic(target) as whole:
+        whole.write_text(nbformat.writes(notebook), "utf-8")
     scratch.unlink(missing_ok=True)
     used.unlink(missing_ok=True)
     print(f"{chapter.stem}: {seconds} s -> {_shown(target, root)}", flush=True)
@@ -191,26 +192,23 @@ def _kernel_environment(profile: str, used: Path) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _write(notebook: Any, target: Path) -> None:
-    """Write a notebook in one step: a reader sees the old one or the new one."""
-    import nbformat
-
-    remove_leftovers(target.parent)
-    with atomic(target) as scratch:
-        scratch.write_text(nbformat.writes(notebook), "utf-8")
-
-
-def _commit(root: Path) -> dict[str, Any]:
-    """Return the checked-out commit, and whether files differ from it; None outside git."""
+def _circumstances(root: Path) -> dict[str, Any]:
+    """Return the versions, the machine, the commit, and whether files differ from it."""
 
     def git(*arguments: str) -> str:
         line = ["git", "-C", str(root), *arguments]
         return subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip()
 
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": None, "dirty": None}
+    commit = dirty = None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # outside git
+        commit = git("rev-parse", "HEAD")
+        dirty = bool(git("status", "--porcelain"))
+    return {
+        "versions": {"python": platform.python_version()} | versions(*VERSIONS),
+        "machine": machine(hardware()),
+        "commit": commit,
+        "dirty": dirty,
+    }
 
 
 # Building the site

@@ -3,6 +3,8 @@
 figures.use_book_style()            # first, once a chapter
 figures.accuracy_by(table)          # chapter 2
 figures.curves(summary)             # chapter 3
+
+A `summary` holds the rows of `pss.summarize` of one model and, but for `protocols`, one protocol.
 """
 
 from __future__ import annotations
@@ -127,11 +129,7 @@ def accuracy_by(table: pd.DataFrame) -> Figure:
 
 
 def curves(summary: pd.DataFrame) -> Figure:
-    """C(k) and G(k) over the mask ratio: a panel for each kind of mask.
-
-    Args:
-        summary: rows of `pss.summarize` of one model and protocol.
-    """
+    """C(k) and G(k) over the mask ratio: a panel for each kind of mask."""
     masks = [mask for mask in MASKS if (summary["mask"] == mask).any()]
     rows, columns = (len(masks) + 1) // 2, min(2, len(masks))
     options = {"figsize": (7.2, 0.6 + 2.5 * rows), "sharey": True, "squeeze": False}
@@ -153,11 +151,7 @@ def curves(summary: pd.DataFrame) -> Figure:
 
 
 def pss_over_ratio(summary: pd.DataFrame) -> Figure:
-    """PSS pooled, PSS per concept and the difference in differences, each mask a line.
-
-    Args:
-        summary: rows of `pss.summarize` of one model and protocol.
-    """
+    """PSS pooled, PSS per concept and the difference in differences, each mask a line."""
     titles = {"pss_pooled": "PSS, pooled", "pss_per_concept": "PSS, per concept"}
     titles |= {"did": "difference in differences"}
     figure, grid = plt.subplots(2, 2, figsize=(7.2, 5.6))
@@ -176,14 +170,10 @@ def pss_over_ratio(summary: pd.DataFrame) -> Figure:
     return figure
 
 
-def general_change(table: pd.DataFrame) -> Figure:
-    """C7: what masking does to unrelated questions, in accuracy, a bar for each mask and ratio.
-
-    Args:
-        table: rows of `pss.summarize`: `mask`, `ratio`, `general_change` and its interval.
-    """
+def general_change(summary: pd.DataFrame) -> Figure:
+    """C7: what masking does to unrelated questions, in accuracy, a bar for each mask and ratio."""
     figure, axes = plt.subplots(figsize=(7, 3.8))
-    _by_mask(axes, panels.on_ratios(axes, table), "general_change", apart=0.12)
+    _by_mask(axes, panels.on_ratios(axes, summary), "general_change", apart=0.12)
     axes.axhline(0, color="0.3", linewidth=1)
     axes.margins(x=0.15)
     axes.set_ylabel("change of accuracy on\nunrelated questions")
@@ -199,11 +189,7 @@ def _by_mask(axes: Axes, table: pd.DataFrame, value: str, apart: float, **look: 
 
 
 def protocols(summary: pd.DataFrame) -> Figure:
-    """The gap G(k) - C(k) that masking opens, over G(0), for each protocol.
-
-    Args:
-        summary: rows of `pss.summarize` of one model, for the mask `concept`.
-    """
+    """The gap G(k) - C(k) that a concept's own mask opens, over G(0), for each protocol."""
     names = {"paper": ("paper: same questions", OWN)}
     names |= {"holdout": ("held out: other questions", panels.COLOURS[4])}
     figure, axes = plt.subplots(figsize=(6.4, 3.4))

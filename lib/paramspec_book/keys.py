@@ -37,16 +37,20 @@ def execution_key(chapter: Path, profile: str, parameters: Mapping[str, Any], ro
     `FILE.yaml:NAME`, a list as `@FILE`), and those that the front matter does.
     """
     text = chapter.read_text("utf-8")
-    front_matter = read_yaml(text.partition("\n---")[0].removeprefix("---"), chapter.name)
-    declared = front_matter.get(RECORD, {}).get("inputs", [])
     packages = [LIBRARY / "paramspec", LIBRARY / "paramspec_book"]
     named = [path for value in _texts(parameters.values()) for path in _named_paths(value, root)]
-    read = [path for pattern in declared for path in root.glob(pattern)]
+    read = [path for pattern in declared_inputs(text) for path in root.glob(pattern)]
     lines = [text, profile, json.dumps(dict(parameters), sort_keys=True)]
     lines += _installed(root)
     lines += sorted(_contents(LIBRARY, packages))
     lines += sorted(_contents(root, [*named, *read]))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def declared_inputs(text: str) -> list[str]:
+    """Return the patterns of files that the front matter of a chapter's text says it reads."""
+    front_matter = read_yaml(text.partition("\n---")[0].removeprefix("---"), "front matter")
+    return front_matter.get(RECORD, {}).get("inputs", [])
 
 
 def read_record(copy: Path) -> dict[str, Any] | None:
@@ -67,12 +71,12 @@ def _installed(root: Path) -> Iterator[str]:
 
 
 def _texts(values: Iterable[Any]) -> Iterator[str]:
-    """Yield every text in parameters' values, which may be lists."""
+    """Yield every text in parameters' values, which may be lists and mappings."""
     for value in values:
         if isinstance(value, str):
             yield value
-        elif isinstance(value, list):
-            yield from _texts(value)
+        elif isinstance(value, list | dict):
+            yield from _texts(value.values() if isinstance(value, dict) else value)
 
 
 def _named_paths(text: str, root: Path) -> Iterator[Path]:

@@ -33,18 +33,14 @@ class Typed(str):
 
 
 def find_root() -> Path:
-    """Return the book's root: the nearest folder at or above this one with a table of contents,
-    else the checkout this package runs from.
-
-    Raises InputError when there is none.
+    """Return the nearest folder at or above this one with a table of contents, `_toc.yml`, else
+    the checkout that this package runs from; InputError when there is none.
     """
     here = Path.cwd()
     for folder in [here, *here.parents, Path(__file__).resolve().parents[2]]:
-        if (folder / "_toc.yml").is_file() and (folder / "_config.yml").is_file():
+        if (folder / "_toc.yml").is_file():
             return folder
-    raise InputError(
-        f"{here}: no _toc.yml and _config.yml here or above; run this inside the book's checkout"
-    )
+    raise InputError(f"{here}: no _toc.yml here or above; run this inside the book's checkout")
 
 
 def toc_pages(root: Path) -> list[Path]:
@@ -144,7 +140,8 @@ def check_value(name: str, parameter: Parameter, value: Any, place: str) -> Any:
     if not isinstance(value, Typed):
         return _validated(name, parameter, value, place)
     try:
-        return _validated(name, parameter, read_value(value, f"{place}: parameter {name}"), place)
+        read = read_value(value, f"{place}: parameter {name}")
+        return _validated(name, parameter, read, place)
     except InputError:
         with contextlib.suppress(InputError):  # a model called 2024, or [x]
             return _validated(name, parameter, str(value), place)
@@ -182,7 +179,9 @@ def chapter_values(
         place = f"{place}: chapter {chapter.stem}"
         for name, value in table.items():
             if name not in declared:
-                raise InputError(f"{place} has no parameter {name!r}; {_choices(name, declared)}")
+                raise InputError(
+                    f"{place} has no parameter {name!r}; {_choices(str(name), declared)}"
+                )
             values[name] = check_value(name, declared[name], value, place)
     return values
 

@@ -150,30 +150,3 @@ def test_every_link_within_the_site_leads_somewhere(browser: Browser, site: str)
         tab.context.close()
     assert dead == []
     assert any(target.endswith(".md") and "/_sources/" in target for target in seen)
-
-
-def test_a_mistake_would_be_seen(browser: Browser, tmp_path: Path) -> None:
-    """The checks above can fail: a page with one of each defect reports them all."""
-    (tmp_path / "bad.html").write_text(
-        "<!doctype html><title>x</title><h1>x</h1><img src='none.png'>"
-        "<script src='https://example.org/x.js'></script><script>console.error('oh')</script>"
-        "<p style='width: 900px'>wide</p><span class='math'>x</span>"
-        "<script>MathJax = {startup: {promise: Promise.resolve()}}</script>"
-    )
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        site = f"http://127.0.0.1:{server.server_port}/"
-        tab, wrong = visit(browser, site, "bad.html", "light")
-        tab.set_viewport_size({"width": 390, "height": 900})
-        figures, equations = tab.evaluate(FIGURES), tab.evaluate(EQUATIONS)
-        wide = tab.evaluate(OVERFLOW)
-        tab.context.close()
-        server.shutdown()
-    text = "\n".join(wrong)
-    assert "request to https://example.org/x.js" in text
-    assert f"404 {site}none.png" in text
-    assert "console oh" in text
-    assert [f["natural"] for f in figures] == [False]
-    assert [e["drawn"] for e in equations] == [False]
-    assert wide > 0
