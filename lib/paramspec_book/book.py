@@ -29,7 +29,7 @@ from typing import Any
 
 from paramspec.errors import InputError
 from paramspec.execution.ends import out_of_the_main_thread
-from paramspec.execution.files import atomic, require_writable
+from paramspec.execution.files import atomic, require_writable, writing_to
 from paramspec.execution.provenance import USED, hardware, machine, used_results, versions
 from paramspec.markup import printable
 from paramspec_book.keys import RECORD, execution_key, read_record
@@ -108,7 +108,7 @@ def run_chapter(
     start, executed = time.monotonic(), datetime.datetime.now(datetime.UTC)
     used = scratch.with_suffix(".used").absolute()
     used.unlink(missing_ok=True)
-    with _kernel_environment(profile, used):
+    with writing_to(scratch.parent), _kernel_environment(profile, used):
         notebook = _execute(chapter, values, scratch, root)
     seconds = round(time.monotonic() - start, 1)
     notebook.metadata[RECORD] = {
