@@ -3,6 +3,7 @@
 experiments = begin("4-twenty-models", globals())       # from the parameters
 study, holdout = measure(experiments, jobs, scheduler)
 glue_interval("c1", {"value": 0.7, "low": 0.4, "high": 0.9})     # c1, c1-low and c1-high
+in_words(method_rows({"smollm2-135m": measures}), ["model", "method"], "measure")
 """
 
 from __future__ import annotations
@@ -15,18 +16,33 @@ import numpy as np
 import pandas as pd
 from myst_nb import glue
 
+from paramspec import interval, with_interval
 from paramspec.execution.parallel import workers
-from paramspec.stats.trends import with_interval
+from paramspec.plain import read_yaml
 from paramspec.studies.chapters import CHAPTERS, Experiment, chapter_experiments
 from paramspec.studies.sweep import Study
-from paramspec_book import figures
+from paramspec_book import book, figures
 
 
 def begin(chapter: str, parameters: Mapping[str, Any]) -> list[Experiment]:
-    """`begin("3-masking", globals())`: the book's style, and what the chapter measures."""
+    """`begin("3-masking", globals())`: what the chapter measures, in the book's style.
+
+    It glues the claims that the chapter tests: `c1-claim`, `c1-paper` (numbers) and `c1-rule`.
+    """
     figures.use_book_style()
     glue_all(profile=os.environ.get("PARAMSPEC_PROFILE", "by hand"))
+    for name, one in claims().items():
+        if one["chapter"] == chapter:
+            paper = one["published"].format(**one["numbers"])
+            texts = {"claim": one["claim"], "paper": paper, "rule": one["rule"]}
+            glue_all(**{f"{name.lower()}-{part}": text for part, text in texts.items()})
     return chapter_experiments(chapter, parameters) if chapter in CHAPTERS else []
+
+
+def claims() -> dict[str, dict[str, Any]]:
+    """`claims()["C1"]["numbers"]["pearson"]`: what the paper says, from `book/claims.yaml`."""
+    path = book.find_root() / "book" / "claims.yaml"
+    return read_yaml(path.read_text("utf-8"), path.name)
 
 
 def measure(
@@ -48,12 +64,10 @@ def glue_interval(name: str, row: Mapping[str, float], key: str = "value") -> No
     """`glue_interval("peak", row, "peak_pooled")`: as `peak`, `peak-low` and `peak-high`.
 
     Args:
-        row: holds `key`, and either `low` and `high` or `key_low` and `key_high`.
+        row: `value`, `low` and `high`; or `key`, `key_low` and `key_high`.
     """
-    prefix = "" if "low" in row else f"{key}_"
-    glue(name, float(row[key]), display=False)
-    for end in ("low", "high"):
-        glue(f"{name}-{end}", float(row[f"{prefix}{end}"]), display=False)
+    low, high = ("low", "high") if key == "value" else (f"{key}_low", f"{key}_high")
+    glue_all(**{name: row[key], f"{name}-low": row[low], f"{name}-high": row[high]})
 
 
 def shown(table: pd.DataFrame, titles: Mapping[str, str], form: str = ".2f") -> pd.DataFrame:
@@ -64,3 +78,34 @@ def shown(table: pd.DataFrame, titles: Mapping[str, str], form: str = ".2f") -> 
         for name, title in titles.items()
     }
     return pd.DataFrame(texts, index=table.index)
+
+
+def method_rows(
+    measures: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]], minuend: str | None = None
+) -> pd.DataFrame:
+    """`method_rows({"smollm2-135m": measure_methods(study, names)})`: draws as intervals.
+
+    With `minuend="FT-PV"`, of the paired differences of that method minus each other one.
+
+    Returns:
+        `model`, `method`, `measure`, `value`, `low`, `high`.
+    """
+    return pd.DataFrame(
+        [
+            {"model": model, "method": method, "measure": measure}
+            | interval(draws if minuend is None else by_method[minuend] - draws)
+            for model, each in measures.items()
+            for measure, by_method in each.items()
+            for method, draws in by_method.items()
+            if method != minuend
+        ]
+    )
+
+
+def in_words(rows: pd.DataFrame, index: list[str], columns: str, form: str = ".2f") -> pd.DataFrame:
+    """`in_words(rows, ["model", "method"], "measure")`: rows of intervals, as a wide table of text.
+
+    Rows and columns are in the order in which `rows` names them first.
+    """
+    texts = shown(rows.set_index([*index, columns]), {"value": "text"}, form)["text"]
+    return texts.unstack(sort=False).fillna("").rename_axis(columns=None)

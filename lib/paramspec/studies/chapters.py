@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from paramspec.method.pss import Choices
-from paramspec.models.describe import comparable_models, folds_asked, study_questions
+from paramspec.models.describe import comparable_models, folds_asked, study_questions, taught
 from paramspec.models.registry import expand_models
-from paramspec.specwiki import Question
+from paramspec.specwiki import Question, load_questions
+from paramspec.studies.causal import trained_concepts
+from paramspec.studies.finetune import Training
 from paramspec.studies.sweep import Study, measure_pss
 
 
@@ -46,6 +48,18 @@ def chapter_experiments(chapter: str, parameters: Mapping[str, Any]) -> list[Exp
     return CHAPTERS[chapter](parameters)
 
 
+def training_of(name: str, p: Mapping[str, Any]) -> tuple[list[Question], Training]:
+    """`questions, training = training_of("smollm2-135m", parameters)`: of chapters 8 and 9.
+
+    A micro model is asked what it was taught, and its training has parameters of its own.
+    """
+    micro = taught(name) is not None
+    questions = study_questions([name]) if micro else load_questions()
+    concepts = trained_concepts(questions, p["concepts"], p["seed"])
+    given = p["micro_training" if micro else "training"]
+    return questions, Training.parse(method="FT-PV", concepts=concepts, seed=p["seed"], **given)
+
+
 def _experiment(names: Sequence[str], p: Mapping[str, Any], **others: object) -> Experiment:
     given = ("ratios", "folds", "general", "controls", "position", "scope", "seed")
     choices = Choices.parse(**{name: p[name] for name in given if name in p}, **others)
@@ -71,7 +85,7 @@ def _twenty_models(p: Mapping[str, Any]) -> list[Experiment]:
 
 
 def _frequency(p: Mapping[str, Any]) -> list[Experiment]:
-    return [_over_models(p, *(expand_models(p["turned"]) if p["turned"] else ()))]
+    return [_over_models(p, *(expand_models(p["reversed_models"]) if p["reversed_models"] else ()))]
 
 
 def _sensitivity(p: Mapping[str, Any]) -> list[Experiment]:

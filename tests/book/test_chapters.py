@@ -1,0 +1,136 @@
+"""The chapters are thin: short cells, computing apart from plotting, everything said once."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import jupytext
+import nbclient
+import nbformat
+import numpy as np
+import pytest
+
+from checkout import REPOSITORY
+from paramspec.errors import InputError
+from paramspec.studies.chapters import CHAPTERS, training_of
+from paramspec_book import book, figures, notebook
+
+PAGES = {c.name: c.source.read_text("utf-8") for c in book.chapters(REPOSITORY)}
+CLAIMS = notebook.claims()
+DECIMALS = re.compile(r"\d\.\d\d+")
+LONGEST = 15  # lines of a code cell
+DRAWN = {name for name in dir(figures) if not name.startswith("_")} - {"use_book_style"}
+
+
+def code_cells(text: str) -> list[str]:
+    """The code cells of a chapter, but for its parameters."""
+    cells = jupytext.reads(text, fmt="md:myst").cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    return [cell.source for cell in code if "parameters" not in cell.metadata.get("tags", [])]
+
+
+def calls(source: str) -> set[str]:
+    """What a cell calls, as it is written: `figures.curves`, `len`."""
+    tree = ast.parse(source)
+    return {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+
+
+def computing(source: str) -> set[str]:
+    """What a cell that draws a figure does beside; nothing, in a cell that draws none."""
+    called = calls(source)
+    if not any(name.startswith("figures.") and name[8:] in DRAWN for name in called):
+        return set()
+    shows = re.compile(r"figures\.\w+|notebook\.glue_\w+|len|display|print")
+    work = (ast.For, ast.While, ast.comprehension, ast.FunctionDef, ast.Lambda, ast.BinOp)
+    done = {type(node).__name__ for node in ast.walk(ast.parse(source)) if isinstance(node, work)}
+    return done | {name for name in called if not shows.fullmatch(name)}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_cells_are_short_and_do_one_thing(name: str) -> None:
+    for source in code_cells(PAGES[name]):
+        assert len(source.strip().splitlines()) <= LONGEST, source
+        assert not computing(source), source
+        assert "Markdown(" not in source, source  # prose is in Markdown, with glued numbers
+
+
+def test_a_cell_that_computes_and_plots_would_be_seen() -> None:
+    assert computing("rows = paramspec.summarize(pss)\nfigures.curves(rows);")
+    assert computing("figures.curves(pd.concat([a, b]));")
+    assert computing("figures.curves([row for row in rows]);")
+    assert not computing("rows = paramspec.summarize(pss)")
+    assert not computing(
+        'if len(rows):\n    figures.curves(rows[rows["mask"] != "none"], log=True);'
+    )
+
+
+def test_every_figure_of_a_chapter_is_shown() -> None:
+    """The second one too: matplotlib's settings must not be put back by the first."""
+    rows = "pd.DataFrame({'vectors': [1, 2], 'layer': [0, 0], 'error': [0.5, 0.2]})"
+    start = "import pandas as pd\nfrom paramspec_book import figures\nfigures.use_book_style()\n"
+    draw = "figures.promoted_share(rows);"
+    sources = [f"{start}rows = {rows}", draw, draw]
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    done = nbclient.NotebookClient(nbformat.v4.new_notebook(cells=cells), kernel_name="python3")
+    _, *drawn = done.execute().cells
+    assert all("image/png" in cell.outputs[0].data for cell in drawn)
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_what_a_chapter_measures_is_said_in_the_library(name: str) -> None:
+    assert f'notebook.begin("{name}", globals())' in PAGES[name]
+    assert "notebook.measure(" in PAGES[name]
+    assert not re.search(r"measure_pss\(|measure_runs\(|Training\.|Choices\.", PAGES[name])
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_a_claim_is_said_once_and_shown_where_it_is_tested(claim: str) -> None:
+    one, key = CLAIMS[claim], claim.lower()
+    assert set(one) == {"chapter", "source", "claim", "numbers", "published", "rule"}
+    page, index = PAGES[one["chapter"]], (REPOSITORY / "book" / "index.md").read_text("utf-8")
+    assert "book/claims.yaml" in book.declared_inputs(page)
+    for part in ("claim", "paper", "verdict"):
+        assert f"{one['chapter']}.md::{key}-{part}:s" in index
+    assert f"{{glue:text}}`{key}-rule`" in page
+    numbers = set(DECIMALS.findall(one["published"].format(**one["numbers"])))
+    assert numbers >= {"C1": {"0.92", "0.93"}, "C9": {"0.67", "7.89"}}.get(claim, set())
+    prose = re.sub(r"```\{code-cell\}.*?```", "", page + index, flags=re.DOTALL)
+    assert not numbers & set(DECIMALS.findall(prose))
+
+
+@pytest.mark.parametrize("profile", ["smoke", "default", "paper"])
+def test_chapter_9_trains_what_chapter_8_trains(profile: str) -> None:
+    """So that its trained vectors are found."""
+    table = book.load_profile(profile, REPOSITORY)
+    trained = []
+    for name in ("8-causal-training", "9-hallucination"):
+        declared = book.declared_parameters(book.find_chapter(name, REPOSITORY))
+        values = {p.name: p.default for p in declared.values()} | table.get(name, {})
+        shared = ("models", "concepts", "training", "micro_training", "seed")
+        trained.append({name: values[name] for name in shared})
+    assert trained[0] == trained[1]
+
+
+def test_a_micro_model_has_a_training_of_its_own() -> None:
+    given = {"training": {"epochs": 7}, "micro_training": {"epochs": 2, "share": 0.5}}
+    for name, epochs, share in (("smollm2-135m", 7, 0.125), ("zoo-llama-3", 2, 0.5)):
+        questions, training = training_of(name, {"concepts": 3, "seed": 5, **given})
+        assert (training.epochs, training.share, training.seed) == (epochs, share, 5)
+        assert set(training.concepts) <= {question.concept for question in questions}
+    with pytest.raises(InputError, match="epochs"):
+        training_of("smollm2-135m", {"concepts": 3, "seed": 5, "training": {"epochs": 0}})
+
+
+def test_rows_of_methods_keep_their_order_and_differences_are_paired() -> None:
+    one, other = np.array([3.0, 1.0, 5.0]), np.array([1.0, 0.0, 4.0])
+    measures = {"b": {"z": {"FT-PV": one, "FT-FV": other}}, "a": {"z": {"FT-PV": one}}}
+    rows = notebook.method_rows(measures)
+    assert list(zip(rows["model"], rows["method"], rows["value"], strict=True)) == [
+        ("b", "FT-PV", 3.0), ("b", "FT-FV", 1.0), ("a", "FT-PV", 3.0)]  # fmt: skip
+    words = notebook.in_words(rows, ["model"], "method", ".0f")
+    assert list(words.index) == ["b", "a"]
+    assert list(words.columns) == ["FT-PV", "FT-FV"]
+    assert words.loc["a", "FT-FV"] == ""
+    (gap,) = notebook.method_rows(measures, minuend="FT-PV").to_dict("records")
+    assert (gap["method"], gap["value"], gap["low"], gap["high"]) == ("FT-FV", 2.0, 1.0, 1.0)
