@@ -14,9 +14,16 @@ import pytest
 from checkout import REPOSITORY
 from paramspec.errors import InputError
 from paramspec.studies.chapters import CHAPTERS, training_of
-from paramspec_book import book, figures, notebook
+from paramspec_book import figures, notebook
+from paramspec_book.keys import declared_inputs
+from paramspec_book.parameters import (
+    chapters,
+    declared_parameters,
+    find_chapter,
+    load_profile,
+)
 
-PAGES = {c.name: c.source.read_text("utf-8") for c in book.chapters(REPOSITORY)}
+PAGES = {page.stem: page.read_text("utf-8") for page in chapters(REPOSITORY)}
 CLAIMS = notebook.claims()
 DECIMALS = re.compile(r"\d\.\d\d+")
 LONGEST = 15  # lines of a code cell
@@ -89,7 +96,7 @@ def test_a_claim_is_said_once_and_shown_where_it_is_tested(claim: str) -> None:
     one, key = CLAIMS[claim], claim.lower()
     assert set(one) == {"chapter", "source", "claim", "numbers", "published", "rule"}
     page, index = PAGES[one["chapter"]], (REPOSITORY / "book" / "index.md").read_text("utf-8")
-    assert "book/claims.yaml" in book.declared_inputs(page)
+    assert "book/claims.yaml" in declared_inputs(page)
     for part in ("claim", "paper", "verdict"):
         assert f"{one['chapter']}.md::{key}-{part}:s" in index
     assert f"{{glue:text}}`{key}-rule`" in page
@@ -102,11 +109,11 @@ def test_a_claim_is_said_once_and_shown_where_it_is_tested(claim: str) -> None:
 @pytest.mark.parametrize("profile", ["smoke", "default", "paper"])
 def test_chapter_9_trains_what_chapter_8_trains(profile: str) -> None:
     """So that its trained vectors are found."""
-    table = book.load_profile(profile, REPOSITORY)
+    table = load_profile(profile, REPOSITORY)
     trained = []
     for name in ("8-causal-training", "9-hallucination"):
-        declared = book.declared_parameters(book.find_chapter(name, REPOSITORY))
-        values = {p.name: p.default for p in declared.values()} | table.get(name, {})
+        declared = declared_parameters(find_chapter(name, REPOSITORY))
+        values = {key: parameter.default for key, parameter in declared.items()} | table.get(name, {})
         shared = ("models", "concepts", "training", "micro_training", "seed")
         trained.append({name: values[name] for name in shared})
     assert trained[0] == trained[1]
