@@ -43,4 +43,6 @@ def first_breach(error: ValidationError) -> str:
         return f"{place}: missing"
     if not place or first["type"] == "value_error":  # a message of ours names the value
         return f"{place}: {message}".removeprefix(": ")
-    return f"{place} {first['input']!r}: {message[0].lower()}{message[1:]}"
+    value = repr(first["input"])
+    value = value if len(value) <= 100 else f"{value[:97]}..."
+    return f"{place} {value}: {message[0].lower()}{message[1:]}"

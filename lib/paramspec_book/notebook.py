@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 from myst_nb import glue
 
-from paramspec import interval, with_interval
 from paramspec.execution.parallel import workers
 from paramspec.plain import read_yaml
+from paramspec.stats.bootstrap import interval, with_interval
 from paramspec.studies.chapters import CHAPTERS, Experiment, chapter_experiments
 from paramspec.studies.sweep import Study
 from paramspec_book import book, figures

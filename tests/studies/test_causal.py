@@ -22,8 +22,8 @@ from paramspec.method.masks import record_concepts
 from paramspec.method.pss import Choices
 from paramspec.method.scoring import choose, encode
 from paramspec.models.load import load_model
+from paramspec.stats.bootstrap import interval
 from paramspec.stats.methods import MEASURES, measure_methods, over_seeds, resample_runs
-from paramspec.stats.trends import interval
 from paramspec.studies import causal, evaluation, runner
 from paramspec.studies.causal import Run, causal_runs, measure_runs, trained_concepts
 from paramspec.studies.evaluation import Evaluation

@@ -27,6 +27,7 @@ from pydantic import Field, StrictFloat, StrictInt, model_validator
 from paramspec.checked import Checked
 from paramspec.errors import InputError, naming
 from paramspec.plain import read_yaml
+from paramspec.seeds import by_hash
 from paramspec.specwiki import TIERS, Question, load_questions
 
 if TYPE_CHECKING:
@@ -262,7 +263,7 @@ def zoo_questions(concepts: Mapping[str, int] | None = None) -> list[Question]:
             )
         known = sorted(
             (name for (home, name), found in tier_of.items() if (home, found) == (domain, tier)),
-            key=lambda name: hashlib.sha256(f"0\x1f{name}".encode()).digest(),
+            key=lambda name: by_hash(0, name),
         )
         if not 1 <= count <= len(known):
             raise InputError(

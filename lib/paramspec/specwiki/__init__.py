@@ -1,14 +1,14 @@
 """SpecWiki, open: ten four-option questions on each of 525 concepts, in three tiers of frequency.
 
-    from paramspec.specwiki import load_questions
-    questions = load_questions(concepts=60, domains=["country", "element"])
+    from paramspec import specwiki
+    questions = specwiki.load_questions(concepts=60, domains=["country", "element"])
+    specwiki.dataset().push_to_hub("me/specwiki")
 
 `python -m paramspec.specwiki.builder.build` builds `questions.jsonl` from the fact tables in
 `builder/tables/`; `README.md` is the dataset card.
 """
 
-from paramspec.specwiki.builder.facts import normalise
-from paramspec.specwiki.export import export_lm_eval
+from paramspec.specwiki.export import dataset, export_lm_eval
 from paramspec.specwiki.load import (
     QUESTIONS,
     describe,
@@ -18,13 +18,14 @@ from paramspec.specwiki.load import (
     sample_concepts,
     validate,
 )
-from paramspec.specwiki.schema import Question
+from paramspec.specwiki.schema import Question, normalise
 from paramspec.tables import TIERS
 
 __all__ = [
     "QUESTIONS",
     "TIERS",
     "Question",
+    "dataset",
     "describe",
     "export_lm_eval",
     "find",

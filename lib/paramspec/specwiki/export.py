@@ -1,33 +1,67 @@
-"""Questions as a task of lm-evaluation-harness: `export_lm_eval("task", load_questions())`."""
+"""Questions for other programs: a `datasets.Dataset`, and a task of lm-evaluation-harness."""
 
 from __future__ import annotations
 
 import glob
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from paramspec.execution.files import atomic, require_writable
+from paramspec.specwiki.load import load_questions
 from paramspec.specwiki.schema import Question
+from paramspec.tables import TIERS
+
+if TYPE_CHECKING:
+    import datasets
+
+
+def dataset(questions: Iterable[Question] | None = None) -> datasets.Dataset:
+    """Questions with typed features, as `load_dataset` reads them; all of SpecWiki by default.
+
+    >>> from paramspec import specwiki
+    >>> found = specwiki.dataset()
+    >>> found.num_rows, found.features["tier"].names
+    (5250, ['high', 'medium', 'low'])
+
+    `tier`, `domain` and `answer` are numbers with names; the answer's names are A to D.
+    """
+    from datasets import ClassLabel, Dataset, Features, List, Value
+
+    questions = list(load_questions() if questions is None else questions)
+    text = Value("string")
+    types = dict.fromkeys(Question.model_fields, text)
+    types |= dict.fromkeys(("aliases", "statements"), List(text))
+    types["options"] = List(text, length=4)
+    types["domain"] = ClassLabel(names=sorted({question.domain for question in questions}))
+    types["tier"] = ClassLabel(names=list(TIERS))
+    types["answer"] = ClassLabel(names=["A", "B", "C", "D"])
+    types["fold"] = Value("int64")
+    rows = [question.model_dump(mode="json") for question in questions]
+    return Dataset.from_list(rows, features=Features(types), split="test")
 
 
 def export_lm_eval(directory: str | Path, questions: Iterable[Question]) -> Path:
     """Write `specwiki.yaml` and `specwiki.parquet`, which the harness (0.4.13) runs as they are.
 
-        lm_eval --model hf --model_args pretrained=MODEL --tasks specwiki --include_path DIRECTORY
+    >>> from paramspec import load_questions
+    >>> export_lm_eval("task", load_questions(concepts=3)).name
+    'specwiki.yaml'
 
+    Then `lm_eval --model hf --model_args pretrained=MODEL --tasks specwiki --include_path task`.
     The prompt is the cloze, an option follows after one space, and `acc` and `acc_norm` are the
-    harness's own. Parquet keeps every text a text: of JSON lines, the harness's reader takes a
-    column of dates for times. The YAML names fields, not templates of them: a template of a cloze
-    that is a number gives a number. It names the data by its absolute path: export again after
-    moving it.
+    harness's own. The YAML names fields, not templates of them: a template of a cloze that is a
+    number gives a number. It names the data by its absolute path: export again after moving it.
 
     Returns the path of the YAML file.
 
     Raises:
         InputError: the directory cannot be written.
     """
+    from pyarrow import parquet
+
     directory = Path(directory)
     require_writable(directory)
     data, task = directory / "specwiki.parquet", directory / "specwiki.yaml"
@@ -49,19 +83,7 @@ def export_lm_eval(directory: str | Path, questions: Iterable[Question]) -> Path
         "metadata": {"version": 1.0},
     }
     with atomic(data) as scratch:
-        _write_parquet(questions, scratch)
+        parquet.write_table(dataset(questions).with_format("arrow")[:], scratch)
     with atomic(task) as scratch:
         scratch.write_text(yaml.safe_dump(description, sort_keys=False), encoding="utf-8")
     return task
-
-
-def _write_parquet(questions: Iterable[Question], path: Path) -> None:
-    import pyarrow
-    from pyarrow import parquet
-
-    text, number = pyarrow.string(), pyarrow.int64()
-    types = dict.fromkeys(Question.model_fields, text)
-    types |= dict.fromkeys(("options", "aliases", "statements"), pyarrow.list_(text))
-    types |= dict.fromkeys(("answer", "fold"), number)
-    rows = [question.model_dump(mode="json") for question in questions]
-    parquet.write_table(pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(types)), path)

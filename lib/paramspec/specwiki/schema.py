@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import re
+import string
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import ConfigDict, model_validator
+
+from paramspec.checked import Checked
 
 
-class Question(BaseModel):
+class Question(Checked):
     """A four-option multiple-choice question about one concept.
 
+    >>> from paramspec import load_questions
+    >>> question = load_questions(concepts="France")[0]
+    >>> question.cloze, question.options[question.answer]
+    ('The capital of France is', 'Paris')
+
     `cloze` is the prompt that the options continue after one space; `options[answer]` is the true
-    one; `aliases` are the normalised-match answers of the open-ended form; `statements` state the
-    fact for training and never contain the cloze; `fold` is the split that every held-out
-    protocol uses.
+    one; `aliases` are the accepted answers of the open-ended form; `statements` state the fact for
+    training and never contain the cloze; `fold` is the split that every held-out protocol uses.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(strict=True)
 
     id: str
     concept: str
@@ -50,3 +58,9 @@ class Question(BaseModel):
             if self.cloze.casefold() in text.casefold():
                 raise ValueError(f"statement {text!r} contains the cloze; word it differently")
         return self
+
+
+def normalise(text: str) -> str:
+    """`text` as SQuAD's script compares answers: lower case, no punctuation, no articles."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from paramspec.errors import InputError
-from paramspec.stats.trends import Draws, resample_models
+from paramspec.stats.bootstrap import Draws, resample
+from paramspec.stats.trends import resample_models
 
 # What is told of a way of training, and how the book calls it.
 MEASURES = {
@@ -66,9 +67,7 @@ def resample_runs(
     names = tuple(dict.fromkeys(table["run"]))
     top = wide["value"][list(names)].to_numpy(dtype=float)
     bottom = wide["weight"][list(names)].to_numpy(dtype=float)
-    draw = np.random.default_rng(seed)
-    samples = draw.integers(len(top), size=(resamples, len(top)))
-    samples = np.concatenate([np.arange(len(top))[None], samples])
+    samples = resample(len(top), resamples, seed)
     return Draws(names, {value: top[samples].sum(1) / bottom[samples].sum(1)})
 
 
@@ -80,8 +79,7 @@ def over_seeds(draws: Draws, runs: Sequence[str], measure: str, *, seed: int = 0
     only, what seeds do is not in the interval.
     """
     values = draws.of(measure)[:, [draws.index(run) for run in runs]]
-    draw = np.random.default_rng(seed)
-    chosen = draw.integers(len(runs), size=values.shape)
+    chosen = resample(len(runs), len(values), seed)[1:]
     chosen[0] = np.arange(len(runs))
     return np.take_along_axis(values, chosen, axis=1).mean(axis=1)
 

@@ -13,17 +13,16 @@ what a reader would object to them).
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from paramspec.errors import InputError
-from paramspec.stats.summary import ConceptCounts, cell_statistics
+from paramspec.seeds import by_hash
+from paramspec.stats.bootstrap import Draws, interval, percentiles, resample
+from paramspec.stats.summary import ConceptCounts
 from paramspec.tables import TIERS
 
 CHANCE = 0.25
@@ -39,28 +38,6 @@ MEASURES = {
     "peak_per_concept": "peak of the mean over concepts of |G(k) - C(k)| / G(0)",
     "ceiling": "the largest PSS that losing all knowledge could give, (G(0) - chance) / G(0)",
 }
-
-
-@dataclass(frozen=True)
-class Draws:
-    """Values of every model, as measured and in each resample of concepts.
-
-    `values[measure]` is `[1 + resamples, models]`; its first row is the measured one. A measure
-    that the study has no masks for is absent.
-    """
-
-    models: tuple[str, ...]
-    values: Mapping[str, np.ndarray]
-
-    def of(self, measure: str) -> np.ndarray:
-        if measure not in self.values:
-            raise InputError(f"measure {measure!r}: not in this study; it has {list(self.values)}")
-        return self.values[measure]
-
-    def index(self, model: str) -> int:
-        if model not in self.models:
-            raise InputError(f"model {model!r}: not in this study; it has {list(self.models)}")
-        return self.models.index(model)
 
 
 def resample_models(pss: pd.DataFrame, *, resamples: int = 1000, seed: int = 0) -> Draws:
@@ -81,9 +58,7 @@ def resample_models(pss: pd.DataFrame, *, resamples: int = 1000, seed: int = 0) 
     for model, counts in parts:
         if sorted(counts.names) != names:
             raise InputError(f"model {model!r}: measured on other concepts than {parts[0][0]!r}")
-    draw = np.random.default_rng(seed)
-    samples = draw.integers(len(names), size=(resamples, len(names)))
-    samples = np.concatenate([np.arange(len(names))[None], samples])
+    samples = resample(len(names), resamples, seed)
     columns: dict[str, list[np.ndarray]] = {}
     for _, counts in parts:
         order = np.argsort(counts.names)
@@ -99,26 +74,21 @@ def resample_models(pss: pd.DataFrame, *, resamples: int = 1000, seed: int = 0) 
 
 def _measures(counts: ConceptCounts, samples: np.ndarray) -> dict[str, np.ndarray]:
     """Each measure of one model, `[samples]`, over concept indices `[samples, concepts]`."""
-    none = counts.none[..., samples]
-
-    def peak(mask: str, statistic: str) -> np.ndarray | None:
-        cells = [cell for cell in counts.cells if cell[0] == mask]
-        if not cells:
-            return None
-        each = [cell_statistics(none, counts.values[cell][..., samples]) for cell in cells]
-        return np.max([one[statistic] for one in each], axis=0).mean(axis=0)
-
-    base = cell_statistics(none, none)
+    base = counts.statistics(("none", 0.0), samples)
     accuracy, general = base["concept_accuracy"][0], base["general_accuracy"][0]
     with np.errstate(divide="ignore", invalid="ignore"):
         found = {"accuracy": accuracy, "ceiling": np.maximum(general - CHANCE, 0) / general}
-    found["peak_pss"] = peak("concept", "pss_pooled")
-    found["peak_did"] = peak("concept", "did")
-    found["peak_per_concept"] = peak("concept", "pss_per_concept")
-    found["peak_null"] = peak("random", "pss_pooled")
-    if found["peak_pss"] is not None and found["peak_null"] is not None:
+    own, null = counts.peaks("concept", samples), counts.peaks("random", samples)
+    peaks = {
+        "peak_pss": own.get("peak_pooled"),
+        "peak_did": own.get("peak_did"),
+        "peak_per_concept": own.get("peak_per_concept"),
+        "peak_null": null.get("peak_pooled"),
+    }
+    found |= {name: each.mean(axis=0) for name, each in peaks.items() if each is not None}
+    if own and null:
         found["peak_excess"] = found["peak_pss"] - found["peak_null"]
-    return {measure: values for measure, values in found.items() if values is not None}
+    return found
 
 
 def model_table(draws: Draws, about: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -235,47 +205,6 @@ def contrast(draws: Draws, one: str, other: str, measure: str = "peak_pss") -> d
     return interval(difference)
 
 
-def interval(values: np.ndarray) -> dict[str, float]:
-    """`interval(draws)`: the first of `[1 + resamples]` values, and percentiles of the others."""
-    low, high = percentiles(values[1:])
-    return {"value": float(values[0]), "low": float(low), "high": float(high)}
-
-
-def percentiles(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`low, high = percentiles(resamples)`: the bounds that hold 95 % of `[resamples, ...]`.
-
-    A resample that has no value (not a number) is not left out, for those that have one are not a
-    fair sample of all. It counts as lower than all others for `low`, and as higher for `high`. A
-    bound that falls among such resamples is not a number. Infinite values are values.
-    """
-
-    if not len(values):
-        return np.full(values.shape[1:], np.nan), np.full(values.shape[1:], np.nan)
-
-    def upper(values: np.ndarray) -> np.ndarray:
-        ordered = np.sort(values, axis=0)  # what is not a number comes last
-        place = 0.975 * (len(ordered) - 1)
-        below, above = ordered[math.floor(place)], ordered[math.ceil(place)]
-        share = place - math.floor(place)
-        with np.errstate(invalid="ignore"):
-            between = below + share * (above - below)
-        return np.where(below == above, below, between) if share else below
-
-    return -upper(-values), upper(values)
-
-
-def with_interval(row: Mapping[str, float], measure: str = "value", form: str = ".2f") -> str:
-    """`with_interval(contrast(draws, "b", "a"), form="+.2f")`: `+0.12 [+0.03, +0.20]`, unbroken.
-
-    Args:
-        row: `measure`, `measure_low` and `measure_high`; or `value`, `low` and `high`.
-        form: of each number.
-    """
-    bounds = ("low", "high") if measure == "value" else (f"{measure}_low", f"{measure}_high")
-    value, low, high = (format(row[key], form) for key in (measure, *bounds))
-    return f"{value}\u00a0[{low},\u00a0{high}]"
-
-
 def half_way(draws: Draws, models: Sequence[str], steps: Sequence[float], measure: str):
     """`half_way(draws, checkpoints, steps, "accuracy")`: when a measure has made half its rise.
 
@@ -305,8 +234,8 @@ def like_sized_ends(about: pd.DataFrame, *, factor: float = LIKE_SIZED) -> pd.Da
     A new generation that is also larger, or smaller, says nothing of generations. So of all pairs
     of models of a family in which one is of an older generation than the other, and the larger has
     at most `factor` times the parameters of the smaller, this takes the pair that lies the most
-    generations apart; of several the most alike in size, then the first by name. The order in
-    which models are named has no part in it. Micro models are a family of their own.
+    generations apart; of several the most alike in size, then the first by name. Micro models are
+    a family of their own.
 
     Args:
         about: from `models.describe_models`; models without a family or a place in its order are
@@ -314,23 +243,22 @@ def like_sized_ends(about: pd.DataFrame, *, factor: float = LIKE_SIZED) -> pd.Da
 
     Returns:
         A row for each family: `family`, `micro`, `oldest` and `newest` (names, missing in a
-        family that has no such pair: there the claim can't be tested) and `times`, how many times
+        family without such a pair: there the claim can't be tested) and `times`, how many times
         the parameters of the smaller the larger has.
     """
-    rows = []
+    family = ["family", "micro"]
     known = about.dropna(subset=["family", "order", "parameters"])
-    for (family, micro), part in known.groupby(["family", "micro"], sort=False):
-        pairs = []
-        for old, new in itertools.permutations(part.itertuples(), 2):
-            sizes = sorted((old.parameters, new.parameters))
-            if old.order < new.order and sizes[1] <= factor * sizes[0]:
-                times = sizes[1] / sizes[0]
-                pairs.append((old.order - new.order, times, old.model, new.model))
-        row = {"family": family, "micro": micro, "oldest": None, "newest": None, "times": np.nan}
-        if pairs:
-            _, row["times"], row["oldest"], row["newest"] = min(pairs)
-        rows.append(row)
-    return pd.DataFrame(rows, columns=["family", "micro", "oldest", "newest", "times"])
+    pairs = known.merge(known, on=family, suffixes=("_old", "_new"))
+    pairs = pairs.rename(columns={"model_old": "oldest", "model_new": "newest"})
+    pairs["apart"] = pairs["order_new"] - pairs["order_old"]
+    sizes = pairs[["parameters_old", "parameters_new"]]
+    pairs["times"] = sizes.max(axis=1) / sizes.min(axis=1)
+    pairs = pairs[(pairs["apart"] > 0) & (sizes.max(axis=1) <= factor * sizes.min(axis=1))]
+    best = pairs.sort_values(
+        ["apart", "times", "oldest", "newest"], ascending=[False, True, True, True]
+    ).drop_duplicates(family)
+    columns = [*family, "oldest", "newest", "times"]
+    return known[family].drop_duplicates().merge(best[columns], on=family, how="left")
 
 
 def mean_over(draws: Draws, models: Sequence[str], measure: str) -> np.ndarray:
@@ -353,9 +281,7 @@ def balance_tiers(pss: pd.DataFrame) -> pd.DataFrame:
     kept = [
         name
         for (domain, _), part in concepts.groupby(["domain", "tier"])
-        for name in sorted(
-            part["concept"], key=lambda name: hashlib.sha256(name.encode()).digest()
-        )[: fewest[domain]]
+        for name in sorted(part["concept"], key=by_hash)[: fewest[domain]]
     ]
     if not kept:
         raise InputError("concepts: no domain has one of each tier; measure more concepts")

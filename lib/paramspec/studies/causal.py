@@ -34,8 +34,9 @@ from paramspec.execution.store import Store
 from paramspec.method.hooks import replace_value_vectors, train_value_vectors
 from paramspec.method.pss import count_masks
 from paramspec.models.describe import folds_asked, require_taught
+from paramspec.seeds import by_hash
 from paramspec.specwiki import Question, questions_digest
-from paramspec.studies.evaluation import PASSAGE_TOKENS, TABLES, Evaluation, by_hash, evaluate
+from paramspec.studies.evaluation import PASSAGE_TOKENS, TABLES, Evaluation, evaluate
 from paramspec.studies.finetune import FINETUNE_VERSION, train, training_facts
 from paramspec.studies.runner import (
     Job,

@@ -35,6 +35,7 @@ from paramspec.method.pss import Choices, measure_concepts
 from paramspec.method.rows import Request
 from paramspec.method.scoring import encode, score_options
 from paramspec.models.tokens import front_tokens, token_ids
+from paramspec.seeds import by_hash
 from paramspec.specwiki import Question
 from paramspec.studies.hallucination import sample_answers
 from paramspec.studies.runner import Ready
@@ -329,8 +330,3 @@ def _likelihoods(
             "tokens": [len(row) - 1 for _, row in texts],
         }
     )
-
-
-def by_hash(seed: int, text: str) -> bytes:
-    """`sorted(names, key=lambda name: by_hash(0, name))`: an order that nothing else decides."""
-    return hashlib.sha256(f"{seed}\x1f{text}".encode()).digest()

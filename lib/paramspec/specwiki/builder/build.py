@@ -9,28 +9,26 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+from paramspec.seeds import by_hash
 from paramspec.specwiki.builder.facts import (
     FACTS_A_CONCEPT,
     Domain,
     Fact,
-    normalise,
     number,
     read_tables,
     slug,
     stands_in,
 )
 from paramspec.specwiki.load import QUESTIONS
-from paramspec.specwiki.schema import Question
+from paramspec.specwiki.schema import Question, normalise
 from paramspec.tables import TIERS
 
-HERE = Path(__file__).parent
-CONCEPTS = HERE / "concepts.csv"
+CONCEPTS = Path(__file__).with_name("concepts.csv")
 
 N_CONCEPTS = 525
 
@@ -46,8 +44,7 @@ YEAR_GAP = 2  # a year so near the true one may be arguable, so it is no distrac
 
 def _hash(*parts: object) -> float:
     """A number in (0, 1) that only `parts` decide."""
-    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
-    return (int.from_bytes(digest[:6], "big") + 1) / (2**48 + 1)
+    return (int.from_bytes(by_hash(*parts)[:6], "big") + 1) / (2**48 + 1)
 
 
 def choose_concepts(domains: list[Domain], count: int = N_CONCEPTS) -> list[dict[str, str]]:
@@ -63,7 +60,9 @@ def choose_concepts(domains: list[Domain], count: int = N_CONCEPTS) -> list[dict
         kept = sorted(set(domain.concepts()) - set(domain.homographs))
         kept.sort(key=lambda name: _hash("concept", name))
         # The share of its domain that stands before a name: cutting by it cuts all domains alike.
-        names += [((place + 0.5) / len(kept), name, domain.name) for place, name in enumerate(kept)]
+        names += [
+            ((place + 0.5) / len(kept), name, domain.domain) for place, name in enumerate(kept)
+        ]
     rows = [
         {"concept": name, "domain": domain, "zipf": f"{zipf_frequency(name, 'en'):.2f}"}
         for _, name, domain in sorted(names)[:count]
@@ -72,37 +71,33 @@ def choose_concepts(domains: list[Domain], count: int = N_CONCEPTS) -> list[dict
     return [row | {"tier": TIERS[3 * place // len(rows)]} for place, row in enumerate(rows)]
 
 
-def read_concepts(path: str | Path = CONCEPTS) -> list[dict[str, str]]:
+def read_concepts() -> list[dict[str, str]]:
     """The rows of `concepts.csv`: concept, domain, zipf, tier."""
-    with Path(path).open(encoding="utf-8", newline="") as file:
+    with CONCEPTS.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
 def build_questions(domains: list[Domain], concepts: Iterable[dict[str, str]]) -> list[Question]:
     """Ten questions for each of `concepts`, in their order, from the first ten relations."""
-    by_name = {domain.name: domain for domain in domains}
-    tables = {domain.name: domain.concepts() for domain in domains}
-    asked: list[tuple[Domain, Fact, str, str, int]] = []
+    by_name = {domain.domain: domain for domain in domains}
+    tables = {domain.domain: domain.concepts() for domain in domains}
+    values = {domain.domain: _values(domain) for domain in domains}
+    asked: list[tuple[Domain, Fact, dict]] = []
     for row in concepts:
         facts = list(tables[row["domain"]][row["concept"]].values())[:FACTS_A_CONCEPT]
         ids = {f"{slug(fact.concept)}/{fact.relation}": fact for fact in facts}
         first_half = sorted(ids, key=lambda name: _hash("fold", name))[: len(ids) // 2]
-        asked += [
-            (by_name[row["domain"]], fact, row["tier"], name, int(name not in first_half))
-            for name, fact in ids.items()
-        ]
-    places = _answer_places((domain.name, fold, name) for domain, _, _, name, fold in asked)
-    values = {domain.name: _values(domain) for domain in domains}
-    return [
-        _question(domain, fact, tier, name, fold, places[name], values[domain.name])
-        for domain, fact, tier, name, fold in asked
-    ]
-
-
-def _answer_places(keys: Iterable[tuple[str, int, str]]) -> dict[str, int]:
-    """Places 0 to 3 in turn, over (domain, fold, id) shuffled within domain and fold."""
+        for name, fact in ids.items():
+            fields = {"id": name, "tier": row["tier"], "fold": int(name not in first_half)}
+            asked.append((by_name[row["domain"]], fact, fields))
+    # The answer's place: 0 to 3 in turn, over the questions shuffled within domain and fold.
+    keys = [(domain.domain, fields["fold"], fields["id"]) for domain, _, fields in asked]
     order = sorted(keys, key=lambda key: (*key[:2], _hash("place", key[2])))
-    return {name: place % 4 for place, (_, _, name) in enumerate(order)}
+    places = {name: place % 4 for place, (_, _, name) in enumerate(order)}
+    return [
+        _question(domain, fact, values[domain.domain][fact.relation], places[fields["id"]], fields)
+        for domain, fact, fields in asked
+    ]
 
 
 def _values(domain: Domain) -> dict[str, tuple[Counter[str], dict[str, set[str]]]]:
@@ -123,32 +118,28 @@ def _values(domain: Domain) -> dict[str, tuple[Counter[str], dict[str, set[str]]
 def _question(
     domain: Domain,
     fact: Fact,
-    tier: str,
-    name: str,
-    fold: int,
+    values: tuple[Counter[str], dict[str, set[str]]],
     place: int,
-    values: dict[str, tuple[Counter[str], dict[str, set[str]]]],
+    fields: dict[str, object],
 ) -> Question:
-    relation = domain.relations[fact.relation]
+    relation, name = domain.relations[fact.relation], fields["id"]
     question, cloze = domain.fill(relation.question, fact), domain.fill(relation.cloze, fact)
-    counts, spellings = values[fact.relation]
+    counts, spellings = values
     candidates = _false_values(fact, counts, spellings, f"{question} {cloze}")
     ranked = (_near if relation.numeric else _alike)(name, fact.answer, candidates)
     options = _three(fact.answer, ranked, spellings, fact.place)
     options.sort(key=lambda option: _hash("order", name, option))
     options.insert(place, fact.answer)
     return Question(
-        id=name,
+        **fields,
         concept=fact.concept,
-        domain=domain.name,
-        tier=tier,
+        domain=domain.domain,
         relation=fact.relation,
         question=question,
         cloze=cloze,
         options=tuple(options),
         answer=place,
         aliases=tuple(dict.fromkeys((fact.answer, *fact.aliases, *fact.also_true))),
-        fold=fold,
         statements=tuple(domain.fill(text, fact) for text in relation.statements),
     )
 
@@ -232,9 +223,7 @@ def main() -> None:
     if args.concepts:
         rows = choose_concepts(domains)
         with CONCEPTS.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(
-                file, ["concept", "domain", "zipf", "tier"], lineterminator="\n"
-            )
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
     questions = build_questions(domains, read_concepts())

