@@ -29,9 +29,9 @@ def _dates_as_texts(value: object) -> object:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_what_is_shipped_reads_as_it_always_did(path: Path) -> None:
+def test_what_is_shipped_reads_as_pyyaml_reads_it(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    # `repr` tells 1 from 1.0 and from True.
+    # `repr` distinguishes 1 from 1.0 and from True.
     assert repr(read_yaml(text, path.name)) == repr(_dates_as_texts(yaml.safe_load(text)))
 
 
@@ -54,32 +54,35 @@ def test_a_plain_word_is_a_text(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("a: 1\nb: 2\na: 3\n", "mine.yaml:3: not YAML ('a' stands twice); mend it"),
         ("a: {b: 1, b: 2}", "mine.yaml: not YAML ('b' stands twice); mend it"),
-        ("a: 1e999", "mine.yaml: not YAML ('1e999': expected a number, as 0.05); mend it"),
-        ("a: !!int 010", "mine.yaml: not YAML ('010': expected a whole number, as 10); mend it"),
+        ("a: 1e999", "mine.yaml: not YAML (expected a number, as 0.05, not '1e999'); mend it"),
         ("[" * 5000, "mine.yaml: not YAML ("),
-        ("a: !!timestamp 2020-01-01", "mine.yaml: not YAML ("),
         ("a: \x07", "mine.yaml: not YAML ("),
     ],
 )
-def test_what_is_not_plain_is_one_line(text: str, told: str) -> None:
+def test_what_is_not_plain_is_one_line(text: str, message: str) -> None:
     with pytest.raises(InputError) as error:
         read_yaml(text, "mine.yaml")
-    assert str(error.value).startswith(told)
+    assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("text", "value"), [("0", 0), ("-3", -3), ("4294967296", 2**32)])
-def test_whole_numbers(text: str, value: int) -> None:
-    assert integer(text) == value
-
-
-@pytest.mark.parametrize(("text", "value"), [("0", 0), ("1e-3", 0.001), (".5", 0.5), ("-1.", -1)])
-def test_numbers(text: str, value: float) -> None:
-    assert number(text) == value
+@pytest.mark.parametrize(
+    ("read", "text", "value"),
+    [
+        (integer, "0", 0),
+        (integer, "-3", -3),
+        (integer, "4294967296", 2**32),
+        (number, "1e-3", 0.001),
+        (number, ".5", 0.5),
+        (number, "-1.", -1),
+    ],
+)
+def test_numbers(read, text: str, value: float) -> None:
+    assert read(text) == value
 
 
 @pytest.mark.parametrize(

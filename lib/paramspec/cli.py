@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from pydantic import ValidationError
 from typer import Argument, Option
 from typer.core import TyperCommand
 from typer.exceptions import TyperException
@@ -19,79 +18,6 @@ from typer.exceptions import TyperException
 from paramspec.errors import InputError
 from paramspec.markup import print_with_replacements, printable
 from paramspec.plain import integer, number
-from paramspec.report import bytes_of, print_counts, print_models, print_plan, print_study
-
-app = typer.Typer(
-    name="paramspec",
-    help="Measure how language models store knowledge in MLP value vectors.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-# Options that several commands have
-Profile = Annotated[str, Option(help="A profile of book/profiles, or a YAML file.")]
-Force = Annotated[bool, Option("--force", help="Run even if nothing changed.")]
-AsJson = Annotated[bool, Option("--json", help="Print JSON, every field.")]
-OwnQuestions = Annotated[
-    Path | None, Option(help="Your own questions, JSON lines; SpecWiki if not given.")
-]
-Models = Annotated[
-    list[str],
-    Argument(
-        metavar="MODEL...",
-        help="Registry ids (see `paramspec models`), hub ids, local directories, GGUF files.",
-    ),
-]
-Model = Annotated[str, Argument(help="A registry id, a hub id, a local directory, or a GGUF file.")]
-Concepts = Annotated[
-    int | None,
-    Option(parser=integer, help="How many concepts, evenly over the tiers; all if not given."),
-]
-
-
-def shares(text: str) -> tuple[float, ...]:
-    """`shares("0.01,0.05")`: numbers separated by commas."""
-    return tuple(number(part.strip()) for part in text.split(","))
-
-
-Ratios = Annotated[
-    str,
-    Option(parser=shares, help="Shares of the value vectors to mask, as 0.01,0.05."),
-]
-Position = Annotated[Literal["mean", "last"], Option(help="Prompt tokens that count.")]
-Scope = Annotated[
-    Literal["layer", "model"], Option(help="Choose value vectors in each, or over the whole.")
-]
-Protocol = Annotated[
-    Literal["paper", "holdout"],
-    Option(help="Choose and score on the same questions; or on fold 0, and on fold 1."),
-]
-Scheduler = Annotated[
-    str | None,
-    Option(
-        metavar="ADDRESS",
-        help="A Dask scheduler, as tcp://host:8786, whose workers share this directory.",
-    ),
-]
-Results = Annotated[Path, Option(help="Where pss.parquet, details.parquet, masks and run.json go.")]
-Kept = Annotated[Path, Option(help="Where finished units are kept: a rerun continues from there.")]
-Method = Annotated[
-    Literal["FT-FV", "FT-PV", "FT-CV", "FT-RV"],
-    Option(
-        help="FT-FV: all value vectors; FT-PV: those with the highest coefficients; "
-        "FT-CV: all but those; FT-RV: as many as FT-PV, at random."
-    ),
-]
-Rule = Annotated[
-    Literal["coefficient", "score", "gradient", "magnitude", "other"],
-    Option(help="How FT-PV chooses; the paper's is coefficient."),
-]
-Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16"],
-    Option(help="Of the weights; auto is bfloat16 on a GPU that computes in it, else float32."),
-]
-Device = Annotated[str, Option(help="auto, cpu, cuda, or cuda:1.")]
 
 
 def whole(text: str) -> Option:
@@ -104,19 +30,56 @@ def real(text: str) -> Option:
     return Option(parser=number, help=text)
 
 
+def shares(text: str) -> tuple[float, ...]:
+    """`shares("0.01,0.05")`: numbers separated by commas."""
+    return tuple(number(part.strip()) for part in text.split(","))
+
+
+def ranges(text: str) -> tuple[int, ...]:
+    """`ranges("0,4-6")`: 0, 4, 5 and 6."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        numbers = range(integer(first), integer(last or first) + 1)
+        if not numbers:
+            raise ValueError(f"expected numbers from 0 and ranges, as 0,4-6, not {text!r}")
+        found += numbers
+    return tuple(found)
+
+
+# Options that several commands have
+Profile = Annotated[str, Option(help="A profile of book/profiles, or a YAML file.")]
+Force = Annotated[bool, Option("--force", help="Run even if nothing changed.")]
+AsJson = Annotated[bool, Option("--json", help="Print JSON, every field.")]
+OwnQuestions = Annotated[
+    Path | None, Option(help="Your own questions, JSON lines; SpecWiki if not given.")
+]
+MODEL = "A registry id (see `paramspec models`), a hub id, a local directory, or a GGUF file."
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16"],
+    Option(help="Of the weights; auto is bfloat16 on a GPU that computes in it, else float32."),
+]
+Device = Annotated[str, Option(help="auto, cpu, cuda, or cuda:1.")]
+Parameters = Annotated[
+    list[str] | None,
+    Option(
+        "-p",
+        "--parameter",
+        metavar="NAME VALUE",
+        help="A parameter of the chapter, its value as YAML; may be repeated.",
+    ),
+]
+
+
 class Command(TyperCommand):
-    """A command whose help names the option that `main` takes for all of them."""
+    """A command whose `-p NAME VALUE` takes two words, as papermill's does.
+
+    Typer has no repeated option of two words, so the two are joined before it reads them.
+    """
 
     def __init__(self, *arguments, **options) -> None:
         super().__init__(*arguments, **options)
         self.epilog = "--traceback, or PARAMSPEC_TRACEBACK=1: show where an error came from."
-
-
-class PairsCommand(Command):
-    """A command whose option `-p NAME VALUE` takes two words, as papermill's does.
-
-    Typer has no repeated option of two words, so the two are joined before it reads them.
-    """
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
         joined, rest = [], list(args)
@@ -129,18 +92,16 @@ class PairsCommand(Command):
         return super().parse_args(ctx, joined)
 
 
-Parameters = Annotated[
-    list[str] | None,
-    Option(
-        "-p",
-        "--parameter",
-        metavar="NAME VALUE",
-        help="A parameter of the chapter, its value as YAML; may be repeated.",
-    ),
-]
+app = typer.Typer(
+    name="paramspec",
+    help="Measure how language models store knowledge in MLP value vectors.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 
 
-@app.command(cls=PairsCommand)
+@app.command(cls=Command)
 def run(
     chapter: Annotated[str, Argument(help="3-masking, 3, or book/3-masking.md.")],
     parameter: Parameters = None,
@@ -186,6 +147,7 @@ def models(
     """List the registry: what MODEL arguments may say, and which models are on this disk."""
     import json
 
+    from paramspec import report
     from paramspec.models.checkpoints import is_on_disk
     from paramspec.models.registry import models_in
 
@@ -193,8 +155,8 @@ def models(
     if as_json:
         rows = [spec.model_dump(mode="json") | {"on_disk": is_on_disk(spec)} for spec in specs]
         print(json.dumps(rows, indent=2))
-        return
-    print_models(specs)
+    else:
+        report.print_models(specs)
 
 
 @app.command(cls=Command)
@@ -216,17 +178,13 @@ def questions(
     ] = None,
 ) -> None:
     """Print, check or export questions; with no option, count SpecWiki by domain and tier."""
-    from paramspec import specwiki
+    from paramspec import report, specwiki
 
-    if validate is not None:
-        problems = specwiki.validate(validate)
-        if len(problems) > 1:
-            print("\n".join(problems))
-            raise InputError(f"{validate}: {len(problems)} problems, listed above; mend them")
-        if problems:
-            raise InputError(problems[0])
-        file = file or validate
-    asked = specwiki.load_questions(file, concepts=concept)
+    problems = specwiki.validate(validate) if validate is not None else []
+    if len(problems) > 1:
+        print("\n".join(problems))
+        raise InputError(f"{validate}: {len(problems)} problems, listed above; mend them")
+    asked = specwiki.load_questions(file or validate, concepts=concept)
     if export_lm_eval is not None:
         task = specwiki.export_lm_eval(export_lm_eval, asked)
         place = shlex.quote(str(task.parent))
@@ -236,32 +194,52 @@ def questions(
     elif concept is not None:
         print("\n\n".join(specwiki.describe(question) for question in asked))
     else:
-        print_counts(asked)
+        report.print_counts(asked)
 
 
 @app.command(cls=Command)
 def pss(
-    model: Models,
+    model: Annotated[list[str], Argument(metavar="MODEL...", help=MODEL)],
     questions: OwnQuestions = None,
-    concepts: Concepts = None,
-    ratios: Ratios = "0.01,0.02,0.05,0.1,0.2",
-    position: Position = "mean",
-    scope: Scope = "layer",
-    protocol: Protocol = "paper",
+    concepts: Annotated[
+        int | None, whole("How many concepts, evenly over the tiers; all if not given.")
+    ] = None,
+    ratios: Annotated[
+        str, Option(parser=shares, help="Shares of the value vectors to mask, as 0.01,0.05.")
+    ] = "0.01,0.02,0.05,0.1,0.2",
+    position: Annotated[Literal["mean", "last"], Option(help="Prompt tokens that count.")] = "mean",
+    scope: Annotated[
+        Literal["layer", "model"], Option(help="Choose value vectors in each, or over the whole.")
+    ] = "layer",
+    protocol: Annotated[
+        Literal["paper", "holdout"],
+        Option(help="Choose and score on the same questions; or on fold 0, and on fold 1."),
+    ] = "paper",
     controls: Annotated[int, whole("Draws of each control mask: random, magnitude, other.")] = 1,
     general: Annotated[int, whole("Unrelated questions for each concept's masks.")] = 10,
     seed: Annotated[int, whole("Of concepts, general questions and controls.")] = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
     jobs: Annotated[int, whole("Processes side by side; 0: one a GPU, or else one a core.")] = 1,
-    scheduler: Scheduler = None,
-    out: Results = Path("results/pss"),
-    store: Kept = Path("results/store"),
+    scheduler: Annotated[
+        str | None,
+        Option(
+            metavar="ADDRESS",
+            help="A Dask scheduler, as tcp://host:8786, whose workers share this directory.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path, Option(help="Where pss.parquet, details.parquet, masks and run.json go.")
+    ] = Path("results/pss"),
+    store: Annotated[
+        Path, Option(help="Where finished units are kept: a rerun continues from there.")
+    ] = Path("results/store"),
 ) -> None:
     """Measure the parameter specialization score (PSS) of models, with nulls and intervals.
 
     Prints a table and writes pss.parquet, details.parquet, masks.safetensors and run.json.
     """
+    from paramspec import report
     from paramspec.execution.files import require_writable
     from paramspec.execution.parallel import workers
     from paramspec.execution.store import Store
@@ -291,7 +269,7 @@ def pss(
     with workers(jobs, scheduler):
         study = measure_pss(names, asked, choices, store=Store(store), dtype=dtype, device=device)
     write_study(study, out)
-    print_study(study)
+    report.print_study(study)
     if micro:
         count = len({question.concept for question in asked})
         print(
@@ -303,8 +281,14 @@ def pss(
 
 @app.command(cls=Command)
 def finetune(
-    model: Model,
-    method: Method,
+    model: Annotated[str, Argument(help=MODEL)],
+    method: Annotated[
+        Literal["FT-FV", "FT-PV", "FT-CV", "FT-RV"],
+        Option(
+            help="FT-FV: all value vectors; FT-PV: those with the highest coefficients; "
+            "FT-CV: all but those; FT-RV: as many as FT-PV, at random."
+        ),
+    ],
     concept: Annotated[
         list[str], Option(metavar="NAME", help="A concept to train on; may be repeated.")
     ],
@@ -313,9 +297,12 @@ def finetune(
     ],
     questions: OwnQuestions = None,
     share: Annotated[float, real("Share of a layer's value vectors that FT-PV trains.")] = 0.125,
-    rule: Rule = "coefficient",
+    rule: Annotated[
+        Literal["coefficient", "score", "gradient", "magnitude", "other"],
+        Option(help="How FT-PV chooses; the paper's is coefficient."),
+    ] = "coefficient",
     layers: Annotated[
-        str | None, Option(help="Only these layers, from 0, as 10-19 or 0,4-6; all if not.")
+        str | None, Option(parser=ranges, help="Only these layers, from 0, as 0,4-6; all if not.")
     ] = None,
     statements: Annotated[int, whole("Statements of each fact to train on, the first ones.")] = 4,
     epochs: Annotated[int, whole("Times that each statement is seen.")] = 3,
@@ -332,47 +319,37 @@ def finetune(
 
     DIR becomes an ordinary transformers directory. A killed run continues when called again.
     """
+    from paramspec.report import bytes_of
     from paramspec.specwiki import load_questions
-    from paramspec.studies.finetune import Training
-    from paramspec.studies.finetune import finetune as tune
+    from paramspec.studies import finetune as tuning
 
     asked = load_questions(questions)
-    training = Training.parse(
+    training = tuning.Training.parse(
         method=method,
         concepts=concept,
         share=share,
         rule=rule,
-        layers=None if layers is None else _numbers(layers),
+        layers=layers,
         statements=statements,
         epochs=epochs,
         batch=batch,
         learning_rate=learning_rate,
         seed=seed,
     )
-    record = tune(model, asked, training, out, dtype=dtype, device=device, save_every=save_every)
+    record = tuning.finetune(
+        model, asked, training, out, dtype=dtype, device=device, save_every=save_every
+    )
     losses = record["losses"]
     print(
         f"{out}/: {method} of {model} on {len(training.concepts)} concepts; "
         f"{record['vectors']:,} value vectors trained in {len(losses)} steps, "
-        f"loss {losses[0]:.2f} to {losses[-1]:.2f} nats a token; "
+        f"loss {losses[0]:.2f} to {losses[-1]:.2f} nats per token; "
         f"optimizer state {bytes_of(record['optimizer_bytes'])}"
     )
     print(f"Measure it: paramspec pss {shlex.quote(f'{out}/')}")
 
 
-def _numbers(text: str) -> list[int]:
-    """`_numbers("0,4-6")`: 0, 4, 5, 6."""
-    found: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        numbers = part.isascii() and first.isdecimal() and (last.isdecimal() or not dash)
-        if not numbers or int(last or first) < int(first):
-            raise InputError(f"layers {text!r}: expected numbers from 0 and ranges, as 0,4-6")
-        found += range(int(first), int(last or first) + 1)
-    return found
-
-
-@app.command(cls=PairsCommand)
+@app.command(cls=Command)
 def plan(
     chapter: Annotated[
         list[str] | None,
@@ -389,6 +366,7 @@ def plan(
     """What a profile costs: weights, tokens, FLOPs, hours. Runs and downloads nothing."""
     import json
 
+    from paramspec import report
     from paramspec.studies.chapters import CHAPTERS, chapter_experiments
     from paramspec.studies.cost import plan as make_plan
     from paramspec_book.parameters import parse_assignments, planned_values
@@ -400,7 +378,7 @@ def plan(
     if as_json:
         print(json.dumps(planned.as_dict(), indent=2))
     else:
-        print_plan(planned, others)
+        report.print_plan(planned, others)
 
 
 def _format_warning(message, category, filename, lineno, line=None) -> str:
@@ -426,7 +404,7 @@ def main() -> None:
         print("paramspec: interrupted; finished work is kept", file=sys.stderr)
         status = 130
     except Exception as error:
-        status, line = _told(error)
+        status, line = _status_and_line(error)
         if shown or status == 1:
             traceback.print_exception(error)
         print(f"paramspec: {printable(line)}", file=sys.stderr)
@@ -435,14 +413,11 @@ def main() -> None:
     sys.exit(status)
 
 
-def _told(error: Exception) -> tuple[int, str]:
-    """The exit status of a failure, and the line that tells it."""
+def _status_and_line(error: Exception) -> tuple[int, str]:
+    """The exit status of a failure, and the line that reports it."""
     if isinstance(error, TyperException):
         message = error.format_message() if hasattr(error, "format_message") else str(error)
-        if isinstance(error.__cause__, ValidationError):  # its message leaves the value out
-            message = message.replace("Value error, ", "")
-            message += f": {error.__cause__.errors()[0]['input']!r}"
-        return 2, f"error: {message} (see --help)"
+        return 2, f"error: {message.replace('Value error, ', '')} (see --help)"
     if hasattr(error, "exit_status"):
         return error.exit_status, f"error: {error}"
     name = type(error).__name__

@@ -1,7 +1,6 @@
 """YAML and numbers that mean what they say: JSON's values, and nothing that a reader guesses.
 
     read_yaml("seed: 3\ntime: 12:30", "mine.yaml")     # {"seed": 3, "time": "12:30"}
-    read_value("[0.1, 1e-3]", "-p ratios")             # [0.1, 0.001]
     read_value("010", "-p seed")                       # "010": not 8, and not 10
     integer("10"), number("1e-3")                      # of the command line
 
@@ -11,6 +10,7 @@ for a date. Here they are the texts that they look like; a place that wants a nu
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from pathlib import Path
@@ -28,19 +28,15 @@ _WORDS = {"null": None, "true": True, "false": False}
 
 def integer(text: str) -> int:
     """`integer("10")`: a whole number in decimal digits; a ValueError for `010`, `1_0` or `1.0`."""
-    if not isinstance(text, str):  # an option's default
-        return text
-    if not _INTEGER.match(text):
-        raise ValueError("expected a whole number, as 10")
+    if isinstance(text, str) and not _INTEGER.match(text):  # an option's default is a number
+        raise ValueError(f"expected a whole number, as 10, not {text!r}")
     return int(text)
 
 
 def number(text: str) -> float:
     """`number("1e-3")`: a finite number; a ValueError for `1_0`, `nan`, `inf` or `1,5`."""
-    if not isinstance(text, str):
-        return text
-    if not _NUMBER.match(text) or not math.isfinite(float(text)):
-        raise ValueError("expected a number, as 0.05")
+    if isinstance(text, str) and not (_NUMBER.match(text) and math.isfinite(float(text))):
+        raise ValueError(f"expected a number, as 0.05, not {text!r}")
     return float(text)
 
 
@@ -58,12 +54,9 @@ def read_value(text: str, place: str) -> Any:
         return read_yaml(bare, f"{place}: {text!r}")
     if bare in _WORDS:
         return _WORDS[bare]
-    for read, form in ((integer, _INTEGER), (number, _NUMBER)):
-        if form.match(bare):
-            try:
-                return read(bare)
-            except ValueError as error:
-                raise InputError(f"{place}: {text!r} is too large a number ({error})") from error
+    for read in (integer, number):
+        with contextlib.suppress(ValueError):
+            return read(bare)
     return text
 
 
@@ -78,11 +71,10 @@ def read_yaml(text: str, place: str) -> Any:
     """
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark and "\n" in text.strip() else ""
-        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
-        problem = " ".join(str(problem).split())
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
         raise InputError(f"{place}{line}: not YAML ({problem}); mend it") from error
 
 
@@ -101,41 +93,23 @@ def require_unicode(path: Path) -> None:
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, with JSON's scalars in place of YAML 1.1's."""
 
-    yaml_implicit_resolvers: dict = {}  # noqa: RUF012  PyYAML fills it
+    yaml_implicit_resolvers: dict = {}  # noqa: RUF012  filled below
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if isinstance(key, yaml.ScalarNode):
-                name = self.construct_object(key)
-                if name in seen:
-                    self._refuse(f"{name!r} stands twice", key)
-                seen.add(name)
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value!r} stands twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
         return super().construct_mapping(node, deep)
 
-    def _number(self, node: yaml.ScalarNode) -> int | float:
-        read = integer if node.tag.endswith(":int") else number
-        try:
-            return read(self.construct_scalar(node))
-        except ValueError as error:
-            self._refuse(f"{node.value!r}: {error}", node)
 
-    def _refuse(self, problem: str, node: yaml.Node) -> None:
-        raise yaml.constructor.ConstructorError(problem=problem, problem_mark=node.start_mark)
-
-
-def _prepare(loader: type[_Loader]) -> None:
-    tag = "tag:yaml.org,2002:"
-    kept = ("null", "bool", "str", "seq", "map")
-    constructors = yaml.SafeLoader.yaml_constructors
-    loader.yaml_constructors = {None: constructors[None]}
-    loader.yaml_constructors |= {tag + name: constructors[tag + name] for name in kept}
-    for name in ("int", "float"):
-        loader.add_constructor(tag + name, loader._number)
-    loader.add_implicit_resolver(tag + "null", re.compile(r"(null)?\Z"), ["n", ""])
-    loader.add_implicit_resolver(tag + "bool", re.compile(r"(true|false)\Z"), ["t", "f"])
-    loader.add_implicit_resolver(tag + "int", _INTEGER, list("-0123456789"))
-    loader.add_implicit_resolver(tag + "float", _NUMBER, list("-.0123456789"))
-
-
-_prepare(_Loader)
+_TAG = "tag:yaml.org,2002:"
+_Loader.add_constructor(_TAG + "int", lambda loader, node: integer(node.value))
+_Loader.add_constructor(_TAG + "float", lambda loader, node: number(node.value))
+_Loader.add_implicit_resolver(_TAG + "null", re.compile(r"(null)?\Z"), ["n", ""])
+_Loader.add_implicit_resolver(_TAG + "bool", re.compile(r"(true|false)\Z"), ["t", "f"])
+_Loader.add_implicit_resolver(_TAG + "int", _INTEGER, list("-0123456789"))
+_Loader.add_implicit_resolver(_TAG + "float", _NUMBER, list("-.0123456789"))
