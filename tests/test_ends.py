@@ -34,11 +34,12 @@ CELL = f"""\
 from pathlib import Path
 
 import paramspec
+from paramspec.studies.sweep import write_study
 
 choices = paramspec.Choices(ratios=(0.25,), general=2)
 with paramspec.workers(jobs=jobs):
     study = paramspec.measure_pss({MODELS}, paramspec.study_questions({MODELS}), choices)
-paramspec.write_study(study, Path("out"))
+write_study(study, Path("out"))
 """
 CHAPTER = f"""{HEADER}
 # Measured

@@ -4,99 +4,65 @@
     study = measure_pss(["smollm2-135m"], load_questions(concepts=60))
     summarize(study.pss)
 
-Names are imported on first use, so that the command line answers at once.
+These are the names for everyday use, in the order of the paper; the modules have more. Each has an
+example in its docstring. There `view` and `tokenizer` are those of `load_model("my-checkpoint/")`,
+`questions` are ten on each of the concepts alpha, beta and gamma, and `study` is `measure_pss` of
+three models on them. Names are imported on first use, so that the command line answers at once.
 """
 
 import lazy_loader as _lazy
 
 __version__ = "0.1.0"
 
-__getattr__, __dir__, __all__ = _lazy.attach(
-    __name__,
-    submod_attrs={
-        "stats.methods": ["measure_methods", "over_seeds", "resample_runs"],
-        "studies.causal": ["Run", "causal_runs", "measure_runs", "trained_concepts"],
-        "studies.evaluation": ["Evaluation"],
-        "errors": ["InputError"],
-        "method.generation": ["answer_matches", "generate_answers"],
-        "studies.hallucination": [
-            "cluster_answers",
-            "embedding_judge",
-            "entailment_judge",
-            "local_intrinsic_dimension",
-            "sample_answers",
-            "semantic_entropy",
-        ],
-        "method.hooks": [
-            "ValueVectorView",
-            "mask_value_vectors",
-            "record_coefficients",
-            "value_vector_view",
-        ],
-        "method.masks": [
-            "ConceptCoefficients",
-            "keep_tensor",
-            "load_masks",
-            "magnitude_matched_vectors",
-            "random_vectors",
-            "record_concepts",
-            "save_masks",
-            "top_vectors",
-            "value_vector_scores",
-        ],
-        "execution.parallel": ["workers"],
-        "models.checkpoints": ["find_checkpoints"],
-        "models.describe": [
-            "comparable_models",
-            "describe_models",
-            "folds_asked",
-            "study_questions",
-            "taught",
-        ],
-        "models.load": ["LoadedModel", "load_model"],
-        "models.registry": ["ModelSpec", "expand_models", "find_spec", "load_registry"],
-        "method.pss": [
-            "Choices",
-            "pss_rows",
-            "read_mask_name",
-        ],
-        "method.scoring": [
-            "choose",
-            "encode",
-            "score_options",
-        ],
-        "specwiki": ["Question", "export_lm_eval", "load_questions", "questions_digest"],
-        "execution.store": ["Store"],
-        "models.tokens": ["token_ids"],
-        "stats.summary": [
-            "accuracy_table",
-            "best_general_change",
-            "peak_pss",
-            "sampling_floor",
-            "summarize",
-            "verdict",
-        ],
-        "stats.trends": [
-            "balance_tiers",
-            "contrast",
-            "correlations",
-            "half_way",
-            "interval",
-            "like_sized_ends",
-            "mean_over",
-            "model_table",
-            "resample_models",
-            "with_interval",
-        ],
-        "models.zoo": ["load_zoo", "zoo_questions"],
-        "models.zoo_training": ["train_zoo", "training_record"],
-        "studies.training": ["METHODS", "Training", "choose_vectors"],
-        "studies.sweep": [
-            "Study",
-            "concept_coefficients",
-            "measure_pss",
-            "score_questions",
-            "write_study",
-        ],
-    },
-)
+_NAMES = {
+    # Questions and models
+    "Question": "specwiki.schema",
+    "load_questions": "specwiki.load",
+    "study_questions": "models.describe",
+    "load_model": "models.load",
+    "describe_models": "models.describe",
+    "taught": "models.describe",
+    # Value vectors and their masks
+    "value_vector_view": "method.hooks",
+    "record_coefficients": "method.hooks",
+    "record_concepts": "method.masks",
+    "value_vector_scores": "method.masks",
+    "top_vectors": "method.masks",
+    "keep_tensor": "method.masks",
+    "mask_value_vectors": "method.hooks",
+    # Answers under masks, and PSS with its intervals
+    "encode": "method.scoring",
+    "score_options": "method.scoring",
+    "score_questions": "studies.sweep",
+    "accuracy_table": "stats.summary",
+    "generate_answers": "method.generation",
+    "answer_matches": "method.generation",
+    "Choices": "method.pss",
+    "measure_pss": "studies.sweep",
+    "summarize": "stats.summary",
+    "peak_pss": "stats.summary",
+    "verdict": "stats.summary",
+    # Many models
+    "resample_models": "stats.trends",
+    "model_table": "stats.trends",
+    "correlations": "stats.trends",
+    "contrast": "stats.trends",
+    "interval": "stats.bootstrap",
+    "with_interval": "stats.bootstrap",
+    # Training chosen value vectors, and hallucination
+    "Training": "studies.training",
+    "Evaluation": "studies.evaluation",
+    "causal_runs": "studies.causal",
+    "measure_runs": "studies.causal",
+    "measure_methods": "stats.methods",
+    "sample_answers": "studies.hallucination",
+    "semantic_entropy": "studies.hallucination",
+    # Running
+    "workers": "execution.parallel",
+    "Store": "execution.store",
+    "InputError": "errors",
+}
+_MODULES = {
+    module: [n for n, home in _NAMES.items() if home == module] for module in _NAMES.values()
+}
+__getattr__, __dir__, __all__ = _lazy.attach(__name__, submod_attrs=_MODULES)

@@ -3,7 +3,7 @@
     print(printable(message))            # one line, whatever stands in a path
     Markdown(f"{in_markdown(model)} answers")
 
-In a table of the command line no text is markup (`cli._console`); in a figure, and in a DataFrame
+In a table of the command line no text is markup (`report.show`); in a figure, and in a DataFrame
 on a page, see `figures.use_book_style`.
 """
 

@@ -26,6 +26,7 @@ from paramspec.models.describe import (
     taught,
 )
 from paramspec.models.load import load_model
+from paramspec.models.registry import expand_models
 from paramspec.stats.trends import like_sized_ends
 from paramspec.studies.causal import measure_runs
 from paramspec.studies.finetune import finetune
@@ -143,7 +144,7 @@ def test_questions_are_those_on_what_all_micro_models_were_taught():
 
 
 def test_the_whole_zoo_may_be_asked_what_it_was_taught():
-    names = paramspec.expand_models(["zoo"])
+    names = expand_models(["zoo"])
     require_taught(names, study_questions(names), (1,))
 
 
@@ -162,7 +163,7 @@ def test_the_command_asks_what_was_taught_on_fold_1_and_says_so(models, capfd):
     by_id = {question.id: question for question in load_questions()}
     details = pd.read_parquet("out/details.parquet")
     asked = {by_id[name] for name in details["question_id"]}
-    assert concepts_of(asked) == concepts_of(study_questions(paramspec.expand_models(models)))
+    assert concepts_of(asked) == concepts_of(study_questions(expand_models(models)))
     assert {question.fold for question in asked} == {1}
     each = details.groupby("model")["question_id"].agg(frozenset)
     assert each.nunique() == 1  # a real model gets the same questions
