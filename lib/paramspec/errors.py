@@ -9,6 +9,10 @@ from contextlib import contextmanager
 class InputError(ValueError):
     """Bad input, told in one line that names the value, the place and the remedy.
 
+    >>> load_questions(concepts=0)
+    Traceback (most recent call last):
+    paramspec.errors.InputError: ...questions.jsonl: 0 concepts asked for; choose from 1 to 525
+
     The command line prints the message without a traceback, and exits with `exit_status`.
     """
 

@@ -1,4 +1,4 @@
-"""PSS against tables worked by hand, exact enumeration and models of planted knowledge."""
+"""What a PSS measurement writes, and PSS of models of planted knowledge."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.stats import binom, chisquare
+from scipy.stats import chisquare
 
 from oracles import score_one_at_a_time
 from paramspec.errors import InputError
@@ -28,13 +28,7 @@ from paramspec.method.pss import (
     other_concept,
 )
 from paramspec.method.scoring import encode
-from paramspec.stats.summary import (
-    best_general_change,
-    peak_pss,
-    sampling_floor,
-    summarize,
-    verdict,
-)
+from paramspec.stats.summary import peak_pss, summarize
 from paramspec.tables import DETAIL_COLUMNS, PSS_COLUMNS
 from toy_study import CONCEPTS, planted_model, toy_questions, toy_tokenizer
 from toys import toy_model
@@ -96,21 +90,12 @@ def test_columns_and_types_are_those_of_the_schema(study):
     _, _, tables = study
     assert list(tables.pss.columns) == list(PSS_COLUMNS)
     assert list(tables.details.columns) == list(DETAIL_COLUMNS)
-    # As the design page names them, and in its order.
-    design = "model concept ratio mask seed protocol "
-    design += "concept_accuracy general_accuracy n_concept n_general"
-    assert [name for name in PSS_COLUMNS if name not in ("domain", "tier")] == design.split()
-    assert set(DETAIL_COLUMNS) > {
-        *("question_id", "mask_concept", "ratio", "mask", "seed", "option_logprobs"),
-        *("option_tokens", "predicted", "predicted_norm", "correct", "correct_norm"),
-    }
     kinds = {**tables.pss.dtypes, **tables.details.dtypes}
-    for name in ("ratio", "concept_accuracy", "general_accuracy"):
-        assert kinds[name] == "float64"
-    for name in ("seed", "n_concept", "n_general", "predicted", "predicted_norm"):
-        assert kinds[name] == "int64"
-    for name in ("correct", "correct_norm"):  # 1/n where the answer ties with others
-        assert kinds[name] == "float64"
+    # `correct` is 1/n where the answer ties with others.
+    floats = ("ratio", "concept_accuracy", "general_accuracy", "correct", "correct_norm")
+    counts = ("seed", "n_concept", "n_general", "predicted", "predicted_norm")
+    for name, kind in (*((n, "float64") for n in floats), *((n, "int64") for n in counts)):
+        assert kinds[name] == kind, name
     assert not tables.pss.isna().any(axis=None)
 
 
@@ -257,7 +242,7 @@ def test_the_other_mask_is_another_concepts_own(study):
             assert owners != [concept]
 
 
-@pytest.mark.parametrize("count", [2, 3, 8])
+@pytest.mark.parametrize("count", [2, 3])
 def test_partners_stand_on_a_circle(count):
     """All concepts stand on one circle, and every circle is as likely."""
     names, circles = CONCEPTS[:count], Counter()
@@ -270,12 +255,9 @@ def test_partners_stand_on_a_circle(count):
         assert circle[-1] == names[0]
         circles[tuple(circle)] += 1
     possible = math.factorial(count - 1)
-    if possible <= 2:
-        # Five standard deviations of a fair coin thrown 400 times are 50.
-        assert len(circles) == possible
-        assert all(abs(seen - 400 / possible) < 50 for seen in circles.values())
-    else:  # of 5,040, a birthday in 400 is met about 16 times
-        assert 400 - len(circles) < 40
+    assert len(circles) == possible
+    # Five standard deviations of a fair coin thrown 400 times are 50.
+    assert all(abs(seen - 400 / possible) < 50 for seen in circles.values())
 
 
 def test_shards_give_what_the_whole_gives(study):
@@ -312,23 +294,6 @@ def test_the_same_seed_gives_the_same_study_and_another_seed_another():
         assert not torch.equal(first.masks[f"{chance}/0"], other.masks[f"{chance}/1"])
     asked = [set(tables.details["question_id"].iloc[10:15]) for tables in (first, other)]
     assert asked[0] != asked[1]
-
-
-def test_progress_counts_every_evaluation():
-    done = []
-    choices = Choices(ratios=(0.2,), general=5, batch_tokens=200)
-    tables = measured(toy_model("llama"), toy_questions(3), choices, progress=done.append)
-    assert sum(done) == len(tables.details)
-    assert len(done) > 3
-
-
-def test_names_of_masks_tell_ratios_apart():
-    ratios = (0.05, 0.0500001, 0.1234567, 0.12345678, 1e-7, 1.0)
-    names = {mask_name("org/toy", "alpha", ratio, "concept", 0) for ratio in ratios}
-    assert len(names) == len(ratios)
-    assert mask_name("org/toy", "alpha", 0.05, "concept", 0) == "org/toy/alpha/0.05/concept/0"
-    for ratio in ratios:
-        assert float(mask_name("toy", "alpha", ratio, "concept", 0).split("/")[2]) == ratio
 
 
 # General questions
@@ -482,322 +447,6 @@ def test_superposed_knowledge_has_no_pss():
     np.testing.assert_allclose(summary["pss_per_concept"], 0, atol=1e-12)
 
 
-# Summaries of a table made by hand
-
-
-def row(concept, mask, ratio, own, general, seed=0, protocol="paper", model="toy"):
-    """`own` and `general` as (right, questions)."""
-    return {
-        "model": model,
-        "concept": concept,
-        "domain": "greek",
-        "tier": "high",
-        "ratio": ratio,
-        "mask": mask,
-        "seed": seed,
-        "protocol": protocol,
-        "concept_accuracy": own[0] / own[1],
-        "general_accuracy": general[0] / general[1],
-        "n_concept": own[1],
-        "n_general": general[1],
-    }
-
-
-HAND = [
-    row("a", "none", 0.0, (9, 10), (6, 10)),
-    row("b", "none", 0.0, (2, 5), (4, 5)),
-    row("a", "concept", 0.1, (3, 10), (5, 10)),
-    row("b", "concept", 0.1, (4, 5), (3, 5)),
-    row("a", "concept", 0.2, (1, 10), (4, 10)),
-    row("b", "concept", 0.2, (1, 5), (1, 5)),
-]
-
-
-def test_the_statistics_of_a_table_worked_by_hand():
-    """Pooled: C(0) 11/15, G(0) 10/15, C(.1) 7/15, G(.1) 8/15, C(.2) 2/15, G(.2) 5/15."""
-    summary = summarize(pd.DataFrame(HAND)).set_index(["mask", "ratio"])
-    expected = {
-        ("none", 0.0): {
-            "concept_accuracy": 11 / 15,
-            "general_accuracy": 10 / 15,
-            "pss_pooled": (1 / 15) / (10 / 15),
-            "pss_per_concept": (0.3 + 0.4) / 2 / (10 / 15),
-            "did": 0,
-            "general_change": 0,
-        },
-        ("concept", 0.1): {
-            "concept_accuracy": 7 / 15,
-            "general_accuracy": 8 / 15,
-            "pss_pooled": 0.1,
-            "pss_per_concept": (0.2 + 0.2) / 2 / (10 / 15),
-            "did": (1 / 15 + 1 / 15) / (10 / 15),
-            "general_change": -2 / 15,
-        },
-        ("concept", 0.2): {
-            "concept_accuracy": 2 / 15,
-            "general_accuracy": 5 / 15,
-            "pss_pooled": 0.3,
-            "pss_per_concept": (0.3 + 0.0) / 2 / (10 / 15),
-            "did": (3 / 15 + 1 / 15) / (10 / 15),
-            "general_change": -5 / 15,
-        },
-    }
-    assert set(summary.index) == set(expected)
-    for cell, values in expected.items():
-        for name, value in values.items():
-            assert summary.loc[cell, name] == pytest.approx(value), (cell, name)
-    assert set(summary["concepts"]) == {2}
-
-
-def test_peaks_of_the_table_worked_by_hand():
-    """Pooled, PSS peaks at 0.2; per concept, at 0.1."""
-    peaks = peak_pss(pd.DataFrame(HAND))
-    assert len(peaks) == 1
-    assert peaks.loc[0, "peak_pooled"] == pytest.approx(0.3)
-    assert peaks.loc[0, "peak_per_concept"] == pytest.approx(0.3)
-    assert peaks.loc[0, "ratio"] == 0.2
-    # Without 0.2, only the pooled peak falls.
-    peaks = peak_pss(pd.DataFrame(HAND[:4]))
-    assert peaks.loc[0, "peak_pooled"] == pytest.approx(0.1)
-    assert peaks.loc[0, "peak_per_concept"] == pytest.approx(0.3)
-
-
-def test_models_and_protocols_are_kept_apart():
-    rows = [
-        one | {"model": model, "protocol": protocol}
-        for model in ("x", "y")
-        for protocol in ("paper", "holdout")
-        for one in HAND
-    ]
-    rows = [
-        one | {"concept_accuracy": 0.0}
-        if (one["model"], one["protocol"]) == ("y", "paper")
-        else one
-        for one in rows
-    ]
-    for table, per_group in ((summarize(pd.DataFrame(rows)), 3), (peak_pss(pd.DataFrame(rows)), 1)):
-        assert len(table) == 4 * per_group
-        alone = {
-            key: part.drop(columns=["model", "protocol"]).reset_index(drop=True)
-            for key, part in table.groupby(["model", "protocol"])
-        }
-        pd.testing.assert_frame_equal(alone["x", "paper"], alone["y", "holdout"])
-        assert not alone["x", "paper"].equals(alone["y", "paper"])
-
-
-def test_a_control_is_the_mean_over_its_draws_so_that_more_draws_do_not_shrink_it():
-    """Each draw has a PSS of 0.2 / 0.5; averaged before the absolute value, it would be 0."""
-    rows = [row(name, "none", 0.0, (5, 10), (5, 10)) for name in "ab"]
-    for name in "ab":
-        rows.append(row(name, "random", 0.1, (3, 10), (5, 10), seed=0))
-        rows.append(row(name, "random", 0.1, (7, 10), (5, 10), seed=1))
-    summary = summarize(pd.DataFrame(rows)).set_index("mask").loc["random"]
-    assert summary["concept_accuracy"] == pytest.approx(0.5)
-    assert summary["did"] == pytest.approx(0)
-    assert summary["pss_pooled"] == pytest.approx(0.4)
-    assert summary["pss_per_concept"] == pytest.approx(0.4)
-    peak = peak_pss(pd.DataFrame(rows)).iloc[0]
-    assert peak["peak_pooled"] == peak["peak_per_concept"] == pytest.approx(0.4)
-
-
-def test_the_peak_of_a_control_is_that_of_one_draw():
-    """Draw 0 peaks at 0.1 and draw 1 at 0.2, each with 0.4."""
-    rows = [row(name, "none", 0.0, (5, 10), (5, 10)) for name in "ab"]
-    for name in "ab":
-        for ratio, seed, right in ((0.1, 0, 3), (0.1, 1, 5), (0.2, 0, 5), (0.2, 1, 3)):
-            rows.append(row(name, "random", ratio, (right, 10), (5, 10), seed=seed))
-    assert peak_pss(pd.DataFrame(rows)).loc[0, "peak_pooled"] == pytest.approx(0.4)
-
-
-def test_drawing_the_same_control_twice_adds_nothing():
-    rows = [*HAND, *[one | {"mask": "random"} for one in HAND if one["mask"] == "concept"]]
-    once = summarize(pd.DataFrame(rows))
-    again = [one | {"seed": 1} for one in rows if one["mask"] == "random"]
-    pd.testing.assert_frame_equal(once, summarize(pd.DataFrame([*rows, *again])))
-
-
-def test_a_table_with_a_hole_is_refused():
-    with pytest.raises(InputError, match=r"mask 'concept', ratio 0\.2, seed 0: no row for 'b'"):
-        summarize(pd.DataFrame(HAND[:-1]))
-    second = row("a", "random", 0.1, (3, 10), (5, 10), seed=1)
-    rows = [*HAND, *[one | {"mask": "random"} for one in HAND[2:4]], second]
-    with pytest.raises(InputError, match=r"mask 'random', ratio 0\.1, seed 1: no row for 'b'"):
-        summarize(pd.DataFrame(rows))
-    rows += [row("b", "random", 0.1, (3, 10), (5, 10), seed=1)]
-    rows += [one | {"mask": "random"} for one in HAND[4:]]
-    with pytest.raises(InputError, match=r"mask 'random', ratio 0\.1: not as many draws"):
-        summarize(pd.DataFrame(rows))
-    with pytest.raises(InputError, match=r"mask 'none': no row"):
-        summarize(pd.DataFrame(HAND[2:]))
-
-
-def test_a_study_measured_twice_is_refused():
-    with pytest.raises(InputError, match=r"more than one row for 'a'"):
-        summarize(pd.DataFrame([*HAND, HAND[0]]))
-
-
-def test_a_single_concept_has_no_interval():
-    summary = summarize(pd.DataFrame([one for one in HAND if one["concept"] == "a"]))
-    assert summary["pss_pooled"].notna().all()
-    assert summary[["pss_pooled_low", "did_high"]].isna().all(axis=None)
-
-
-def test_a_model_that_knows_nothing_has_no_pss():
-    """G(0) = 0: the ratio is undefined, not an error and not a number."""
-    rows = [one | {"concept_accuracy": 0.0, "general_accuracy": 0.0} for one in HAND]
-    summary = summarize(pd.DataFrame(rows))
-    assert summary["pss_pooled"].isna().all()
-    assert summary["floor_pooled"].isna().all()
-    assert (summary["general_accuracy"] == 0).all()
-
-
-# Intervals
-
-
-def simulated(rng, concepts, *, drop=0.2):
-    """Concepts of very different difficulty: a concept's questions go together."""
-    rows = []
-    for number in range(concepts):
-        easy = rng.beta(1.2, 0.8)
-        hit = easy * (1 - drop * rng.uniform(0, 2))
-        general = rng.beta(30, 20)
-        rows.append(
-            row(str(number), "none", 0.0, (rng.binomial(10, easy), 10), (rng.binomial(10, 0.6), 10))
-        )
-        own, others = rng.binomial(10, hit), rng.binomial(10, general)
-        rows.append(row(str(number), "concept", 0.1, (own, 10), (others, 10)))
-    return pd.DataFrame(rows)
-
-
-def test_intervals_equal_a_bootstrap_written_by_hand():
-    table = simulated(np.random.default_rng(4), 30)
-    summary = summarize(table, resamples=9000).set_index("mask").loc["concept"]
-    none, masked = (
-        table[table["mask"] == mask].reset_index(drop=True) for mask in ("none", "concept")
-    )
-    none, masked = (
-        part[["concept_accuracy", "general_accuracy"]].to_numpy() for part in (none, masked)
-    )
-    rng = np.random.default_rng(99)
-    draws = defaultdict(list)
-    for _ in range(9000):
-        sample = rng.integers(0, 30, 30)
-        c0, g0 = none[sample].mean(0)
-        both = masked[sample]
-        c, g = both.mean(0)
-        draws["concept_accuracy"].append(c)
-        draws["general_accuracy"].append(g)
-        draws["pss_pooled"].append(abs(g - c) / g0)
-        draws["pss_per_concept"].append(np.abs(both[:, 1] - both[:, 0]).mean() / g0)
-        draws["did"].append((g - c - g0 + c0) / g0)
-        draws["general_change"].append(g - g0)
-    for name, values in draws.items():
-        # The Monte Carlo error of a 2.5 % quantile of 9,000 normal draws is 0.028 of their
-        # standard deviation; two independent bootstraps differ by that times root 2.
-        tolerance = 5 * 0.028 * 2**0.5 * np.std(values)
-        for end, percent in (("low", 2.5), ("high", 97.5)):
-            expected = np.percentile(values, percent)
-            assert summary[f"{name}_{end}"] == pytest.approx(expected, abs=tolerance), name
-
-
-@pytest.fixture
-def no_floors(monkeypatch):
-    """Floors take most of the time of a summary, and are tested by themselves."""
-    monkeypatch.setattr("paramspec.stats.summary.sampling_floor", lambda *_: (0.0, 0.0))
-
-
-def test_intervals_cover_the_truth_about_95_times_in_100(no_floors):
-    """Truth from the definition of the simulation; questions of a concept are not independent."""
-    easy = 1.2 / 2.0
-    truth = {
-        "concept_accuracy": easy * 0.8,
-        "general_accuracy": 0.6,
-        "pss_pooled": (0.6 - easy * 0.8) / 0.6,
-        "did": ((0.6 - easy * 0.8) - (0.6 - easy)) / 0.6,
-        "general_change": 0.0,
-    }
-    rng = np.random.default_rng(7)
-    covered = Counter()
-    studies = 250
-    for _ in range(studies):
-        summary = summarize(simulated(rng, 60), resamples=400).set_index("mask").loc["concept"]
-        for name, value in truth.items():
-            covered[name] += summary[f"{name}_low"] <= value <= summary[f"{name}_high"]
-    for name in truth:
-        # 3 standard errors of 250 studies are 0.041; a percentile interval of 60 concepts
-        # covers a little less than 0.95. Bootstrapping questions instead would cover 0.75.
-        assert 0.90 <= covered[name] / studies <= 0.99, (name, covered[name] / studies)
-
-
-def test_intervals_come_from_the_seed():
-    table = simulated(np.random.default_rng(4), 20)
-    pd.testing.assert_frame_equal(summarize(table), summarize(table))
-    assert not summarize(table).equals(summarize(table, seed=1))
-
-
-# The floor
-
-
-def exact_floor(n_concept, n_general, accuracy):
-    """Mean |G - C| of two binomials, by enumeration."""
-    own, general = np.arange(n_concept + 1), np.arange(n_general + 1)
-    weights = np.outer(binom.pmf(general, n_general, accuracy), binom.pmf(own, n_concept, accuracy))
-    return float((weights * abs(general[:, None] / n_general - own / n_concept)).sum())
-
-
-@pytest.mark.parametrize("accuracy", [0.25, 0.7, 1.0])
-def test_the_floor_equals_exact_enumeration(accuracy):
-    own, general = np.array([3, 10, 5]), np.array([4, 10, 12])
-    pooled, per_concept = sampling_floor(own, general, accuracy, draws=20_000)
-    expected = np.mean(
-        [exact_floor(one, other, accuracy) for one, other in zip(own, general, strict=True)]
-    )
-    assert per_concept == pytest.approx(expected / accuracy, rel=0.02)
-    assert pooled == pytest.approx(exact_floor(18, 26, accuracy) / accuracy, rel=0.02)
-
-
-def test_the_floors_that_a_careful_reader_expects():
-    """Ten questions a concept at accuracy 0.7: |G - C| is 0.16 a concept, 0.007 over 5,250."""
-    tens = np.full(525, 10)
-    pooled, per_concept = sampling_floor(tens, tens, 0.7)
-    assert per_concept * 0.7 == pytest.approx(0.16, abs=0.005)
-    assert pooled * 0.7 == pytest.approx(0.007, abs=0.0005)
-    assert per_concept * 0.7 == pytest.approx(exact_floor(10, 10, 0.7), rel=0.01)
-
-
-def test_floors_in_a_summary_are_in_units_of_pss():
-    """Divided by G(0), as PSS is; the accuracy is that under the mask."""
-    names = [str(number) for number in range(40)]
-    rows = [row(name, "none", 0.0, (8, 10), (8, 10)) for name in names]
-    rows += [row(name, "concept", 0.1, (3, 10), (5, 10)) for name in names]
-    summary = summarize(pd.DataFrame(rows), resamples=50).set_index("mask").loc["concept"]
-    assert summary["floor_per_concept"] == pytest.approx(exact_floor(10, 10, 0.4) / 0.8, rel=0.03)
-    assert summary["floor_pooled"] == pytest.approx(exact_floor(400, 400, 0.4) / 0.8, rel=0.05)
-
-
-def test_a_model_at_one_accuracy_has_the_floor_for_its_pss(no_floors):
-    """Simulated answers without any effect: mean PSS over studies is the floor."""
-    rng = np.random.default_rng(0)
-    pooled, per_concept = [], []
-    for _ in range(150):
-        right = rng.binomial(10, 0.6, (20, 2))
-        rows = [row(str(n), "none", 0.0, (6, 10), (6, 10)) for n in range(20)]
-        rows += [
-            row(str(n), "concept", 0.1, (own, 10), (general, 10))
-            for n, (own, general) in enumerate(right)
-        ]
-        summary = summarize(pd.DataFrame(rows), resamples=2).set_index("mask").loc["concept"]
-        pooled.append(summary["pss_pooled"])
-        per_concept.append(summary["pss_per_concept"])
-    pair = sampling_floor(np.full(20, 10), np.full(20, 10), 0.6)
-    for values, floor in zip((pooled, per_concept), pair, strict=True):
-        assert np.mean(values) == pytest.approx(floor, abs=4 * np.std(values) / 150**0.5)
-
-
-def test_there_is_no_floor_without_a_right_answer():
-    assert all(map(math.isnan, sampling_floor(np.array([10]), np.array([10]), 0.0)))
-
-
 # Choices
 
 
@@ -805,49 +454,40 @@ def test_ratios_are_sorted_unique_and_without_zero():
     choices = Choices.parse(ratios="0.2, 0.01,0.2,0,0.05")
     assert choices.ratios == (0.01, 0.05, 0.2)
     assert Choices.parse(ratios="0").ratios == ()
-    assert Choices.parse(ratios="1").ratios == (1.0,)
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"ratios": "0.1,1.5"}, r"ratio 1\.5: expected a share of value vectors, from 0 to 1"),
-        ({"ratios": "-0.1"}, r"ratio -0\.1: expected"),
         ({"ratios": "nan"}, r"ratios 'nan': expected"),
-        ({"ratios": "inf"}, r"ratios 'inf': expected"),
         ({"ratios": "0.1;0.2"}, r"ratios '0\.1;0\.2': expected numbers from 0 to 1 separated"),
-        ({"ratios": "5%"}, r"ratios '5%': expected numbers"),
-        ({"ratios": ""}, r"ratios '': expected numbers"),
         ({"ratios": ","}, r"ratios ',': expected numbers"),
         ({"ratios": [0.1, "a"]}, r"ratios.*'a'"),
         ({"position": "first"}, r"position 'first': .*'mean' or 'last'"),
-        ({"scope": "head"}, r"scope 'head': .*'layer' or 'model'"),
-        ({"protocol": "train"}, r"protocol 'train': .*'paper' or 'holdout'"),
-        ({"controls": -1}, r"controls -1: expected at least 0"),
-        ({"general": 0}, r"general 0: expected at least 1"),
-        ({"row_tokens": 0}, r"row_tokens 0: expected at least 1"),
-        ({"batch_tokens": 0}, r"batch_tokens 0: expected at least 1"),
+        ({"controls": -1}, r"controls -1: "),
+        ({"general": 0}, r"general 0: "),
+        ({"batch_tokens": 0}, r"batch_tokens 0: "),
         ({"controls": "many"}, r"controls 'many'"),
-        ({"seed": 2**70}, r"seed 1180591620717411303424: expected"),
-        ({"seed": -1}, r"seed -1: expected"),
+        ({"seed": 2**70}, r"seed 1180591620717411303424: "),
         ({"ratio": 0.1}, r"ratio"),
+        ({"folds": ()}, r"folds \[\]: expected 0, 1 or both"),
+        ({"folds": (0, -1)}, r"folds \[0, -1\]: expected 0, 1 or both"),
+        ({"nulls": ("random", "none")}, r"nulls 'none': .*'random', 'magnitude' or 'other'"),
+        ({"nulls": "random"}, r"nulls 'random': Input should be a valid tuple"),
     ],
 )
 def test_a_choice_that_is_none_is_told_in_one_line(given, message):
-    with pytest.raises(InputError, match=message) as caught:
+    with pytest.raises(InputError, match=f"(?i){message}") as caught:
         Choices.parse(**given)
     assert "\n" not in str(caught.value)
 
 
-def test_without_controls_there_are_none():
-    masks = measured(
-        toy_model("llama"), toy_questions(3), Choices(ratios=(0.2,), controls=0, general=5)
-    )
-    assert set(masks.pss["mask"]) == {"none", "concept"}
-
-
-def test_without_ratios_only_the_model_itself_is_scored():
-    tables = measured(toy_model("llama"), toy_questions(3), Choices(ratios=(0.0,), general=5))
+def test_without_controls_or_ratios_there_are_fewer_masks():
+    model, questions = toy_model("llama"), toy_questions(3)
+    tables = measured(model, questions, Choices(ratios=(0.2,), controls=0, general=5))
+    assert set(tables.pss["mask"]) == {"none", "concept"}
+    tables = measured(model, questions, Choices(ratios=(0.0,), general=5))
     assert set(tables.pss["mask"]) == {"none"}
     assert tables.masks == {}
     assert len(summarize(tables.pss)) == 1
@@ -885,54 +525,22 @@ def test_a_study_of_one_fold_is_that_of_its_questions_alone():
         assert evaluations(choices, questions, CONCEPTS[:4]) == len(part.details)
 
 
-def test_one_fold_scores_its_own_questions_as_a_study_of_both_does():
-    """Without a mask, own questions are answered alike, whatever else is asked."""
-    model, questions = toy_model("llama"), toy_questions(4)
-    fold_of = {question.id: question.fold for question in questions}
-    own = ["mask_concept", "question_id"]
-    whole = measured(model, questions, Choices(ratios=(), general=5)).details
-    whole = whole[whole["role"] == "concept"].set_index(own)
-    seen = []
-    for fold in (0, 1):
-        choices = Choices(ratios=(0.2,), general=5, folds=(fold,))
-        tables = measured(model, questions, choices)
-        assert {fold_of[name] for name in tables.details["question_id"]} == {fold}
-        assert set(tables.pss["n_concept"]) == {5}
-        part = tables.details
-        part = part[(part["role"] == "concept") & (part["mask"] == "none")].set_index(own)
-        expected = whole[[fold_of[name] == fold for _, name in whole.index]]
-        assert list(part.index) == list(expected.index)
-        np.testing.assert_allclose(
-            part["option_logprobs"].tolist(), expected["option_logprobs"].tolist(), atol=1e-3
-        )
-        seen += list(part.index)
-    assert sorted(seen) == sorted(whole.index)
-
-
 @pytest.mark.parametrize(
-    "nulls",
-    [
-        (),
-        *itertools.combinations(("random", "magnitude", "other"), 1),
-        *itertools.combinations(("random", "magnitude", "other"), 2),
-    ],
-    ids="-".join,
+    "nulls", [(), ("random",), ("random", "other"), ("magnitude", "other")], ids="-".join
 )
-def test_fewer_kinds_of_controls_are_those_rows_of_a_full_study(nulls):
+def test_fewer_kinds_of_controls_are_those_rows_of_a_full_study(study, nulls):
     """A kind's draws do not depend on which other kinds are drawn beside it."""
-    model, questions = toy_model("llama"), toy_questions(3)
-    full = Choices(ratios=(0.1, 0.5), controls=2, general=GENERAL, seed=3)
-    whole = measured(model, questions, full)
-    choices = full.model_copy(update={"nulls": nulls})
+    model, questions, whole = study
+    choices = CHOICES.model_copy(update={"nulls": nulls})
     part = measured(model, questions, choices)
     kinds = {"none", "concept", *nulls}
     for one, other in ((part.pss, whole.pss), (part.details, whole.details)):
         assert set(one["mask"]) == kinds
         expected = other[other["mask"].isin(kinds)].reset_index(drop=True)
-        inexact = [name for name in one.columns if name == "option_logprobs"]
-        pd.testing.assert_frame_equal(one.drop(columns=inexact), expected.drop(columns=inexact))
-        for name in inexact:
-            np.testing.assert_allclose(one[name].tolist(), expected[name].tolist(), atol=1e-3)
+        pd.testing.assert_frame_equal(
+            one.drop(columns="option_logprobs", errors="ignore"),
+            expected.drop(columns="option_logprobs", errors="ignore"),
+        )
     expected = {name for name in whole.masks if name.split("/")[3] in kinds}
     assert set(part.masks) == expected
     assert all(torch.equal(part.masks[name], whole.masks[name]) for name in expected)
@@ -955,92 +563,3 @@ def test_folds_and_kinds_of_controls_are_part_of_the_key():
     assert evaluations(again, toy_questions(3), CONCEPTS[:3]) == (
         evaluations(Choices(), toy_questions(3), CONCEPTS[:3])
     )
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"folds": ()}, r"folds \[\]: expected 0, 1 or both"),
-        ({"folds": (2,)}, r"folds \[2\]: expected 0, 1 or both"),
-        ({"folds": (0, -1)}, r"folds \[0, -1\]: expected 0, 1 or both"),
-        ({"folds": "1"}, r"folds '1': Input should be a valid tuple"),
-        ({"folds": ("one",)}, r"folds 'one': Input should be a valid integer"),
-        ({"nulls": ("chance",)}, r"nulls 'chance': .*'random', 'magnitude' or 'other'"),
-        ({"nulls": ("random", "none")}, r"nulls 'none': .*'random', 'magnitude' or 'other'"),
-        ({"nulls": "random"}, r"nulls 'random': Input should be a valid tuple"),
-    ],
-)
-def test_folds_and_controls_that_are_none_are_told_in_one_line(given, message):
-    with pytest.raises(InputError, match=message) as caught:
-        Choices.parse(**given)
-    assert "\n" not in str(caught.value)
-
-
-# --- claims
-
-
-@pytest.mark.parametrize(
-    ("lows", "expected"),
-    [
-        ((0.3,), "reproduced"),
-        ((0.3, 0.1), "reproduced"),
-        ((0.3, np.inf), "reproduced"),
-        ((0.3, 0.0), "not reproduced"),
-        ((-0.3, 0.1), "not reproduced"),
-        ((-np.inf,), "not reproduced"),
-        ((np.nan,), "not run here"),
-        ((0.3, np.nan), "not run here"),
-        ((np.nan, 0.3), "not run here"),
-        ((0.3, np.nan, 0.2, np.nan), "not run here"),
-        ((-0.3, np.nan), "not run here"),
-        ((), "not run here"),
-    ],
-)
-def test_a_bound_that_is_missing_supports_no_claim(lows, expected):
-    assert verdict(*lows) == expected
-    assert verdict(*map(np.float64, lows)) == expected
-    assert verdict(*lows, measured=False) == "not run here"
-
-
-def unmoved(seed, ratios, concepts=60):
-    """PSS rows of a model whose masks change nothing: whatever changes is chance."""
-    draw = np.random.default_rng(seed)
-    rows = []
-    for mask, ratio in [("none", 0.0), *(("concept", ratio) for ratio in ratios)]:
-        table = pd.DataFrame({"concept": [f"c{n}" for n in range(concepts)]})
-        table["general_accuracy"] = draw.binomial(5, 0.6, concepts) / 5
-        table["concept_accuracy"] = draw.binomial(5, 0.6, concepts) / 5
-        rows.append(table.assign(mask=mask, ratio=ratio, seed=0, n_concept=5, n_general=5))
-    return pd.concat(rows)
-
-
-def test_the_best_of_several_ratios_is_tested_as_the_best():
-    """Of studies without any effect, 2.5 % find one; with each ratio's own interval, many do."""
-    ratios = (0.05, 0.06, 0.07, 0.08, 0.09, 0.1)
-    found, naive = 0, 0
-    for seed in range(300):
-        pss = unmoved(seed, ratios, concepts=40)
-        best = best_general_change(pss, ratios, resamples=200)
-        counts = pss.pivot(index="concept", columns="ratio", values="general_accuracy")
-        changes = counts[list(ratios)].sub(counts[0.0], axis=0)
-        assert best["value"] == pytest.approx(changes.mean().max())
-        assert changes.mean()[best["ratio"]] == pytest.approx(changes.mean().max())  # two may tie
-        assert best["low"] <= best["value"] <= best["high"]
-        own = changes[best["ratio"]]
-        naive += own.mean() - 1.96 * own.sem() > 0
-        found += best["low"] > 0
-    # 7.5 are expected; 16 or more have a chance of 0.005.
-    assert found <= 15
-    assert naive > 20
-
-
-def test_a_single_ratio_needs_no_correction():
-    pss = unmoved(1, (0.1,), concepts=400)
-    best = best_general_change(pss, (0.1,), resamples=4000)
-    wide = pss.pivot(index="concept", columns="ratio", values="general_accuracy")
-    change = wide[0.1] - wide[0.0]
-    for bound, side in (("low", -1.96), ("high", 1.96)):
-        assert best[bound] == pytest.approx(change.mean() + side * change.sem(), abs=0.004)
-    alone = best_general_change(unmoved(1, (0.1,), concepts=1), (0.1,))
-    assert np.isnan(alone["low"])
-    assert np.isnan(alone["high"])

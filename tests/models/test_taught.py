@@ -11,8 +11,7 @@ import pandas as pd
 import pytest
 from safetensors.torch import load_file
 
-import paramspec
-from paramspec import Choices, Evaluation, Run, Training, load_questions
+from paramspec import Choices, Evaluation, Training, load_questions
 from paramspec.cli import main
 from paramspec.errors import InputError
 from paramspec.execution.store import Store

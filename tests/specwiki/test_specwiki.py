@@ -170,7 +170,7 @@ def changed(**changes) -> str:
         (changed(answer=4), "answer 4, but 4 options (0-3)"),
         (changed(answer="1"), "answer '1': input should be a valid integer"),
         (changed(answer=True), "answer True: input should be a valid integer"),
-        (changed(options=["a", "b", "c"]), "3 options, but a question has 4"),
+        (changed(options=["a", "b", "c"]), "options[3]: missing"),
         (changed(options=["a", "b", "c", "a"]), "option 'a' stands twice"),
         (changed(options=["a", "b", "c", ""]), "option 3, '', is empty or padded"),
         (changed(options="abcd"), "options 'abcd': input should be a valid array"),

@@ -36,6 +36,9 @@ ANSWER_WITHIN = 10  # seconds that a scheduler has, and then a worker of it
 def workers(jobs: int = 0, scheduler: str | None = None) -> Iterator[None]:
     """`with workers(jobs=2): ...`: what joblib does with the work that is handed out inside.
 
+    >>> with workers(jobs=1):
+    ...     study = measure_pss(["my-checkpoint/"], questions, Choices(ratios=(0.1,), general=5))
+
     Args:
         jobs: processes side by side; 0 for one a GPU, or without a GPU one a core; 1 for none
             beside this one. The cores that this process may use are shared out among them.

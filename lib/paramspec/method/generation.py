@@ -55,6 +55,10 @@ def generate_answers(
 ) -> list[str]:
     """`answers = generate_answers(view, tokenizer, ["What is the capital of France?"])`.
 
+    >>> answers = generate_answers(view, tokenizer, ["age of alpha"], prompt="{question}")
+    >>> len(answers), type(answers[0])
+    (1, <class 'str'>)
+
     Greedy decoding of the first line after the prompt, each question under its own mask.
 
     Args:
@@ -270,6 +274,9 @@ def _has_ended(
 
 def answer_matches(answer: str, aliases: Sequence[str]) -> bool:
     """`answer_matches("The Paris.", ["Paris"])`: SQuAD's exact match against any alias.
+
+    >>> answer_matches("The Paris.", ["Paris"]), answer_matches("Lyon", ["Paris"])
+    (True, False)
 
     Of an alias that is an article or a sign (blood group A, C#'s #), normalisation leaves nothing:
     it is compared as it is, lest an empty answer be right.

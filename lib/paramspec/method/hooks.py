@@ -72,6 +72,11 @@ class ValueVectorView:
 def value_vector_view(model: nn.Module) -> ValueVectorView:
     """`view = value_vector_view(model)`: find the value vectors of any causal LM, and verify them.
 
+    >>> from transformers import AutoModelForCausalLM
+    >>> view = value_vector_view(AutoModelForCausalLM.from_pretrained("my-checkpoint/"))
+    >>> view.layers, view.width, view.names[0]
+    (3, 48, 'model.layers.0.mlp.down_proj')
+
     The view is found by the names above, then held against one forward pass: every down
     projection runs once, its output is the sum of coefficients times value vectors plus the bias,
     and the MLP adds nothing to it but a residual that it was given.
@@ -129,6 +134,12 @@ def record_coefficients(
 ) -> Iterator[Recorded]:
     """`with record_coefficients(view, attention_mask) as recorded: model(...)`.
 
+    >>> tokens = torch.tensor([[3, 4, 5]])
+    >>> with record_coefficients(view, torch.ones_like(tokens)) as recorded:
+    ...     output = view.model(tokens)
+    >>> recorded.coefficients.shape == (1, view.layers, view.width)
+    True
+
     Args:
         view: the model's value vectors.
         tokens_kept: `[batch, tokens]`, non-zero at the prompt's tokens, zero at padding.
@@ -173,6 +184,13 @@ def record_coefficients(
 @contextmanager
 def mask_value_vectors(view: ValueVectorView, keep: Tensor) -> Iterator[None]:
     """`with mask_value_vectors(view, keep): model(...)`: set coefficients to zero.
+
+    >>> tokens, keep = torch.tensor([[3, 4, 5]]), torch.ones(view.layers, 1, view.width).bool()
+    >>> keep[0, 0, :10] = False
+    >>> with mask_value_vectors(view, keep):
+    ...     masked = view.model(tokens).logits
+    >>> torch.equal(masked, view.model(tokens).logits)
+    False
 
     Args:
         view: the model's value vectors.

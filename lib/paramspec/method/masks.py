@@ -90,6 +90,10 @@ def record_concepts(
 ) -> ConceptCoefficients:
     """`coefficients = record_concepts(view, tokenizer, questions)`: run every question's cloze.
 
+    >>> coefficients = record_concepts(view, tokenizer, questions)
+    >>> coefficients.concepts
+    ('alpha', 'beta', 'gamma')
+
     Args:
         questions: of at least two concepts.
         position: the tokens that count, see `record_coefficients`.
@@ -190,6 +194,10 @@ def value_vector_scores(
 ) -> Tensor:
     """`value_vector_scores(coefficients, "France")`: how much the concept's own each vector is.
 
+    >>> coefficients = record_concepts(view, tokenizer, questions)
+    >>> value_vector_scores(coefficients, "alpha").shape == (view.layers, view.width)
+    True
+
     Returns:
         `[layers, width]`: mean absolute coefficient over the concept's questions minus the mean
         over those of all other concepts, on the given folds.
@@ -206,6 +214,10 @@ def masked_per_layer(ratio: float, width: int) -> int:
 
 def top_vectors(scores: Tensor, ratio: float, scope: Scope = "layer") -> Tensor:
     """`top_vectors(scores, 0.05)`: the concept's value vectors, int32 `[n, 2]`, sorted.
+
+    >>> scores = torch.tensor([[0.1, 0.9, 0.5, 0.2], [0.0, 0.3, 0.1, 0.4]])
+    >>> top_vectors(scores, 0.25).tolist(), top_vectors(scores, 0.25, scope="model").tolist()
+    ([[0, 1], [1, 3]], [[0, 1], [0, 2]])
 
     Args:
         scores: `[layers, width]`.
@@ -268,7 +280,11 @@ def magnitude_matched_vectors(
 
 
 def keep_tensor(vectors: Tensor, layers: int, width: int) -> Tensor:
-    """`keep_tensor(vectors, layers, width)`: bool `[layers, width]`, False where masked."""
+    """`keep_tensor(vectors, layers, width)`: bool `[layers, width]`, False where masked.
+
+    >>> keep_tensor(torch.tensor([[0, 1], [1, 2]]), layers=2, width=3).tolist()
+    [[True, False, True], [True, True, False]]
+    """
     keep = torch.ones(layers, width, dtype=torch.bool)
     keep[vectors[:, 0].long(), vectors[:, 1].long()] = False
     return keep

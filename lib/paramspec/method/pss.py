@@ -53,6 +53,9 @@ RATIOS = (0.01, 0.02, 0.05, 0.1, 0.2)
 class Choices(Checked):
     """Every choice of a PSS measurement that the paper leaves open, and its sample sizes.
 
+    >>> Choices(ratios=(0.05, 0.01), protocol="holdout").ratios
+    (0.01, 0.05)
+
     Attributes:
         ratios: mask ratios, k over the number of value vectors of a layer.
         position: prompt tokens whose coefficients count, the `mean` over all or the `last`.

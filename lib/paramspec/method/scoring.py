@@ -71,6 +71,10 @@ VOCABULARY_BLOCK = 4096
 def encode(tokenizer: PreTrainedTokenizerBase, question: Question) -> Item:
     """`item = encode(tokenizer, question)`: the cloze, a space, and each option.
 
+    >>> item = encode(tokenizer, questions[0])
+    >>> len(item.options)
+    4
+
     The prompt and an option are encoded together and then split at the length of the prompt
     alone, as lm-evaluation-harness does, so that the space belongs to the option.
 
@@ -174,6 +178,12 @@ def score_options(
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Tensor]:
     """`scores = score_options(view, requests, keeps)`: log-likelihoods of every option.
+
+    >>> from paramspec.method.scoring import Request
+    >>> requests = [Request(encode(tokenizer, question), mask=0) for question in questions]
+    >>> scores = score_options(view, requests, [None])
+    >>> len(scores), scores[0].shape
+    (30, torch.Size([4]))
 
     Args:
         view: the model's value vectors.

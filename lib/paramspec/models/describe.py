@@ -25,6 +25,10 @@ from paramspec.specwiki import Question, load_questions, sample_concepts
 def describe_models(names: Sequence[str]) -> pd.DataFrame:
     """`describe_models(expand_models(["zoo"]))`: what a chapter plots models against.
 
+    >>> about = describe_models(["llama-2-7b", "llama-7b"])
+    >>> about[["model", "family", "order"]].values.tolist()
+    [['llama-2-7b', 'llama', 2], ['llama-7b', 'llama', 1]]
+
     Returns:
         A row per model: `model`, `micro` (whether it is a micro model), `family` and `generation`
         (missing of a model that is in no registry and no recipe), `order` (the generation's place
@@ -86,6 +90,10 @@ def study_questions(
 ) -> list[Question]:
     """`study_questions(["zoo-llama-1", "smollm2-135m"])`: what all of these models are asked.
 
+    >>> asked = study_questions(["zoo-llama-1", "smollm2-135m"], concepts=6)
+    >>> len(asked), {question.concept for question in asked} <= set(taught("zoo-llama-1"))
+    (60, True)
+
     Both folds, though micro models are scored on fold 1 alone: see `require_taught`.
 
     Args:
@@ -117,6 +125,9 @@ def study_questions(
 
 def taught(model: str | LoadedModel) -> tuple[str, ...] | None:
     """`taught("zoo-llama-1")`: the concepts that a micro model was taught; None of any other model.
+
+    >>> len(taught("zoo-llama-1")), taught("smollm2-135m")
+    (72, None)
 
     A recipe says it of its models, and the record of the training that lies in it of a directory,
     also of a copy and of a fine-tuned one.

@@ -75,6 +75,10 @@ def load_model(
 ) -> LoadedModel:
     """`load_model("smollm2-135m")`: a model and its tokenizer, complete or not at all.
 
+    >>> loaded = load_model("my-checkpoint/", dtype="float32")
+    >>> loaded.name, loaded.dtype, type(loaded.model).__name__
+    ('my-checkpoint', torch.float32, 'LlamaForCausalLM')
+
     Args:
         model: a registry id, a hub id (`org/name` or `org/name@revision`), a directory that holds
             config.json, safetensors and a tokenizer, a GGUF file, or what `find_checkpoint` found.

@@ -46,8 +46,8 @@ def dataset(questions: Iterable[Question] | None = None) -> datasets.Dataset:
 def export_lm_eval(directory: str | Path, questions: Iterable[Question]) -> Path:
     """Write `specwiki.yaml` and `specwiki.parquet`, which the harness (0.4.13) runs as they are.
 
-    >>> from paramspec import load_questions
-    >>> export_lm_eval("task", load_questions(concepts=3)).name
+    >>> from paramspec import load_questions, specwiki
+    >>> specwiki.export_lm_eval("task", load_questions(concepts=3)).name
     'specwiki.yaml'
 
     Then `lm_eval --model hf --model_args pretrained=MODEL --tasks specwiki --include_path task`.

@@ -29,6 +29,13 @@ MEASURES = {
     "prose": "nats a token of English prose",
 }
 
+PEAKS = {
+    "PSS pooled": "peak_pss",
+    "PSS, random masks": "peak_null",
+    "PSS per concept": "peak_per_concept",
+    "diff. in diff.": "peak_did",
+}
+
 
 def resample_runs(
     table: pd.DataFrame,
@@ -89,6 +96,14 @@ def measure_methods(
 ) -> dict[str, dict[str, np.ndarray]]:
     """`measures = measure_methods(study, names)`: by measure and method, in resamples.
 
+    >>> training = Training(method="FT-PV", concepts=("alpha",), epochs=1)
+    >>> runs = causal_runs(training, Evaluation(others=5), seeds=1)["methods"]
+    >>> study = measure_runs("my-checkpoint/", questions, runs, store=Store("results/store"))
+    >>> measures = measure_methods(study, [run.name for run in runs])
+    >>> gain = measures["multiple choice"]["FT-PV"] - measures["multiple choice"]["original"]
+    >>> sorted(interval(gain))
+    ['high', 'low', 'value']
+
     `interval(measures["open-ended"]["FT-PV"] - measures["open-ended"]["FT-RV"])` is a paired
     difference: both have the same resampled concepts (or texts), and the same resampled seeds.
 
@@ -100,38 +115,32 @@ def measure_methods(
         For each of `MEASURES` that was taken, and each method, `[1 + resamples]`.
     """
     method_of = study.runs.set_index("run").loc[list(names), "method"].to_dict()
-
-    def over_methods(draws: Draws, measure: str) -> dict[str, np.ndarray]:
-        methods: dict[str, list[str]] = {}
-        for name in draws.models:
-            methods.setdefault(method_of[name], []).append(name)
-        return {m: over_seeds(draws, part, measure, seed=seed) for m, part in methods.items()}
-
-    def of(table: pd.DataFrame, value: str, **options: object) -> dict[str, np.ndarray]:
-        table = table[table["run"].isin(method_of)]
-        if table.empty:
-            return {}
-        draws = resample_runs(table, value, resamples=resamples, seed=seed, **options)
-        return over_methods(draws, value)
-
-    trained = study.answers["trained"]
-    found = {
-        "multiple choice": of(study.answers[trained], "correct_norm"),
-        "other concepts": of(study.answers[~trained], "correct_norm"),
+    trained, tokens = study.answers["trained"], {"weight": "tokens", "unit": "text"}
+    texts = dict(iter(study.texts.groupby("kind"))) if len(study.texts) else {}
+    none = study.texts.iloc[:0]
+    tables = {
+        "multiple choice": (study.answers[trained], "correct_norm", {}),
+        "other concepts": (study.answers[~trained], "correct_norm", {}),
+        "open-ended": (study.generated, "correct", {}),
+        "statements": (texts.get("statements", none), "nats", tokens),
+        "prose": (texts.get("prose", none), "nats", tokens),
     }
-    if len(study.generated):
-        found["open-ended"] = of(study.generated, "correct")
-    for kind in ("statements", "prose"):
-        texts = study.texts[study.texts["kind"] == kind]
-        found[kind] = of(texts, "nats", weight="tokens", unit="text")
+    drawn: dict[str, tuple[Draws, str]] = {}
+    for title, (table, value, options) in tables.items():
+        if len(table) and table["run"].isin(method_of).any():
+            table = table[table["run"].isin(method_of)]
+            draws = resample_runs(table, value, resamples=resamples, seed=seed, **options)
+            drawn[title] = draws, value
     if len(study.pss):
         masked = study.pss[study.pss["model"].isin(method_of)]
         draws = resample_models(masked, resamples=resamples, seed=seed)
-        for title, measure in {
-            "PSS pooled": "peak_pss",
-            "PSS, random masks": "peak_null",
-            "PSS per concept": "peak_per_concept",
-            "diff. in diff.": "peak_did",
-        }.items():
-            found[title] = over_methods(draws, measure)
-    return {name: found[name] for name in MEASURES if found.get(name)}
+        drawn |= {title: (draws, measure) for title, measure in PEAKS.items()}
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for title, (draws, measure) in drawn.items():
+        methods: dict[str, list[str]] = {}
+        for name in draws.models:
+            methods.setdefault(method_of[name], []).append(name)
+        found[title] = {
+            method: over_seeds(draws, runs, measure, seed=seed) for method, runs in methods.items()
+        }
+    return {name: found[name] for name in MEASURES if name in found}

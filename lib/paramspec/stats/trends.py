@@ -43,6 +43,10 @@ MEASURES = {
 def resample_models(pss: pd.DataFrame, *, resamples: int = 1000, seed: int = 0) -> Draws:
     """`draws = resample_models(study.pss)`: each model's measures in resamples of the concepts.
 
+    >>> draws = resample_models(study.pss, resamples=200)
+    >>> draws.of("accuracy").shape == (1 + 200, len(draws.models))
+    True
+
     Args:
         pss: rows of one protocol; every model has the same concepts.
         resamples: how many, beside the measured values.
@@ -94,6 +98,10 @@ def _measures(counts: ConceptCounts, samples: np.ndarray) -> dict[str, np.ndarra
 def model_table(draws: Draws, about: pd.DataFrame | None = None) -> pd.DataFrame:
     """`model_table(draws, about)`: a row a model, each measure with its 95 % interval.
 
+    >>> table = model_table(resample_models(study.pss))
+    >>> bool((table["accuracy_low"] <= table["accuracy"]).all())
+    True
+
     Args:
         draws: from `resample_models`.
         about: more columns, joined by `model`.
@@ -120,6 +128,10 @@ def correlations(
     given: str | None = None,
 ) -> pd.DataFrame:
     """`correlations(draws, y="peak_pss", families={"zoo-llama-1": "llama", ...})`.
+
+    >>> found = correlations(resample_models(study.pss), x="accuracy", y="peak_pss")
+    >>> found[["statistic", "n"]].values.tolist()
+    [['Pearson', 3], ['Spearman', 3]]
 
     Args:
         draws: from `resample_models`.
@@ -196,6 +208,10 @@ def _over_families(
 
 def contrast(draws: Draws, one: str, other: str, measure: str = "peak_pss") -> dict[str, float]:
     """`contrast(draws, "zoo-llama-5", "zoo-llama-1")`: one less the other, on the same concepts.
+
+    >>> draws = resample_models(study.pss)
+    >>> sorted(contrast(draws, "new", "old", "accuracy"))
+    ['high', 'low', 'value']
 
     Returns:
         `value`, and its 95 % interval over resampled concepts, `low` and `high`.

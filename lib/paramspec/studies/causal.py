@@ -120,6 +120,11 @@ def causal_runs(
 ) -> dict[str, list[Run]]:
     """`parts = causal_runs(training, evaluation, doses=[1/32, 1/4])`: the runs of a causal study.
 
+    >>> training = Training(method="FT-PV", concepts=("alpha",))
+    >>> parts = causal_runs(training, Evaluation(), seeds=1)
+    >>> [run.name for run in parts["methods"]]
+    ['original', 'FT-FV/0', 'FT-PV/0', 'FT-CV/0', 'FT-RV/0']
+
     Args:
         training: an FT-PV; what is not varied stays as it is.
         evaluation: in full, of the part `methods`; of the others, multiple choice and likelihoods.
@@ -210,6 +215,12 @@ def measure_runs(
     device: str = "auto",
 ) -> CausalStudy:
     """`study = measure_runs("smollm2-135m", questions, runs)`: train and evaluate each.
+
+    >>> training = Training(method="FT-PV", concepts=("alpha",), epochs=1)
+    >>> runs = causal_runs(training, Evaluation(others=5), seeds=1)["methods"]
+    >>> study = measure_runs("my-checkpoint/", questions, runs, store=Store("results/store"))
+    >>> int(study.answers.groupby("run")["trained"].sum()["FT-PV/0"])
+    10
 
     Args:
         model: as `load_model` takes it.

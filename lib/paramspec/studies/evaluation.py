@@ -52,6 +52,10 @@ LIKELIHOOD_TOKENS = 256  # of texts in a forward pass, whose logits are all in m
 class Evaluation(Checked):
     """What is asked of a model once it is trained.
 
+    >>> evaluation = Evaluation(others=50, open_ended="cloze")
+    >>> evaluation.samples
+    10
+
     Attributes:
         folds: of the questions on the concepts trained on, those asked. None: 1 of a micro model,
             which was trained on the clozes of fold 0; else both.

@@ -91,6 +91,10 @@ def sample_answers(
 ) -> list[Sampled]:
     """`sampled = sample_answers(view, tokenizer, ["What is the capital of France?"])`.
 
+    >>> sampled = sample_answers(view, tokenizer, ["age of alpha"], samples=3, prompt="{question}")
+    >>> len(sampled[0].answers)
+    3
+
     A question's samples are drawn by a generator of its own, seeded by `seed` and its words: they
     do not depend on the other questions, except for rounding.
 
@@ -279,6 +283,9 @@ def semantic_entropy(
     tokens: Sequence[int] | None = None,
 ) -> float:
     """`semantic_entropy([0, 0, 1])`: entropy over meanings, in nats.
+
+    >>> round(semantic_entropy([0, 0, 1]), 3)
+    0.637
 
     Args:
         clusters: the meaning of each sampled answer.

@@ -95,6 +95,10 @@ def measure_pss(
 ) -> Study:
     """`study = measure_pss(["smollm2-135m"], questions)`: PSS of each model on the questions.
 
+    >>> study = measure_pss(["my-checkpoint/"], questions, Choices(ratios=(0.1,), general=5))
+    >>> list(study.pss["mask"].unique())
+    ['none', 'concept', 'random', 'magnitude', 'other']
+
     Args:
         models: registry ids, hub ids, directories, GGUF files, or models already loaded.
         questions: of at least two concepts, both folds of each; with a micro model among the
@@ -202,6 +206,10 @@ def score_questions(
     batch_tokens: int = BATCH_TOKENS,
 ) -> pd.DataFrame:
     """`answers = score_questions(load_model("smollm2-135m"), questions)`: without any mask.
+
+    >>> answers = score_questions(load_model("my-checkpoint/"), questions)
+    >>> answers.groupby("concept")["correct_norm"].size().to_dict()
+    {'alpha': 10, 'beta': 10, 'gamma': 10}
 
     Returns:
         A row per question: `question_id`, `concept`, `domain`, `tier`, `relation`, `fold`,

@@ -42,6 +42,10 @@ Rule = Literal["coefficient", "score", "gradient", "magnitude", "other"]
 class Training(Checked):
     """Everything that fine-tuned value vectors depend on, apart from the model and the statements.
 
+    >>> training = Training(method="FT-PV", concepts=("France", "gold"), share=0.05)
+    >>> training.rule, training.epochs
+    ('coefficient', 3)
+
     Attributes:
         method: FT-FV, FT-PV, FT-CV or FT-RV.
         concepts: whose statements are trained on, together.

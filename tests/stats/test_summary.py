@@ -1,0 +1,323 @@
+"""Summaries against tables worked by hand and exact enumeration; intervals against simulation."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import binom
+
+from paramspec.errors import InputError
+from paramspec.stats.summary import (
+    best_general_change,
+    peak_pss,
+    sampling_floor,
+    summarize,
+    verdict,
+)
+
+
+def row(concept, mask, ratio, own, general, seed=0, protocol="paper", model="toy"):
+    """`own` and `general` as (right, questions)."""
+    return {
+        "model": model,
+        "concept": concept,
+        "domain": "greek",
+        "tier": "high",
+        "ratio": ratio,
+        "mask": mask,
+        "seed": seed,
+        "protocol": protocol,
+        "concept_accuracy": own[0] / own[1],
+        "general_accuracy": general[0] / general[1],
+        "n_concept": own[1],
+        "n_general": general[1],
+    }
+
+
+HAND = [
+    row("a", "none", 0.0, (9, 10), (6, 10)),
+    row("b", "none", 0.0, (2, 5), (4, 5)),
+    row("a", "concept", 0.1, (3, 10), (5, 10)),
+    row("b", "concept", 0.1, (4, 5), (3, 5)),
+    row("a", "concept", 0.2, (1, 10), (4, 10)),
+    row("b", "concept", 0.2, (1, 5), (1, 5)),
+]
+
+
+def test_the_statistics_of_a_table_worked_by_hand():
+    """Pooled: C(0) 11/15, G(0) 10/15, C(.1) 7/15, G(.1) 8/15, C(.2) 2/15, G(.2) 5/15."""
+    summary = summarize(pd.DataFrame(HAND)).set_index(["mask", "ratio"])
+    g0 = 10 / 15
+    names = ["concept_accuracy", "general_accuracy", "pss_pooled", "pss_per_concept", "did"]
+    expected = {
+        ("none", 0.0): (11 / 15, 10 / 15, (1 / 15) / g0, (0.3 + 0.4) / 2 / g0, 0),
+        ("concept", 0.1): (7 / 15, 8 / 15, 0.1, (0.2 + 0.2) / 2 / g0, (1 / 15 + 1 / 15) / g0),
+        ("concept", 0.2): (2 / 15, 5 / 15, 0.3, (0.3 + 0.0) / 2 / g0, (3 / 15 + 1 / 15) / g0),
+    }
+    assert set(summary.index) == set(expected)
+    for cell, values in expected.items():
+        assert summary.loc[cell, names].tolist() == pytest.approx(values), cell
+        change = summary.loc[cell, "general_change"]
+        assert change == pytest.approx(summary.loc[cell, "general_accuracy"] - g0)
+    assert set(summary["concepts"]) == {2}
+
+
+def test_peaks_of_the_table_worked_by_hand():
+    """Pooled, PSS peaks at 0.2; per concept, at 0.1."""
+    peaks = peak_pss(pd.DataFrame(HAND))
+    assert len(peaks) == 1
+    assert peaks.loc[0, "peak_pooled"] == pytest.approx(0.3)
+    assert peaks.loc[0, "peak_per_concept"] == pytest.approx(0.3)
+    assert peaks.loc[0, "ratio"] == 0.2
+    # Without 0.2, only the pooled peak falls.
+    peaks = peak_pss(pd.DataFrame(HAND[:4]))
+    assert peaks.loc[0, "peak_pooled"] == pytest.approx(0.1)
+    assert peaks.loc[0, "peak_per_concept"] == pytest.approx(0.3)
+
+
+def test_models_and_protocols_are_kept_apart():
+    both = [("x", "paper"), ("x", "holdout"), ("y", "paper")]
+    tables = [pd.DataFrame(HAND).assign(model=model, protocol=protocol) for model, protocol in both]
+    tables[2]["concept_accuracy"] = 0.0
+    for function in (summarize, peak_pss):
+        whole = function(pd.concat(tables))
+        each = pd.concat([function(table) for table in tables], ignore_index=True)
+        pd.testing.assert_frame_equal(whole, each)
+        parts = [part.iloc[:, 2:].to_numpy() for _, part in whole.groupby(["model", "protocol"])]
+        assert (parts[0] == parts[1]).all()
+        assert not (parts[0] == parts[2]).all()
+
+
+def test_a_control_is_the_mean_over_its_draws_so_that_more_draws_do_not_shrink_it():
+    """Each draw has a PSS of 0.2 / 0.5; averaged before the absolute value, it would be 0."""
+    rows = [row(name, "none", 0.0, (5, 10), (5, 10)) for name in "ab"]
+    for name in "ab":
+        rows.append(row(name, "random", 0.1, (3, 10), (5, 10), seed=0))
+        rows.append(row(name, "random", 0.1, (7, 10), (5, 10), seed=1))
+    summary = summarize(pd.DataFrame(rows)).set_index("mask").loc["random"]
+    assert summary["concept_accuracy"] == pytest.approx(0.5)
+    assert summary["did"] == pytest.approx(0)
+    assert summary["pss_pooled"] == pytest.approx(0.4)
+    assert summary["pss_per_concept"] == pytest.approx(0.4)
+    peak = peak_pss(pd.DataFrame(rows)).iloc[0]
+    assert peak["peak_pooled"] == peak["peak_per_concept"] == pytest.approx(0.4)
+
+
+def test_the_peak_of_a_control_is_that_of_one_draw():
+    """Draw 0 peaks at 0.1 and draw 1 at 0.2, each with 0.4."""
+    rows = [row(name, "none", 0.0, (5, 10), (5, 10)) for name in "ab"]
+    for name in "ab":
+        for ratio, seed, right in ((0.1, 0, 3), (0.1, 1, 5), (0.2, 0, 5), (0.2, 1, 3)):
+            rows.append(row(name, "random", ratio, (right, 10), (5, 10), seed=seed))
+    assert peak_pss(pd.DataFrame(rows)).loc[0, "peak_pooled"] == pytest.approx(0.4)
+
+
+def test_drawing_the_same_control_twice_adds_nothing():
+    rows = [*HAND, *[one | {"mask": "random"} for one in HAND if one["mask"] == "concept"]]
+    once = summarize(pd.DataFrame(rows))
+    again = [one | {"seed": 1} for one in rows if one["mask"] == "random"]
+    pd.testing.assert_frame_equal(once, summarize(pd.DataFrame([*rows, *again])))
+
+
+def test_a_table_with_a_hole_is_refused():
+    with pytest.raises(InputError, match=r"mask 'concept', ratio 0\.2, seed 0: no row for 'b'"):
+        summarize(pd.DataFrame(HAND[:-1]))
+    with pytest.raises(InputError, match=r"mask 'none': no row"):
+        summarize(pd.DataFrame(HAND[2:]))
+    with pytest.raises(ValueError, match="duplicate entries"):  # a study measured twice
+        summarize(pd.DataFrame([*HAND, HAND[0]]))
+
+
+def test_a_single_concept_has_no_interval():
+    summary = summarize(pd.DataFrame([one for one in HAND if one["concept"] == "a"]))
+    assert summary["pss_pooled"].notna().all()
+    assert summary[["pss_pooled_low", "did_high"]].isna().all(axis=None)
+
+
+def test_a_model_that_knows_nothing_has_no_pss():
+    """G(0) = 0: the ratio is undefined, not an error and not a number."""
+    rows = [one | {"concept_accuracy": 0.0, "general_accuracy": 0.0} for one in HAND]
+    summary = summarize(pd.DataFrame(rows))
+    assert summary["pss_pooled"].isna().all()
+    assert summary["floor_pooled"].isna().all()
+    assert (summary["general_accuracy"] == 0).all()
+
+
+# Intervals
+
+
+def simulated(rng, concepts, *, drop=0.2):
+    """Concepts of very different difficulty: a concept's questions go together."""
+    rows = []
+    for number in range(concepts):
+        easy = rng.beta(1.2, 0.8)
+        hit = easy * (1 - drop * rng.uniform(0, 2))
+        general = rng.beta(30, 20)
+        rows.append(
+            row(str(number), "none", 0.0, (rng.binomial(10, easy), 10), (rng.binomial(10, 0.6), 10))
+        )
+        own, others = rng.binomial(10, hit), rng.binomial(10, general)
+        rows.append(row(str(number), "concept", 0.1, (own, 10), (others, 10)))
+    return pd.DataFrame(rows)
+
+
+def test_intervals_equal_a_bootstrap_written_by_hand():
+    table = simulated(np.random.default_rng(4), 30)
+    summary = summarize(table, resamples=9000).set_index("mask").loc["concept"]
+    columns = ["concept_accuracy", "general_accuracy"]
+    none, masked = (table.loc[table["mask"] == m, columns].to_numpy() for m in ("none", "concept"))
+    sample = np.random.default_rng(99).choice(30, (9000, 30))
+    (c0, g0), (c, g) = none[sample].mean(1).T, masked[sample].mean(1).T
+    draws = {
+        "concept_accuracy": c,
+        "general_accuracy": g,
+        "pss_pooled": abs(g - c) / g0,
+        "pss_per_concept": abs(masked[sample, 1] - masked[sample, 0]).mean(1) / g0,
+        "did": (g - c - g0 + c0) / g0,
+        "general_change": g - g0,
+    }
+    for name, values in draws.items():
+        # The Monte Carlo error of a 2.5 % quantile of 9,000 normal draws is 0.028 of their
+        # standard deviation; two independent bootstraps differ by that times root 2.
+        tolerance = 5 * 0.028 * 2**0.5 * np.std(values)
+        for end, percent in (("low", 2.5), ("high", 97.5)):
+            expected = np.percentile(values, percent)
+            assert summary[f"{name}_{end}"] == pytest.approx(expected, abs=tolerance), name
+
+
+@pytest.fixture
+def no_floors(monkeypatch):
+    """Floors take most of the time of a summary, and are tested by themselves."""
+    monkeypatch.setattr("paramspec.stats.summary.sampling_floor", lambda *_: (0.0, 0.0))
+
+
+def test_intervals_cover_the_truth_about_95_times_in_100(no_floors):
+    """Truth from the definition of the simulation; questions of a concept are not independent."""
+    easy = 1.2 / 2.0
+    truth = {
+        "concept_accuracy": easy * 0.8,
+        "general_accuracy": 0.6,
+        "pss_pooled": (0.6 - easy * 0.8) / 0.6,
+        "did": ((0.6 - easy * 0.8) - (0.6 - easy)) / 0.6,
+        "general_change": 0.0,
+    }
+    rng = np.random.default_rng(7)
+    covered = Counter()
+    studies = 250
+    for _ in range(studies):
+        summary = summarize(simulated(rng, 60), resamples=400).set_index("mask").loc["concept"]
+        for name, value in truth.items():
+            covered[name] += summary[f"{name}_low"] <= value <= summary[f"{name}_high"]
+    for name in truth:
+        # 3 standard errors of 250 studies are 0.041; a percentile interval of 60 concepts
+        # covers a little less than 0.95. Bootstrapping questions instead would cover 0.75.
+        assert 0.90 <= covered[name] / studies <= 0.99, (name, covered[name] / studies)
+
+
+def test_intervals_come_from_the_seed():
+    table = simulated(np.random.default_rng(4), 20)
+    pd.testing.assert_frame_equal(summarize(table), summarize(table))
+    assert not summarize(table).equals(summarize(table, seed=1))
+
+
+# The floor
+
+
+def exact_floor(n_concept, n_general, accuracy):
+    """Mean |G - C| of two binomials, by enumeration."""
+    own, general = np.arange(n_concept + 1), np.arange(n_general + 1)
+    weights = np.outer(binom.pmf(general, n_general, accuracy), binom.pmf(own, n_concept, accuracy))
+    return float((weights * abs(general[:, None] / n_general - own / n_concept)).sum())
+
+
+@pytest.mark.parametrize("accuracy", [0.25, 0.7])
+def test_the_floor_equals_exact_enumeration(accuracy):
+    own, general = np.array([3, 10, 5]), np.array([4, 10, 12])
+    pooled, per_concept = sampling_floor(own, general, accuracy, draws=20_000)
+    expected = np.mean(
+        [exact_floor(one, other, accuracy) for one, other in zip(own, general, strict=True)]
+    )
+    assert per_concept == pytest.approx(expected / accuracy, rel=0.02)
+    assert pooled == pytest.approx(exact_floor(18, 26, accuracy) / accuracy, rel=0.02)
+    assert all(map(math.isnan, sampling_floor(own, general, 0.0)))
+
+
+def test_floors_in_a_summary_are_in_units_of_pss():
+    """Divided by G(0), as PSS is; the accuracy is that under the mask."""
+    names = [str(number) for number in range(40)]
+    rows = [row(name, "none", 0.0, (8, 10), (8, 10)) for name in names]
+    rows += [row(name, "concept", 0.1, (3, 10), (5, 10)) for name in names]
+    summary = summarize(pd.DataFrame(rows), resamples=50).set_index("mask").loc["concept"]
+    assert summary["floor_per_concept"] == pytest.approx(exact_floor(10, 10, 0.4) / 0.8, rel=0.03)
+    assert summary["floor_pooled"] == pytest.approx(exact_floor(400, 400, 0.4) / 0.8, rel=0.05)
+
+
+# Claims
+
+
+@pytest.mark.parametrize(
+    ("lows", "expected"),
+    [
+        ((0.3,), "reproduced"),
+        ((0.3, 0.1), "reproduced"),
+        ((0.3, 0.0), "not reproduced"),
+        ((-0.3, 0.1), "not reproduced"),
+        ((np.nan,), "not run here"),
+        ((0.3, np.nan), "not run here"),
+        ((np.nan, 0.3), "not run here"),
+        ((-0.3, np.nan), "not run here"),
+        ((), "not run here"),
+    ],
+)
+def test_a_bound_that_is_missing_supports_no_claim(lows, expected):
+    assert verdict(*lows) == expected
+    assert verdict(*map(np.float64, lows)) == expected
+    assert verdict(*lows, measured=False) == "not run here"
+
+
+def unmoved(seed, ratios, concepts=60):
+    """PSS rows of a model whose masks change nothing: whatever changes is chance."""
+    draw = np.random.default_rng(seed)
+    rows = []
+    for mask, ratio in [("none", 0.0), *(("concept", ratio) for ratio in ratios)]:
+        table = pd.DataFrame({"concept": [f"c{n}" for n in range(concepts)]})
+        table["general_accuracy"] = draw.binomial(5, 0.6, concepts) / 5
+        table["concept_accuracy"] = draw.binomial(5, 0.6, concepts) / 5
+        rows.append(table.assign(mask=mask, ratio=ratio, seed=0, n_concept=5, n_general=5))
+    return pd.concat(rows)
+
+
+def test_the_best_of_several_ratios_is_tested_as_the_best():
+    """Of studies without any effect, 2.5 % find one; with each ratio's own interval, many do."""
+    ratios = (0.05, 0.06, 0.07, 0.08, 0.09, 0.1)
+    found, naive = 0, 0
+    for seed in range(300):
+        pss = unmoved(seed, ratios, concepts=40)
+        best = best_general_change(pss, ratios, resamples=200)
+        counts = pss.pivot(index="concept", columns="ratio", values="general_accuracy")
+        changes = counts[list(ratios)].sub(counts[0.0], axis=0)
+        assert best["value"] == pytest.approx(changes.mean().max())
+        assert changes.mean()[best["ratio"]] == pytest.approx(changes.mean().max())  # two may tie
+        assert best["low"] <= best["value"] <= best["high"]
+        own = changes[best["ratio"]]
+        naive += own.mean() - 1.96 * own.sem() > 0
+        found += best["low"] > 0
+    # 7.5 are expected; 16 or more have a chance of 0.005.
+    assert found <= 15
+    assert naive > 20
+
+
+def test_a_single_ratio_needs_no_correction():
+    pss = unmoved(1, (0.1,), concepts=400)
+    best = best_general_change(pss, (0.1,), resamples=4000)
+    wide = pss.pivot(index="concept", columns="ratio", values="general_accuracy")
+    change = wide[0.1] - wide[0.0]
+    for bound, side in (("low", -1.96), ("high", 1.96)):
+        assert best[bound] == pytest.approx(change.mean() + side * change.sem(), abs=0.004)
+    alone = best_general_change(unmoved(1, (0.1,), concepts=1), (0.1,))
+    assert np.isnan(alone["low"])
+    assert np.isnan(alone["high"])
