@@ -19,6 +19,9 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from paramspec.method.hooks import value_vector_view
+from paramspec.method.masks import record_concepts
+from paramspec.method.pss import Tables, measure_concepts
 from paramspec.models.load import LoadedModel
 from paramspec.specwiki import TIERS, Question
 from toys import toy_model
@@ -172,6 +175,17 @@ def planted_model(
             mlp.c_proj.weight[vector, words[question.options[question.answer].split()[0]]] = 20.0
         home[question.id] = taken[key]
     return model, home
+
+
+def measured(model, questions, choices, concepts=None, name="toy", **options) -> Tables:
+    """`measured(model, questions, choices).pss`: of a model with the toy tokenizer, in memory."""
+    view = value_vector_view(model)
+    tokenizer = toy_tokenizer()
+    coefficients = record_concepts(view, tokenizer, questions, position=choices.position)
+    concepts = concepts or list(dict.fromkeys(question.concept for question in questions))
+    return measure_concepts(
+        name, view, tokenizer, questions, concepts, choices, coefficients, **options
+    )
 
 
 def save_toy(path: Path, family: str = "llama", seed: int = 0, template: str = "$A") -> Path:

@@ -55,6 +55,39 @@ OwnQuestions = Annotated[
     Path | None, Option(help="Your own questions, JSON lines; SpecWiki if not given.")
 ]
 MODEL = "A registry id (see `paramspec models`), a hub id, a local directory, or a GGUF file."
+Concepts = Annotated[
+    int | None, whole("How many concepts, evenly over the tiers; all if not given.")
+]
+Ratios = Annotated[
+    str, Option(parser=shares, help="Shares of the value vectors to mask, as 0.01,0.05.")
+]
+Position = Annotated[Literal["mean", "last"], Option(help="Prompt tokens that count.")]
+Scope = Annotated[
+    Literal["layer", "model"], Option(help="Choose value vectors in each, or over the whole.")
+]
+Protocol = Annotated[
+    Literal["paper", "holdout"],
+    Option(help="Choose and score on the same questions; or on fold 0, and on fold 1."),
+]
+Scheduler = Annotated[
+    str | None, Option(help="A Dask scheduler, as tcp://host:8786; its workers share this folder.")
+]
+Results = Annotated[Path, Option(help="Where pss.parquet, details.parquet, masks and run.json go.")]
+Kept = Annotated[Path, Option(help="Where finished units are kept: a rerun continues from there.")]
+Method = Annotated[
+    Literal["FT-FV", "FT-PV", "FT-CV", "FT-RV"],
+    Option(
+        help="FT-FV: all value vectors; FT-PV: those with the highest coefficients; "
+        "FT-CV: all but those; FT-RV: as many as FT-PV, at random."
+    ),
+]
+Rule = Annotated[
+    Literal["coefficient", "score", "gradient", "magnitude", "other"],
+    Option(help="How FT-PV chooses; the paper's is coefficient."),
+]
+Layers = Annotated[
+    str | None, Option(parser=ranges, help="Only these layers, from 0, as 0,4-6; all if not.")
+]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16"],
     Option(help="Of the weights; auto is bfloat16 on a GPU that computes in it, else float32."),
@@ -201,39 +234,20 @@ def questions(
 def pss(
     model: Annotated[list[str], Argument(metavar="MODEL...", help=MODEL)],
     questions: OwnQuestions = None,
-    concepts: Annotated[
-        int | None, whole("How many concepts, evenly over the tiers; all if not given.")
-    ] = None,
-    ratios: Annotated[
-        str, Option(parser=shares, help="Shares of the value vectors to mask, as 0.01,0.05.")
-    ] = "0.01,0.02,0.05,0.1,0.2",
-    position: Annotated[Literal["mean", "last"], Option(help="Prompt tokens that count.")] = "mean",
-    scope: Annotated[
-        Literal["layer", "model"], Option(help="Choose value vectors in each, or over the whole.")
-    ] = "layer",
-    protocol: Annotated[
-        Literal["paper", "holdout"],
-        Option(help="Choose and score on the same questions; or on fold 0, and on fold 1."),
-    ] = "paper",
+    concepts: Concepts = None,
+    ratios: Ratios = "0.01,0.02,0.05,0.1,0.2",
+    position: Position = "mean",
+    scope: Scope = "layer",
+    protocol: Protocol = "paper",
     controls: Annotated[int, whole("Draws of each control mask: random, magnitude, other.")] = 1,
     general: Annotated[int, whole("Unrelated questions for each concept's masks.")] = 10,
     seed: Annotated[int, whole("Of concepts, general questions and controls.")] = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
     jobs: Annotated[int, whole("Processes side by side; 0: one a GPU, or else one a core.")] = 1,
-    scheduler: Annotated[
-        str | None,
-        Option(
-            metavar="ADDRESS",
-            help="A Dask scheduler, as tcp://host:8786, whose workers share this directory.",
-        ),
-    ] = None,
-    out: Annotated[
-        Path, Option(help="Where pss.parquet, details.parquet, masks and run.json go.")
-    ] = Path("results/pss"),
-    store: Annotated[
-        Path, Option(help="Where finished units are kept: a rerun continues from there.")
-    ] = Path("results/store"),
+    scheduler: Scheduler = None,
+    out: Results = Path("results/pss"),
+    store: Kept = Path("results/store"),
 ) -> None:
     """Measure the parameter specialization score (PSS) of models, with nulls and intervals.
 
@@ -249,15 +263,8 @@ def pss(
     from paramspec.specwiki import load_questions
     from paramspec.studies.sweep import measure_pss, write_study
 
-    choices = Choices.parse(
-        ratios=ratios,
-        position=position,
-        scope=scope,
-        protocol=protocol,
-        controls=controls,
-        general=general,
-        seed=seed,
-    )
+    choices = {"ratios": ratios, "position": position, "scope": scope, "protocol": protocol}
+    choices = Choices.parse(**choices, controls=controls, general=general, seed=seed)
     names = expand_models(model)
     micro = any(taught(name) is not None for name in names)
     if micro and questions is None:
@@ -282,13 +289,7 @@ def pss(
 @app.command(cls=Command)
 def finetune(
     model: Annotated[str, Argument(help=MODEL)],
-    method: Annotated[
-        Literal["FT-FV", "FT-PV", "FT-CV", "FT-RV"],
-        Option(
-            help="FT-FV: all value vectors; FT-PV: those with the highest coefficients; "
-            "FT-CV: all but those; FT-RV: as many as FT-PV, at random."
-        ),
-    ],
+    method: Method,
     concept: Annotated[
         list[str], Option(metavar="NAME", help="A concept to train on; may be repeated.")
     ],
@@ -297,13 +298,8 @@ def finetune(
     ],
     questions: OwnQuestions = None,
     share: Annotated[float, real("Share of a layer's value vectors that FT-PV trains.")] = 0.125,
-    rule: Annotated[
-        Literal["coefficient", "score", "gradient", "magnitude", "other"],
-        Option(help="How FT-PV chooses; the paper's is coefficient."),
-    ] = "coefficient",
-    layers: Annotated[
-        str | None, Option(parser=ranges, help="Only these layers, from 0, as 0,4-6; all if not.")
-    ] = None,
+    rule: Rule = "coefficient",
+    layers: Layers = None,
     statements: Annotated[int, whole("Statements of each fact to train on, the first ones.")] = 4,
     epochs: Annotated[int, whole("Times that each statement is seen.")] = 3,
     batch: Annotated[int, whole("Statements of a step.")] = 16,
@@ -324,18 +320,9 @@ def finetune(
     from paramspec.studies import finetune as tuning
 
     asked = load_questions(questions)
-    training = tuning.Training.parse(
-        method=method,
-        concepts=concept,
-        share=share,
-        rule=rule,
-        layers=layers,
-        statements=statements,
-        epochs=epochs,
-        batch=batch,
-        learning_rate=learning_rate,
-        seed=seed,
-    )
+    vectors = {"method": method, "share": share, "rule": rule, "layers": layers, "seed": seed}
+    steps = {"epochs": epochs, "batch": batch, "learning_rate": learning_rate}
+    training = tuning.Training.parse(concepts=concept, statements=statements, **vectors, **steps)
     record = tuning.finetune(
         model, asked, training, out, dtype=dtype, device=device, save_every=save_every
     )

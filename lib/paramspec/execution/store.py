@@ -48,7 +48,7 @@ class Store:
     """Results below one directory, each under the digest of its key.
 
     >>> store = Store("results/store")
-    >>> study = measure_pss(["my-checkpoint/"], questions, Choices(general=5), store=store)
+    >>> study = measure_pss(["my-checkpoint/"], questions, Choices(ratios=()), store=store)
 
     Raises:
         InputError: if a newer version of the library has written there.

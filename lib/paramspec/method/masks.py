@@ -302,7 +302,8 @@ def save_masks(path: Path, masks: Mapping[str, Tensor], choices: Mapping[str, ob
     metadata = {name: json.dumps(value) for name, value in choices.items()}
     tensors = {name: vectors.contiguous() for name, vectors in masks.items()}
     with atomic(path) as scratch:
-        save_file(tensors, scratch, metadata)
+        # Of neither tensors nor metadata, `save_file` makes a file that nothing reads.
+        save_file(tensors, scratch, metadata if tensors else metadata or None)
 
 
 def load_masks(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
