@@ -354,30 +354,28 @@ def test_the_papers_protocol_chooses_and_scores_on_both_folds():
 
 
 def test_ratios_are_sorted_unique_and_without_zero():
-    choices = Choices.parse(ratios="0.2, 0.01,0.2,0,0.05")
-    assert choices.ratios == (0.01, 0.05, 0.2)
-    assert Choices.parse(ratios="0").ratios == ()
+    assert Choices(ratios=(0.2, 0.01, 0.2, 0, 0.05)).ratios == (0.01, 0.05, 0.2)
+    assert Choices(ratios=(0,)).ratios == ()
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"ratios": "0.1,1.5"}, r"ratio 1\.5: expected a share of value vectors, from 0 to 1"),
-        ({"ratios": "nan"}, r"ratios 'nan': expected"),
-        ({"ratios": ","}, r"ratios ',': expected numbers"),
-        ({"ratios": [0.1, "a"]}, r"ratios.*'a'"),
-        ({"position": "first"}, r"position 'first': .*'mean' or 'last'"),
+        ({"ratios": (0.1, 1.5)}, r"ratios\[1\] 1\.5: input should be less than or equal to 1"),
+        ({"ratios": (float("nan"),)}, r"ratios\[0\] nan: "),
+        ({"ratios": (0.1, "a")}, r"ratios\[1\] 'a': input should be a valid number"),
+        ({"position": "first"}, r"position 'first': input should be 'mean' or 'last'"),
         ({"controls": -1}, r"controls -1: "),
         ({"general": 0}, r"general 0: "),
         ({"seed": 2**70}, r"seed 1180591620717411303424: "),
-        ({"ratio": 0.1}, r"ratio"),
-        ({"folds": ()}, r"folds \[\]: expected 0, 1 or both"),
-        ({"folds": (0, -1)}, r"folds \[0, -1\]: expected 0, 1 or both"),
-        ({"nulls": ("random", "none")}, r"nulls 'none': .*'random', 'magnitude' or 'other'"),
+        ({"ratio": 0.1}, r"ratio 0\.1: extra inputs are not permitted"),
+        ({"folds": ()}, r"folds \(\): "),
+        ({"folds": (0, -1)}, r"folds\[1\] -1: input should be 0 or 1"),
+        ({"nulls": ("random", "none")}, r"nulls\[1\] 'none': .*'random', 'magnitude' or 'other'"),
     ],
 )
-def test_a_choice_that_is_none_is_told_in_one_line(given, message):
-    with pytest.raises(InputError, match=f"(?i){message}") as caught:
+def test_a_choice_that_is_none_is_one_line(given, message):
+    with pytest.raises(InputError, match=message) as caught:
         Choices.parse(**given)
     assert "\n" not in str(caught.value)
 
