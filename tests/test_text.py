@@ -70,7 +70,7 @@ def test_an_error_is_one_line_whatever_the_path(encoding):
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr.startswith(b"paramspec: error: caf")
     assert done.stderr.count(b"\n") == 1
-    assert b"[bold].jsonl: no such file" in done.stderr
+    assert b"[bold].jsonl: cannot be read (No such file" in done.stderr
     assert b"\x1b" not in done.stderr
 
 
