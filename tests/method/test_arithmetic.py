@@ -134,8 +134,8 @@ def test_arithmetic_that_differs_has_another_key(monkeypatch):
             monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
             assert arithmetic(torch.float32, "cpu") == arithmetic(torch.bfloat16, "cuda") == "stock"
             way = arithmetic(torch.bfloat16, "cpu")
-            identity = runner.Identity("toy", "digest", torch.bfloat16, "cpu", way)
-            found.add(str(runner.result_basis(identity, toy_questions(2))))
+            target = runner.Target(None, "toy", "digest", torch.bfloat16, "cpu", way)
+            found.add(str(runner.result_basis(target, toy_questions(2))))
     assert len(found) == 4
 
 
@@ -152,7 +152,7 @@ def test_a_worker_of_another_kind_is_refused(monkeypatch):
     )
     monkeypatch.setattr(runner, "load_model", lambda *_, **__: loaded)
     found = Checkpoint("toy", None, Path("toy"))
-    planned = runner.Target(found, runner.identity_of(loaded), "cpu")
+    planned = replace(runner.target_of(loaded), model=found)
     assert runner._load(planned) is loaded
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")
     with pytest.raises(InputError, match=r"this machine computes .*SVE256.* use float32"):

@@ -144,13 +144,10 @@ def test_likelihoods_are_the_models_own_loss(model, study, questions):
 
 
 @pytest.mark.parametrize("template", ["$A </s>", "<s> $A </s>"])
-def test_every_passage_begins_with_what_the_tokenizer_puts_in_front(questions, template):
-    asked = Evaluation(stated=2, prose=3)
-    texts = evaluation._held_out(questions, TAUGHT, asked, toy_tokenizer(template))
-    assert [kind for kind, _ in texts] == ["statements"] * 2 + ["prose"] * 3
+def test_every_passage_begins_with_what_the_tokenizer_puts_in_front(template):
+    passages = evaluation._passages(toy_tokenizer(template), 3)
     front = [1] if "<s>" in template else []
-    assert all(row[: len(front)] == front and 2 not in row for _, row in texts)
-    passages = [row for kind, row in texts if kind == "prose"]
+    assert all(row[: len(front)] == front and 2 not in row for row in passages)
     assert [len(row) for row in passages] == [128] * 3
     prose = toy_tokenizer().encode(evaluation.PROSE.read_text())
     joined = [token for row in passages for token in row[len(front) :]]
@@ -391,7 +388,7 @@ def test_a_model_is_loaded_once_for_all_runs_and_not_kept(model, questions, tmp_
     runs = [Run("x", TRAINING, Evaluation()), Run("y", None, Evaluation(), TRAINING.concepts)]
     measure_runs(str(model), questions, runs, store=Store(tmp_path))
     assert len(loaded) == 1
-    assert runner._HELD == {}
+    assert not runner._HELD
 
 
 def test_a_diverging_run_is_named_and_the_others_are_kept(model, questions, tmp_path, monkeypatch):

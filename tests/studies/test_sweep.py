@@ -111,37 +111,26 @@ def test_another_choice_is_another_result(store, tmp_path, field):
     changed = measure_pss([model], questions, choices, store=store)
     assert reused(changed) == [0]
     assert_same(changed, measure_pss([model], questions, choices, store=Store(tmp_path / "new")))
-    again = measure_pss([model], questions, SMALL, store=store)
-    assert reused(again) == [2]
-    assert_same(again, first)
+    assert_same(measure_pss([model], questions, SMALL, store=store), first)
 
 
-def other_questions():
-    questions = toy_questions(2)
-    for field, value in {
-        "cloze": "old age of beta",
-        "options": ("ash", "bee", "cow", "doe"),
-        "answer": (questions[12].answer + 1) % 4,
-        "fold": 1 - questions[12].fold,
-        "tier": "low",
-        "id": "beta/other",
-        "statements": ("Something else.",),
-    }.items():
-        changed = list(questions)
-        changed[12] = questions[12].model_copy(update={field: value})
-        if field == "tier":  # a concept has one
-            changed = [q.model_copy(update={"tier": "low"}) for q in questions]
-        yield pytest.param(changed, id=field)
-    yield pytest.param(questions[::-1], id="order")
-    yield pytest.param(questions[:-1], id="one less")
-    yield pytest.param(toy_questions(3), id="another concept")
-
-
-@pytest.mark.parametrize("questions", list(other_questions()))
-def test_other_questions_are_another_result(store, tmp_path, questions):
-    model = toy_loaded()
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda questions: [
+            q.model_copy(update={"cloze": "old age of beta"}) if q.id == "beta/food" else q
+            for q in questions
+        ],
+        lambda questions: [q.model_copy(update={"tier": "low"}) for q in questions],
+        lambda questions: questions[::-1],
+        lambda questions: questions[:-1],
+        lambda questions: toy_questions(3),
+    ],
+    ids=["cloze", "tier", "order", "one less", "another concept"],
+)
+def test_other_questions_are_another_result(store, tmp_path, change):
+    model, questions = toy_loaded(), change(toy_questions(2))
     measure_pss([model], toy_questions(2), SMALL, store=store)
-    assert questions_digest(questions) != questions_digest(toy_questions(2))
     changed = measure_pss([model], questions, SMALL, store=store)
     assert reused(changed) == [0]
     assert_same(changed, measure_pss([model], questions, SMALL, store=Store(tmp_path / "new")))
@@ -150,6 +139,11 @@ def test_other_questions_are_another_result(store, tmp_path, questions):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     return save_toy(tmp_path_factory.mktemp("models") / "toy")
+
+
+def largest_difference(one, other):
+    scores = (study.details["option_logprobs"].tolist() for study in (one, other))
+    return abs(np.subtract(*scores)).max()
 
 
 def test_other_weights_under_the_same_name_are_another_result(store, tmp_path, saved):
@@ -161,13 +155,9 @@ def test_other_weights_under_the_same_name_are_another_result(store, tmp_path, s
     nudged.save_pretrained(tmp_path / "toy")
     toy_tokenizer().save_pretrained(tmp_path / "toy")
     other = replace(load_model(str(tmp_path / "toy")), name=loaded.name)
-    assert other.digest != loaded.digest
     changed = measure_pss([other], questions, SMALL, store=store)
     assert reused(changed) == [0]
-    difference = np.subtract(
-        changed.details["option_logprobs"].tolist(), first.details["option_logprobs"].tolist()
-    )
-    assert abs(difference).max() > 0.01
+    assert largest_difference(changed, first) > 0.01
     assert_same(changed, measure_pss([other], questions, SMALL, store=Store(tmp_path / "new")))
 
 
@@ -176,12 +166,9 @@ def test_another_dtype_is_another_result(store, saved):
     first = measure_pss([str(saved)], questions, SMALL, store=store)
     halved = measure_pss([str(saved)], questions, SMALL, store=store, dtype="bfloat16")
     assert reused(halved) == [0]
-    assert halved.run["models"][0]["dtype"] == "bfloat16"
-    assert first.run["models"][0]["dtype"] == "float32"
-    difference = np.subtract(
-        halved.details["option_logprobs"].tolist(), first.details["option_logprobs"].tolist()
-    )
-    assert 1e-3 < abs(difference).max() < 5
+    dtypes = [study.run["models"][0]["dtype"] for study in (first, halved)]
+    assert dtypes == ["float32", "bfloat16"]
+    assert 1e-3 < largest_difference(halved, first) < 5
 
 
 def test_another_name_or_scoring_version_is_another_result(store, monkeypatch):
@@ -190,12 +177,10 @@ def test_another_name_or_scoring_version_is_another_result(store, monkeypatch):
     renamed = measure_pss([toy_loaded(name="other")], questions, SMALL, store=store)
     assert reused(renamed) == [0]
     assert set(renamed.pss["model"]) == {"other"}
-    before = set(units(store).values())
     monkeypatch.setattr("paramspec.studies.runner.SCORING_VERSION", 10**6)
     monkeypatch.setattr("paramspec.method.pss.SCORING_VERSION", 10**6)
     assert reused(measure_pss([toy_loaded()], questions, SMALL, store=store)) == [0]
     assert len(list(store.root.glob("v*/*/*/coefficients.safetensors"))) == 3
-    assert len(before) == 4
 
 
 # Crashes
@@ -208,13 +193,13 @@ from paramspec.execution.store import Store
 from toy_study import toy_loaded, toy_questions
 
 calls, save = [], sweep._save
-def stop_at_fourth(tables, directory):
+def stop_at_fourth(tables, made_of, directory):
     calls.append(1)
     if len(calls) == 4:
         tables.pss.to_parquet(directory / "pss.parquet")
         print("fourth", flush=True)
         time.sleep(600)
-    save(tables, directory)
+    save(tables, made_of, directory)
 
 sweep.SHARD, sweep._save = 1, stop_at_fourth
 study = sweep.measure_pss(
@@ -282,30 +267,22 @@ def exchange(file, content):
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["pss.parquet", "details.parquet", "masks.safetensors"])
-@pytest.mark.parametrize("damage", ["cut", "flip"])
-def test_a_damaged_unit_is_computed_again(store, name, damage):
+@pytest.mark.parametrize("name", ["pss.parquet", "masks.safetensors", "coefficients.safetensors"])
+def test_a_damaged_unit_is_computed_again(store, name):
     model, questions = toy_loaded(), toy_questions(3)
     first = measure_pss([model], questions, SMALL, store=store)
+    coefficients = concept_coefficients(model, questions, SMALL, store=store)
     file = next(iter(sorted(store.root.glob(f"v*/*/*/{name}"))))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 16
-    exchange(file, content if damage == "flip" else content[: len(content) // 2])
+    exchange(file, content)
     with pytest.warns(UserWarning, match=f"{name} is damaged; set aside") as caught:
         again = measure_pss([model], questions, SMALL, store=store)
     assert len(caught) == 1
-    assert reused(again) == [2]
+    assert reused(again) == [3 if name == "coefficients.safetensors" else 2]
     assert_same(again, first)
-
-
-def test_damaged_coefficients_are_recorded_again(store):
-    model, questions = toy_loaded(), toy_questions(3)
-    first = concept_coefficients(model, questions, store=store)
-    file = next(store.root.glob("v*/*/*/coefficients.safetensors"))
-    exchange(file, file.read_bytes()[:-4])
-    with pytest.warns(UserWarning, match="coefficients.safetensors is damaged"):
-        again = concept_coefficients(model, questions, store=store)
-    assert torch.equal(first.sums, again.sums)
+    recorded = concept_coefficients(model, questions, SMALL, store=store)
+    assert torch.equal(recorded.sums, coefficients.sums)
 
 
 # Disks
@@ -324,45 +301,19 @@ def earlier(tmp_path, store):
     return tmp_path / "out", measure_pss([model], toy_questions(5), SMALL, store=store)
 
 
-@pytest.mark.parametrize("failing", FILES)
-def test_a_disk_that_fills_up_leaves_the_earlier_results(earlier, monkeypatch, failing):
+def test_a_disk_that_fills_up_leaves_the_earlier_results(earlier, monkeypatch):
     out, study = earlier
     before = results(out)
 
-    def full(path):
+    def full(path, text, **_):
         raise OSError(28, "No space left on device", str(path))
 
-    if failing.endswith("parquet"):
-        to_parquet = pd.DataFrame.to_parquet
-        monkeypatch.setattr(
-            pd.DataFrame,
-            "to_parquet",
-            lambda table, path, **options: (
-                full(path) if Path(path).name == failing else to_parquet(table, path, **options)
-            ),
-        )
-    elif failing == "run.json":
-        monkeypatch.setattr(Path, "write_text", lambda path, *_, **__: full(path))
-    else:
-        monkeypatch.setattr("paramspec.method.masks.save_file", lambda _, path, __: full(path))
+    monkeypatch.setattr(Path, "write_text", full)  # of run.json, the last of them
     with pytest.raises(InputError, match=r"No space left on device.*free some space") as caught:
         write_study(study, out)
     assert "\n" not in str(caught.value)
     assert results(out) == before
     assert set(before) == set(FILES)
-
-
-def test_a_disk_that_is_really_full_leaves_the_earlier_results(earlier, tmp_path):
-    out, study = earlier
-    sizes = sum(file.stat().st_size for file in out.iterdir())
-    with small_disk(tmp_path / "disk", f"{sizes // 1024 + 60}k") as disk:
-        write_study(measure_pss([toy_loaded()], toy_questions(2), SMALL), disk / "out")
-        before = results(disk / "out")
-        (disk / "ballast").write_bytes(b"\0" * 40_000)
-        with pytest.raises(InputError, match="No space left on device"):
-            write_study(study, disk / "out")
-        assert results(disk / "out") == before
-        (disk / "ballast").unlink()
 
 
 def test_a_store_on_a_full_disk_stops_the_run_and_keeps_what_is_finished(tmp_path):
@@ -429,18 +380,13 @@ def records(study):
     }
 
 
-def test_an_upgrade_computes_anew_and_each_unit_names_its_own(store, monkeypatch, pretend_versions):
+def test_an_upgrade_computes_anew(store, pretend_versions):
     model, questions = toy_loaded(), toy_questions(2)
-    first = measure_pss([model], questions, SMALL, store=store)
+    measure_pss([model], questions, SMALL, store=store)
     pretend_versions(torch="999.0")
     newer = measure_pss([model], questions, SMALL, store=Store(store.root))
     assert reused(newer) == [0]
     assert {r["versions"]["torch"] for r in records(newer).values()} == {"999.0"}
-    monkeypatch.undo()
-    monkeypatch.setattr("paramspec.studies.sweep.SHARD", 1)
-    again = measure_pss([model], questions, SMALL, store=Store(store.root))
-    assert reused(again) == [2]
-    assert again.run["models"][0]["computed"] == first.run["models"][0]["computed"]
 
 
 def test_units_of_two_machines_are_told_apart(store, monkeypatch, pretend_versions):
@@ -474,12 +420,9 @@ def test_answers_and_coefficients_say_what_computed_them(store):
     for path in store.root.glob("v*/*/*/computed.json"):
         key = json.loads((path.parent / "key.json").read_text())
         found[key["unit"]] = json.loads(path.read_text())
-    assert set(found) == {"answers", "coefficients"}
-    assert (found["answers"]["commit"], found["coefficients"]["commit"]) == ("c" * 40, None)
-    for record in found.values():
-        assert record["tokenizer"] == tokenizer_facts(model.tokenizer)
-        assert record["versions"]["transformers"] == importlib.metadata.version("transformers")
-        assert record["hardware"]["cpu"]
+    commits = {unit: record["commit"] for unit, record in found.items()}
+    assert commits == {"answers": "c" * 40, "coefficients": None}
+    assert all(record["tokenizer"] == tokenizer_facts(model.tokenizer) for record in found.values())
 
 
 def test_several_models_stand_in_one_study(store):

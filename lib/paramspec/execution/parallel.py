@@ -19,17 +19,27 @@ import logging
 import multiprocessing
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import joblib
-from joblib.externals.loky.process_executor import TerminatedWorkerError
+import psutil
 
 from paramspec.errors import InputError
 from paramspec.execution.ends import keep_interrupts_from_children, watch_parent
 from paramspec.execution.limits import cores
 
 ANSWER_WITHIN = 10  # seconds that a scheduler has, and then a worker of it
+# Of errors that joblib and distributed raise for a killed worker, by the name of the class:
+# importing them would import all of distributed.
+KILLED = {
+    "TerminatedWorkerError": "a worker process was killed, most likely for want of memory; run "
+    "again with fewer jobs: what is finished is kept",
+    "KilledWorker": "one task killed several workers of the cluster, most likely for want of "
+    "memory; give workers more of it and run again: what is finished is kept",
+}
+_ONE_TASK = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -48,38 +58,27 @@ def workers(jobs: int = 0, scheduler: str | None = None) -> Iterator[None]:
     Raises:
         InputError: if `jobs` is negative, or if no scheduler answers there, or no worker of it.
     """
+    import torch
+
     if jobs < 0:
         raise InputError(f"jobs {jobs}: give a number of processes, or 0 for as many as there are")
     if scheduler is not None:
-        with _dask(scheduler):
+        with _cluster(scheduler):
             yield
         return
-    count = jobs or _devices()
+    count = jobs or torch.cuda.device_count() or cores()
     threads = max(1, cores() // count)
     if count > 1:
         keep_interrupts_from_children()
-    with (
-        joblib.parallel_config(
-            backend="loky",
-            n_jobs=count,
-            inner_max_num_threads=threads if count > 1 else None,
-            initializer=watch_parent,
-            initargs=(os.getpid(),),
-        ),
-        _at_most(threads) if count == 1 else contextlib.nullcontext(),
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def _at_most(threads: int) -> Iterator[None]:
-    """Torch takes a thread for each core of the host, whatever share of them this process has."""
-    import torch
-
-    own = torch.get_num_threads()
+        options = {"initializer": watch_parent, "initargs": (os.getpid(),)}
+        with joblib.parallel_config("loky", n_jobs=count, inner_max_num_threads=threads, **options):
+            yield
+        return
+    own = torch.get_num_threads()  # one for each core of the host, not of this process's share
     torch.set_num_threads(min(own, threads))
     try:
-        yield
+        with joblib.parallel_config("sequential"):
+            yield
     finally:
         torch.set_num_threads(own)
 
@@ -90,7 +89,7 @@ def hand_out(
     """`for result in hand_out(measure, [(first, ...), (second, ...)])`: as each is done.
 
     Args:
-        function: of a module, so that another process finds it; begins with `begin_work()`.
+        function: of a module, so that another process finds it.
         tasks: the arguments of each call; the longest should stand first.
 
     Raises:
@@ -98,48 +97,62 @@ def hand_out(
     """
     parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="all")
     try:
-        yield from parallel(joblib.delayed(function)(*task) for task in tasks)
-    except TerminatedWorkerError as error:
-        raise InputError(
-            "a worker process was killed, most likely for want of memory; run again with fewer "
-            "jobs: what is finished is kept"
-        ) from error
+        yield from parallel(joblib.delayed(_task)(function, *task) for task in tasks)
     except Exception as error:
-        if type(error).__name__ != "KilledWorker":  # importing it would import all of distributed
+        if type(error).__name__ not in KILLED:
             raise
-        raise InputError(
-            "one task killed several workers of the cluster, most likely for want of memory; give "
-            "workers more of it and run again: what is finished is kept"
-        ) from error
+        raise InputError(KILLED[type(error).__name__]) from error
 
 
-def begin_work() -> None:
-    """`begin_work()`: called first in each task; makes a worker process fit to share a machine.
-
-    In this process it does nothing. A worker is told to be quiet, and to use its share: a Dask
-    worker the cores of its `dask worker` command, divided by the workers of it (Dask itself sets
-    one thread); a process of joblib has its share of cores from joblib, and gets a GPU of its own.
+def _task(function: Callable[..., object], *arguments: object) -> object:
+    """A task in its process. A Dask worker of several threads does one at a time as well: tasks
+    share the model that the process holds, and the state of torch's random numbers.
     """
-    if not in_worker():
-        return
-    if _loky_worker():
-        watch_parent(os.getppid())
-    # A library's advice to programmers; what users must know is raised, or told by the store.
+    with _ONE_TASK:
+        if in_worker():
+            _use_share()
+        return function(*arguments)
+
+
+def _use_share() -> None:
+    """Make a worker process quiet, and use its share of the machine.
+
+    A Dask worker uses the cores of its machine, divided by the workers that the same `dask worker`
+    command started (Dask itself sets one thread); without a nanny the user's threads are kept. A
+    process of joblib has its share of cores from joblib, and gets a GPU of its own.
+    """
+    # A library's advice to programmers; what users must know is raised, or warned of by the store.
     for category in (FutureWarning, DeprecationWarning):
         warnings.simplefilter("ignore", category)
     import torch
 
-    siblings = _dask_siblings()
-    if siblings is not None:
-        torch.set_num_threads(max(1, cores() // siblings))
-    elif torch.cuda.device_count() > 1:
+    dask = _dask_worker()
+    if dask is None:
+        watch_parent(os.getppid())
         number = multiprocessing.current_process().name.rpartition("-")[2]
-        torch.cuda.set_device(int(number) % torch.cuda.device_count() if number.isdigit() else 0)
+        if torch.cuda.device_count() > 1 and number.isdigit():
+            torch.cuda.set_device(int(number) % torch.cuda.device_count())
+    elif dask.nanny is not None:
+        started = psutil.Process().parent().children()
+        siblings = sum("spawn_main" in " ".join(process.cmdline()) for process in started)
+        torch.set_num_threads(max(1, cores() // max(1, siblings)))
 
 
 def in_worker() -> bool:
     """`in_worker()`: whether this is a task in a process that joblib or Dask started."""
-    return _loky_worker() or _dask_worker() is not None
+    loky = multiprocessing.current_process().name.startswith("LokyProcess")
+    return loky or _dask_worker() is not None
+
+
+def _dask_worker() -> object | None:
+    if "distributed" not in sys.modules:
+        return None
+    from distributed import get_worker
+
+    try:
+        return get_worker()
+    except ValueError:
+        return None
 
 
 def worker_count() -> int:
@@ -164,105 +177,48 @@ def on_this_machine() -> bool:
 
 
 @contextlib.contextmanager
-def _dask(scheduler: str) -> Iterator[None]:
+def _cluster(scheduler: str) -> Iterator[None]:
     log = logging.getLogger("distributed")
     level = log.level
-    log.setLevel(logging.CRITICAL)  # it tells of every attempt; what matters is told in one line
+    log.setLevel(logging.CRITICAL)  # it reports every attempt; one line says what matters
+    name = f"scheduler {scheduler!r}"
     try:
-        _ask(scheduler)
+        # In a thread of its own: a notebook's thread has an event loop running already.
+        with (
+            _answering(name, "start `dask scheduler` there, or correct the address"),
+            concurrent.futures.ThreadPoolExecutor(1) as thread,
+        ):
+            thread.submit(asyncio.run, _require_scheduler(scheduler)).result()
         from distributed import Client
 
         with Client(scheduler, timeout=ANSWER_WITHIN, set_as_default=False) as client:
-            _require_worker(client, scheduler)
-            with joblib.parallel_config(backend="dask", client=client):
+            start = f"start one that has this version of paramspec: `dask worker {scheduler}`"
+            with _answering(f"workers of {name}", start):  # a cluster that grows on demand grows
+                client.submit(cores, pure=False).result(timeout=ANSWER_WITHIN)
+            with joblib.parallel_config("dask", client=client):
                 yield
     finally:
         log.setLevel(level)
 
 
-def _ask(scheduler: str) -> None:
-    """Whether a scheduler answers: `Client` itself waits for a silent one without end."""
-    remedy = "start `dask scheduler` there, or correct the address"
+async def _require_scheduler(address: str) -> None:
+    """Ask it without a `Client`, which waits for a silent one without end."""
+    from distributed.core import rpc
+    from distributed.security import Security
 
-    async def identity() -> dict:
-        from distributed.core import rpc
-        from distributed.security import Security
-
-        security = Security().get_connection_args("client")
-        async with rpc(scheduler, timeout=ANSWER_WITHIN, connection_args=security) as remote:
-            return await remote.identity()
-
-    async def limited() -> dict:
-        return await asyncio.wait_for(identity(), ANSWER_WITHIN)
-
-    # In a thread of its own: a notebook's thread has an event loop running already.
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        try:
-            answer = thread.submit(lambda: asyncio.run(limited())).result()
-        except (ValueError, TypeError) as error:
-            raise InputError(f"scheduler {scheduler!r}: {_line(error)}; {remedy}") from error
-        except Exception as error:
-            raise InputError(
-                f"scheduler {scheduler!r}: no answer within {ANSWER_WITHIN} s; {remedy}"
-            ) from error
-    if not isinstance(answer, dict) or answer.get("type") != "Scheduler":
-        raise InputError(f"scheduler {scheduler!r}: something else answers there; {remedy}")
+    security = Security().get_connection_args("client")
+    async with asyncio.timeout(ANSWER_WITHIN), rpc(address, connection_args=security) as remote:
+        if (await remote.identity())["type"] != "Scheduler":
+            raise ValueError("something else answers")
 
 
-def _require_worker(client: object, scheduler: str) -> None:
-    """One worker that answers; a cluster that grows on demand has its chance to."""
-    from distributed import TimeoutError as TimedOut
-
+@contextlib.contextmanager
+def _answering(name: str, remedy: str) -> Iterator[None]:
+    """One line on who does not answer, and what to do."""
     try:
-        client.submit(_answer, pure=False).result(timeout=ANSWER_WITHIN)
-    except TimedOut as error:
-        raise InputError(
-            f"scheduler {scheduler!r}: has no worker that answers within {ANSWER_WITHIN} s; start "
-            f"one: `dask worker {scheduler}`"
-        ) from error
+        yield
     except Exception as error:
-        raise InputError(
-            f"scheduler {scheduler!r}: its workers cannot run paramspec "
-            f"({type(error).__name__}: {_line(error)}); install this version of it for them"
-        ) from error
-
-
-def _answer() -> bool:
-    return True
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or ["no message"])[0][:160]
-
-
-def _devices() -> int:
-    import torch
-
-    return torch.cuda.device_count() or cores()
-
-
-def _loky_worker() -> bool:
-    return multiprocessing.current_process().name.startswith("LokyProcess")
-
-
-def _dask_worker() -> object | None:
-    if "distributed" not in sys.modules:
-        return None
-    from distributed import get_worker
-
-    try:
-        return get_worker()
-    except ValueError:
-        return None
-
-
-def _dask_siblings() -> int | None:
-    """Tasks side by side on the cores of this Dask worker, or None if its threads are its own."""
-    worker = _dask_worker()
-    if worker is None or worker.nanny is None:  # without a nanny, the user's threads are kept
-        return None
-    import psutil
-
-    started = psutil.Process().parent().children()
-    processes = sum("spawn_main" in " ".join(process.cmdline()) for process in started)
-    return max(1, processes) * worker.state.nthreads
+        line = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        if isinstance(error, TimeoutError):
+            line = f"no answer within {ANSWER_WITHIN} s"
+        raise InputError(f"{name}: {line}; {remedy}") from error

@@ -2,7 +2,6 @@
 
     number_versions()                     # in every key: {"torch": "2.13.0", ...}
     computed(**unit_record(loaded))       # with every stored result, as `computed.json`
-    read_computed(path)                   # of a result, by whom and when it was computed
     group_records([({"unit": "pss"}, read_computed(path)), ...])
 
 A record holds `versions`, `hardware`, `date` (UTC), and what its unit adds: of a model `model`,
@@ -28,9 +27,8 @@ import json
 import os
 import platform
 import re
-import shutil
-import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -67,9 +65,10 @@ def version_of(name: str) -> str | None:
 
 
 def hardware() -> dict[str, object]:
-    """`hardware()`: `cpu`, `cores`, `memory` (bytes), `gpus`; `threads`, `instructions` with torch.
+    """`hardware()`: `cpu`, `cores`, `memory` (bytes), `gpus`, `threads`, `instructions`.
 
-    Cores and memory are those that the process may use. Never the machine's name.
+    Cores and memory are those that the process may use. Of a process without torch, neither GPUs
+    nor the last two. Never the machine's name.
     """
     from paramspec.execution.limits import cores, memory  # half a second
 
@@ -87,10 +86,7 @@ def hardware() -> dict[str, object]:
         found["threads"] = torch.get_num_threads()
         found["instructions"] = torch.backends.cpu.get_cpu_capability()
         names = [torch.cuda.get_device_name(gpu) for gpu in range(torch.cuda.device_count())]
-    elif shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        names = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")
-    return found | {"gpus": [name for name in names if name]}
+    return found | {"gpus": names}
 
 
 def machine(hardware: Mapping[str, object]) -> str:
@@ -161,18 +157,19 @@ def used_results(file: Path) -> dict[str, object]:
     units, models = [], {}
     for path in dict.fromkeys(Path(json.loads(line)) for line in lines):
         record = read_computed(path)
-        with suppress(OSError, ValueError):
-            kind = json.loads((path / "key.json").read_text(encoding="utf-8"))["unit"]
-            for name, one in (("finetune", record.pop("trained", None)), (kind, record)):
-                if not one:
-                    continue
-                kept = ("versions", "hardware", "device", "date")
-                units.append(({"unit": name}, {key: one[key] for key in kept if key in one}))
-                if "tokenizer" in one:
-                    before = [token["token"] for token in one["tokenizer"]["kept"]]
-                    models[one["model"]] = {"commit": one["commit"], "before": before}
+        if not record:
+            continue
+        unit = json.loads((path / "key.json").read_text(encoding="utf-8"))["unit"]
+        trained = record.pop("trained", None) or {}
+        for name, one in (("finetune", trained), (unit, record)):
+            kept = {
+                key: one[key] for key in ("versions", "hardware", "device", "date") if key in one
+            }
+            units += [({"unit": name}, kept)] if kept else []
+            if "tokenizer" in one:
+                before = [token["token"] for token in one["tokenizer"]["kept"]]
+                models[one["model"]] = {"commit": one["commit"], "before": before}
     groups = group_records(units)
     for group in groups:
-        names = [unit["unit"] for unit in group["units"]]
-        group["units"] = {name: names.count(name) for name in dict.fromkeys(names)}
+        group["units"] = dict(Counter(unit["unit"] for unit in group["units"]))
     return {"computed": groups, "models": models}

@@ -21,7 +21,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
 import tempfile
@@ -33,13 +32,7 @@ from filelock import FileLock, Timeout
 
 from paramspec.errors import InputError
 from paramspec.execution.files import PARTIAL, remove_leftovers, writing_to
-from paramspec.execution.provenance import (
-    COMPUTED,
-    computed,
-    note_use,
-    number_versions,
-    read_computed,
-)
+from paramspec.execution.provenance import COMPUTED, computed, note_use, number_versions
 
 STORE_VERSION = 1
 
@@ -49,21 +42,11 @@ class Store:
 
     >>> store = Store("results/store")
     >>> study = measure_pss(["my-checkpoint/"], questions, Choices(ratios=()), store=store)
-
-    Raises:
-        InputError: if a newer version of the library has written there.
     """
 
     def __init__(self, root: str | os.PathLike) -> None:
         self.root = Path(root)
         self.versions = number_versions()  # goes to workers, which must have the same
-        for folder in self.root.glob("v*"):
-            found = re.fullmatch(r"v(\d+)", folder.name)
-            if found and int(found[1]) > STORE_VERSION:
-                raise InputError(
-                    f"{self.root}: a store of version {found[1]}, and this paramspec writes "
-                    f"version {STORE_VERSION}; upgrade paramspec, or choose another directory"
-                )
 
     def get(self, key: Mapping[str, object]) -> Path | None:
         """`path = store.get(key)`: the result's directory if it is there and whole."""
@@ -81,13 +64,6 @@ class Store:
             f"{path}: {problem}; set aside as {aside.name} and computed again", stacklevel=2
         )
         return None
-
-    def record(self, key: Mapping[str, object]) -> dict[str, object]:
-        """`store.record(key)`: what computed a result, see `provenance`; empty if there is none."""
-        found = read_computed(self._path(key))
-        if found:
-            note_use(self._path(key))
-        return found
 
     def put(
         self,
@@ -112,14 +88,10 @@ class Store:
             scratch = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=path.parent))
             try:
                 write(scratch)
-                whole = _canonical(self._whole(key))
-                (scratch / "key.json").write_text(whole, encoding="utf-8")
-                text = json.dumps(computed(**(record or {})), ensure_ascii=False, indent=1)
-                (scratch / COMPUTED).write_text(text + "\n", encoding="utf-8")
+                (scratch / "key.json").write_text(self._whole(key), encoding="utf-8")
+                _write_json(scratch / COMPUTED, computed(**(record or {})))
                 sums = {file.name: _digest(file) for file in sorted(scratch.iterdir())}
-                (scratch / "checksums.json").write_text(
-                    json.dumps(sums, indent=1), encoding="utf-8"
-                )
+                _write_json(scratch / "checksums.json", sums)
                 self._publish(scratch, path)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -144,29 +116,26 @@ class Store:
         Yields:
             bool: whether it is this thread's turn.
         """
-        lock = self._acquire(key, wait)
-        try:
-            yield lock is not None
-        finally:
-            if lock is not None and lock.is_locked:
-                if lock.lock_counter == 1:
-                    # Whoever waits for it looks for the result first, so that a second lock
-                    # beside this one does no harm, and a store is not full of empty files.
-                    with contextlib.suppress(OSError):
-                        Path(lock.lock_file).unlink()
-                lock.release()
-
-    def _acquire(self, key: Mapping[str, object], wait: bool) -> FileLock | None:
         place = self._path(key).with_suffix(".lock")
         lock = FileLock(place, is_singleton=True, fallback_to_soft=False)
+        mine = True
         # A disk that knows no locks, or has no room for one, does not keep anyone from work.
         with contextlib.suppress(OSError, NotImplementedError):
             place.parent.mkdir(parents=True, exist_ok=True)
             try:
                 lock.acquire(blocking=wait, poll_interval=0.2)
             except Timeout:  # an OSError as well
-                return None
-        return lock
+                mine = False
+        try:
+            yield mine
+        finally:
+            if mine and lock.is_locked:
+                if lock.lock_counter == 1:
+                    # Whoever waits for it looks for the result first, so that a second lock
+                    # beside this one does no harm, and a store is not full of empty files.
+                    with contextlib.suppress(OSError):
+                        place.unlink()
+                lock.release()
 
     def remove_leftovers(self) -> None:
         """`store.remove_leftovers()`: what killed processes left of unfinished results."""
@@ -194,16 +163,18 @@ class Store:
                     "on every machine that works for it"
                 )
 
-    def _whole(self, key: Mapping[str, object]) -> dict[str, object]:
-        return {**key, "versions": self.versions}
+    def _whole(self, key: Mapping[str, object]) -> str:
+        """The key with the versions, as the text whose digest names the directory."""
+        whole = {**key, "versions": self.versions}
+        return json.dumps(whole, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
     def _path(self, key: Mapping[str, object]) -> Path:
-        name = hashlib.sha256(_canonical(self._whole(key)).encode()).hexdigest()
+        name = hashlib.sha256(self._whole(key).encode()).hexdigest()
         return self.root / f"v{STORE_VERSION}" / name[:2] / name
 
 
-def _canonical(key: Mapping[str, object]) -> str:
-    return json.dumps(key, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+def _write_json(file: Path, content: Mapping[str, object]) -> None:
+    file.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def _digest(file: Path) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from paramspec.errors import InputError
-from paramspec.execution.parallel import begin_work, hand_out
+from paramspec.execution.parallel import hand_out
 from paramspec.execution.store import Store
 from paramspec.models.libraries import quiet_transformers
 from paramspec.models.tokens import token_ids
@@ -211,7 +211,6 @@ def _corpus_and_tokenizer(model: ZooModel) -> tuple[dict[str, float], PreTrained
 
 def _train(models: Sequence[ZooModel], root: Path) -> int:
     """Train models of one trunk on one core, and put them into the store."""
-    begin_work()
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -44,7 +44,6 @@ from paramspec.studies.runner import (
     find_targets,
     result_basis,
     run_jobs,
-    stored,
     unit_record,
 )
 from paramspec.studies.training import (
@@ -241,16 +240,15 @@ def measure_runs(
     require_taught([model], questions, {fold for run in runs for fold in run.evaluation.scored})
     store = Store((store or Store("results/store")).root.absolute())
     (target,) = find_targets([model], dtype, device)
-    basis = result_basis(target.identity, questions)
+    basis = result_basis(target, questions)
     job = Job(
         target,
         keys=tuple(basis | run.key() for run in runs),
         costs=tuple(_cost(run, questions) for run in runs),
         compute=partial(_measure_run, tuple(questions), tuple(runs), store),
     )
-    run_jobs([job], store, unit="token")
-    paths = [stored(store, key, run.name) for key, run in zip(job.keys, runs, strict=True)]
-    return _collect(runs, paths)
+    (done,) = run_jobs([job], store, unit="token")
+    return _collect(runs, done.paths)
 
 
 # --- one run ------------------------------------------------------------------------------------

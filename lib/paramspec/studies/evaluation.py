@@ -7,6 +7,7 @@ tables = evaluate(ready, questions, ("France", "gold"), evaluation)
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -32,14 +33,12 @@ from paramspec.method.generation import (
 )
 from paramspec.method.masks import record_concepts
 from paramspec.method.pss import Choices, measure_concepts
-from paramspec.method.rows import Request
-from paramspec.method.scoring import encode, score_options
 from paramspec.models.tokens import front_tokens, token_ids
 from paramspec.seeds import by_hash
 from paramspec.specwiki import Question
 from paramspec.studies.hallucination import sample_answers
 from paramspec.studies.runner import Ready
-from paramspec.studies.sweep import answer_row
+from paramspec.studies.sweep import answer_table
 from paramspec.studies.training import next_token_nats
 
 EVALUATION_VERSION = 5  # raised whenever a change of this file could move what is stored
@@ -101,8 +100,17 @@ class Evaluation(Checked):
         if self.stated or self.prose:
             key["texts"] = [hashlib.sha256(PROSE.read_bytes()).hexdigest(), PASSAGE_TOKENS]
         if self.open_ended != "no":
-            key["generation"] = [GENERATION_VERSION, _prompt(self.open_ended), MAX_NEW_TOKENS]
+            key["generation"] = [GENERATION_VERSION, self.prompt, MAX_NEW_TOKENS]
         return key
+
+    @property
+    def prompt(self) -> str:
+        """What stands around a question that is asked open-ended, or around its cloze."""
+        return OPEN_PROMPT if self.open_ended == "question" else "{question}"
+
+    def texts(self, questions: Sequence[Question]) -> list[str]:
+        """The words of questions that are asked open-ended."""
+        return [q.question if self.open_ended == "question" else q.cloze for q in questions]
 
 
 def evaluate(
@@ -115,47 +123,52 @@ def evaluate(
         concepts: that the model was trained on, or is compared on; `asked` says what of them.
     """
     own = [q for q in questions if q.concept in concepts and q.fold in asked.folds]
-    tables = {"answers": _answers(ready, questions, concepts, own, asked)}
+    others = _other_questions(questions, concepts, asked)
+    answers = answer_table(ready, [*own, *others])
+    tables = {"answers": answers.assign(trained=[True] * len(own) + [False] * len(others))}
     if asked.open_ended != "no":
         tables["generated"] = _generated(ready, own, asked)
     if asked.stated or asked.prose:
         tables["texts"] = _likelihoods(ready, questions, concepts, asked)
     if asked.choices:
-        tables["pss"] = _specialization(ready, questions, concepts, asked, tables["answers"])
+        tables["pss"] = _specialization(ready, questions, concepts, others, asked.choices, answers)
     if asked.sampled and asked.open_ended != "no":
         tables["samples"] = _samples(ready, concepts, own, asked)
     release_memory()  # packed copies of the weights
     return tables
 
 
-def _answers(
-    ready: Ready,
-    questions: Sequence[Question],
-    concepts: Sequence[str],
-    own: Sequence[Question],
-    asked: Evaluation,
-) -> pd.DataFrame:
-    others = other_questions(questions, concepts, asked)
-    every = [*own, *others]
-    requests = [Request(encode(ready.loaded.tokenizer, question), 0) for question in every]
-    scores = score_options(ready.view, requests, [None], engine=ready.engine)
-    table = pd.DataFrame([answer_row(q, score) for q, score in zip(every, scores, strict=True)])
-    return table.assign(trained=[True] * len(own) + [False] * len(others))
+def _other_questions(
+    questions: Sequence[Question], concepts: Sequence[str], asked: Evaluation
+) -> list[Question]:
+    """Questions on other concepts, whole folds of a concept at a time, the same for all runs."""
+    pool: dict[str, list[Question]] = {}
+    for question in questions:
+        if question.concept not in concepts and question.fold in asked.folds:
+            pool.setdefault(question.concept, []).append(question)
+    chosen: list[Question] = []
+    for name in sorted(pool, key=lambda name: by_hash(asked.seed, name)):
+        if len(chosen) < asked.others:
+            chosen += pool[name]
+    if len(chosen) < asked.others:
+        raise InputError(
+            f"others {asked.others}: only {len(chosen)} questions on other concepts; ask for fewer"
+        )
+    return chosen
 
 
 def _specialization(
     ready: Ready,
     questions: Sequence[Question],
     concepts: Sequence[str],
-    asked: Evaluation,
+    others: Sequence[Question],
+    choices: Choices,
     answers: pd.DataFrame,
 ) -> pd.DataFrame:
     """Rows of PSS for each concept; unrelated are questions on concepts not trained on."""
-    choices = asked.choices
     folds = {*choices.choose_on, *choices.score_on}
     own = [q for q in questions if q.concept in concepts and q.fold in folds]
-    others = [q for q in other_questions(questions, concepts, asked) if q.fold in folds]
-    scored = zip(answers["question_id"], answers["option_logprobs"], strict=True)
+    others = [q for q in others if q.fold in folds]
     coefficients = record_concepts(
         ready.view,
         ready.loaded.tokenizer,
@@ -163,6 +176,7 @@ def _specialization(
         position=choices.position,
         batch_tokens=choices.batch_tokens,
     )
+    scored = zip(answers["question_id"], answers["option_logprobs"], strict=True)
     measured = measure_concepts(
         ready.loaded.name,
         ready.view,
@@ -178,36 +192,20 @@ def _specialization(
     return measured.pss
 
 
-def _prompt(form: Literal["question", "cloze", "no"]) -> str:
-    """What stands around a question that is asked open-ended, or around its cloze."""
-    return OPEN_PROMPT if form == "question" else "{question}"
-
-
-def _open_questions(questions: Sequence[Question], form: Literal["question", "cloze"]) -> list[str]:
-    return [question.question if form == "question" else question.cloze for question in questions]
-
-
 def _generated(ready: Ready, own: Sequence[Question], asked: Evaluation) -> pd.DataFrame:
-    form = asked.open_ended
-    decoded = decode(
-        ready.view,
-        ready.loaded.tokenizer,
-        [_prompt(form).replace("{question}", words) for words in _open_questions(own, form)],
-        likeliest,
-        max_new_tokens=MAX_NEW_TOKENS,
-    )
-    answers = first_lines(ready.loaded.tokenizer, [row.tokens for (row,) in decoded])
+    tokenizer = ready.loaded.tokenizer
+    prompts = [asked.prompt.replace("{question}", text) for text in asked.texts(own)]
+    decoded = decode(ready.view, tokenizer, prompts, likeliest, max_new_tokens=MAX_NEW_TOKENS)
+    answers = first_lines(tokenizer, [row.tokens for (row,) in decoded])
     return pd.DataFrame(
         {
-            "question_id": [question.id for question in own],
-            "concept": [question.concept for question in own],
-            "answer": answers,
-            "correct": [
-                answer_matches(answer, question.aliases)
-                for answer, question in zip(answers, own, strict=True)
-            ],
-            "state": [row.state.tolist() for (row,) in decoded],
+            "question_id": question.id,
+            "concept": question.concept,
+            "answer": answer,
+            "correct": answer_matches(answer, question.aliases),
+            "state": row.state.tolist(),
         }
+        for question, answer, (row,) in zip(own, answers, decoded, strict=True)
     )
 
 
@@ -215,19 +213,17 @@ def _samples(
     ready: Ready, concepts: Sequence[str], own: Sequence[Question], asked: Evaluation
 ) -> pd.DataFrame:
     """Of each concept the same number of questions, by the hash of their ids."""
-    each = -(-asked.sampled // len(concepts))
+    each = math.ceil(asked.sampled / len(concepts))
+    ordered = sorted(own, key=lambda question: by_hash(asked.seed, question.id))
     chosen = [
-        question
-        for concept in concepts
-        for question in sorted(
-            (q for q in own if q.concept == concept), key=lambda q: by_hash(asked.seed, q.id)
-        )[:each]
-    ][: asked.sampled]
+        q for concept in concepts for q in [q for q in ordered if q.concept == concept][:each]
+    ]
+    chosen = chosen[: asked.sampled]
     found = sample_answers(
         ready.view,
         ready.loaded.tokenizer,
-        _open_questions(chosen, asked.open_ended),
-        prompt=_prompt(asked.open_ended),
+        asked.texts(chosen),
+        prompt=asked.prompt,
         max_new_tokens=MAX_NEW_TOKENS,
         samples=asked.samples,
         temperature=asked.temperature,
@@ -235,92 +231,40 @@ def _samples(
     )
     return pd.DataFrame(
         {
-            "question_id": [question.id for question in chosen],
-            "concept": [question.concept for question in chosen],
-            "answers": [one.answers for one in found],
-            "log_likelihoods": [one.log_likelihoods for one in found],
-            "tokens": [one.tokens for one in found],
+            "question_id": question.id,
+            "concept": question.concept,
+            "answers": one.answers,
+            "log_likelihoods": one.log_likelihoods,
+            "tokens": one.tokens,
         }
+        for question, one in zip(chosen, found, strict=True)
     )
-
-
-def other_questions(
-    questions: Sequence[Question], concepts: Sequence[str], asked: Evaluation
-) -> list[Question]:
-    """Questions on other concepts, whole folds of a concept at a time, the same for all runs."""
-    pool: dict[str, list[Question]] = {}
-    for question in questions:
-        if question.concept not in concepts and question.fold in asked.folds:
-            pool.setdefault(question.concept, []).append(question)
-    names = sorted(pool, key=lambda name: by_hash(asked.seed, name))
-    chosen: list[Question] = []
-    for name in names:
-        if len(chosen) >= asked.others:
-            break
-        chosen += pool[name]
-    if len(chosen) < asked.others:
-        raise InputError(
-            f"others {asked.others}: only {len(chosen)} questions on other concepts; ask for fewer"
-        )
-    return chosen
-
-
-def _held_out(
-    questions: Sequence[Question],
-    concepts: Sequence[str],
-    asked: Evaluation,
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[tuple[str, list[int]]]:
-    """Texts that nothing was trained on, of both kinds, in tokens."""
-    stated = [
-        text
-        for question in questions
-        if question.concept not in concepts
-        for text in question.statements[:1]
-    ]
-    stated = sorted(dict.fromkeys(stated), key=lambda text: by_hash(asked.seed, text))
-    texts = [("statements", row) for row in token_ids(tokenizer, stated[: asked.stated])]
-    if asked.prose:
-        front = front_tokens(tokenizer)
-        tokens = token_ids(tokenizer, [PROSE.read_text(encoding="utf-8")])[0][len(front) :]
-        size = PASSAGE_TOKENS - len(front)
-        passages = len(tokens) // size
-        if asked.prose > passages:
-            raise InputError(
-                f"prose {asked.prose}: {PROSE.name} holds {passages} passages of {PASSAGE_TOKENS} "
-                "of the model's tokens; ask for fewer"
-            )
-        texts += [
-            ("prose", [*front, *tokens[number * size : (number + 1) * size]])
-            for number in range(asked.prose)
-        ]
-    return texts
 
 
 @torch.no_grad()
 def _likelihoods(
     ready: Ready, questions: Sequence[Question], concepts: Sequence[str], asked: Evaluation
 ) -> pd.DataFrame:
-    network = ready.view.model
-    texts = _held_out(questions, concepts, asked, ready.loaded.tokenizer)
+    """The negative log-likelihood of texts that nothing was trained on, of both kinds."""
+    tokenizer = ready.loaded.tokenizer
+    stated = {text for q in questions if q.concept not in concepts for text in q.statements[:1]}
+    stated = sorted(stated, key=lambda text: by_hash(asked.seed, text))[: asked.stated]
+    rows = [*token_ids(tokenizer, stated), *_passages(tokenizer, asked.prose)]
+    batches: list[list[int]] = []  # of places in `rows`, the longest of a batch first
+    for place in sorted(range(len(rows)), key=lambda place: -len(rows[place])):
+        last = batches[-1] if batches else []
+        if not last or (len(last) + 1) * len(rows[last[0]]) > LIKELIHOOD_TOKENS:
+            batches.append([])
+        batches[-1].append(place)
 
-    def forward(batch: Sequence[tuple[int, list[int]]]) -> list[float]:
-        return next_token_nats(network, [row for _, row in batch]).sum(1).tolist()
+    def forward(places: Sequence[int]) -> list[float]:
+        return next_token_nats(ready.view.model, [rows[place] for place in places]).sum(1).tolist()
 
-    numbered = sorted(
-        ((index, row) for index, (_, row) in enumerate(texts)), key=lambda pair: -len(pair[1])
-    )
-    parts: list[list[tuple[int, list[int]]]] = []
-    for index, row in numbered:  # the longest of a part is its first
-        if not parts or (len(parts[-1]) + 1) * len(parts[-1][0][1]) > LIKELIHOOD_TOKENS:
-            parts.append([])
-        parts[-1].append((index, row))
-    nats = [0.0] * len(texts)
-    for batch, values in in_batches(
-        parts, forward, tokens=lambda rows: len(rows) * len(rows[0][1])
+    nats = np.zeros(len(rows))
+    for places, values in in_batches(
+        batches, forward, tokens=lambda places: len(places) * len(rows[places[0]])
     ):
-        for (index, _), value in zip(batch, values, strict=True):
-            nats[index] = value
+        nats[places] = values
     if not np.isfinite(nats).all():
         raise InputError(
             "a log-likelihood of held-out texts is not a finite number; the weights are damaged, "
@@ -328,9 +272,22 @@ def _likelihoods(
         )
     return pd.DataFrame(
         {
-            "kind": [kind for kind, _ in texts],
-            "text": range(len(texts)),
+            "kind": ["statements"] * len(stated) + ["prose"] * asked.prose,
+            "text": range(len(rows)),
             "nats": nats,
-            "tokens": [len(row) - 1 for _, row in texts],
+            "tokens": [len(row) - 1 for row in rows],
         }
     )
+
+
+def _passages(tokenizer: PreTrainedTokenizerBase, count: int) -> list[list[int]]:
+    """The first passages of `PROSE`, each of `PASSAGE_TOKENS` with what stands before a text."""
+    front = front_tokens(tokenizer)
+    tokens = token_ids(tokenizer, [PROSE.read_text(encoding="utf-8")])[0][len(front) :]
+    size = PASSAGE_TOKENS - len(front)
+    if count > len(tokens) // size:
+        raise InputError(
+            f"prose {count}: {PROSE.name} holds {len(tokens) // size} passages of {PASSAGE_TOKENS} "
+            "of the model's tokens; ask for fewer"
+        )
+    return [[*front, *tokens[start : start + size]] for start in range(0, count * size, size)]

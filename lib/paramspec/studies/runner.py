@@ -2,8 +2,8 @@
 
     targets = find_targets(["zoo-llama-1", "smollm2-135m"])
     jobs = [Job(target, keys, costs, compute) for target in targets]
-    computed = run_jobs(jobs, store)        # how many units of each model this run computed
-    stored(store, key, name)                # the directory of a unit
+    for job, done in zip(jobs, run_jobs(jobs, store), strict=True):
+        done.paths, done.computed           # the units' directories; how many this run computed
 
 A unit is what a crash can lose. Its result depends on its key alone, so that it is the same whoever
 computed it, and a rerun, or another study with the same key, finds it. Units of one model are
@@ -16,8 +16,10 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -25,7 +27,7 @@ from tqdm import tqdm
 from paramspec.errors import InputError, naming
 from paramspec.execution.files import writing_to
 from paramspec.execution.limits import release_memory
-from paramspec.execution.parallel import begin_work, hand_out, on_this_machine, worker_count
+from paramspec.execution.parallel import hand_out, on_this_machine, worker_count
 from paramspec.execution.store import Store
 from paramspec.method.hooks import ValueVectorView, down_projections, value_vector_view
 from paramspec.method.kernels import arithmetic
@@ -50,27 +52,18 @@ OVERHEAD = 2_000_000
 
 
 @dataclass(frozen=True)
-class Identity:
-    """What tells a model from others in a key, known before it is loaded."""
+class Target:
+    """A model to be measured, loaded already or where it lies, and what a result of it depends on.
 
+    `device` is `load_model`'s; `arithmetic` is that of the machine that computes, see `kernels`.
+    """
+
+    model: LoadedModel | Checkpoint
     name: str
     digest: str
     dtype: torch.dtype
     device: str
-    arithmetic: str = "stock"  # of the machine that computes, see `kernels.arithmetic`
-
-
-@dataclass(frozen=True)
-class Target:
-    """A model to be measured, loaded already, or where it lies; `device` is `load_model`'s."""
-
-    model: LoadedModel | Checkpoint
-    identity: Identity
-    device: str
-
-    @property
-    def name(self) -> str:
-        return self.identity.name
+    arithmetic: str = "stock"
 
 
 @dataclass(frozen=True)
@@ -103,6 +96,12 @@ class Job:
     compute: Compute
 
 
+def target_of(loaded: LoadedModel) -> Target:
+    """`target_of(loaded)`: a model in memory."""
+    way = arithmetic(loaded.dtype, loaded.device.type)
+    return Target(loaded, loaded.name, loaded.digest, loaded.dtype, str(loaded.device), way)
+
+
 def find_targets(
     models: Sequence[str | LoadedModel], dtype: str = "auto", device: str = "auto"
 ) -> list[Target]:
@@ -111,29 +110,43 @@ def find_targets(
     Raises:
         InputError: if one is not found, or named twice.
     """
-    require_distinct([model if isinstance(model, str) else model.name for model in models])
     names = [model for model in models if isinstance(model, str)]
-    place, kind, way = torch.device("cpu"), torch.float32, "stock"
+    found = {}
     if names:
-        place, kind = _elsewhere(place_and_dtype, device, dtype)
-        way = _elsewhere(arithmetic, kind, place.type)
-    found = iter(find_checkpoints(names))
-    targets = []
-    for model in models:
-        if isinstance(model, LoadedModel):
-            targets.append(Target(model, identity_of(model), str(model.device)))
-            continue
-        one = next(found)
-        # A worker may have another working directory.
-        one = Checkpoint(one.name, one.spec, one.path.absolute())
-        digest = digest_files(checkpoint_files(one.path))
-        targets.append(Target(one, Identity(one.name, digest, kind, place.type, way), str(place)))
+        place, kind, way = _where_tasks_run(_choose_device, device, dtype)
+        for name, one in zip(names, find_checkpoints(names), strict=True):
+            # A worker may have another working directory.
+            one = Checkpoint(one.name, one.spec, one.path.absolute())
+            digest = digest_files(checkpoint_files(one.path))
+            found[name] = Target(one, one.name, digest, kind, str(place), way)
+    targets = [found[one] if isinstance(one, str) else target_of(one) for one in models]
     require_distinct([target.name for target in targets])
     return targets
 
 
-def run_jobs(jobs: Sequence[Job], store: Store, *, unit: str = "question") -> Counter[str]:
-    """`computed = run_jobs(jobs, store)`: compute what is missing; how many units of each model.
+def _choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype, str]:
+    place, kind = place_and_dtype(device, dtype)
+    return place, kind, arithmetic(kind, place.type)
+
+
+def _where_tasks_run(function: Callable[..., object], *arguments: object) -> object:
+    """Call it there: the machines of a cluster may have other GPUs, and other disks, than this."""
+    if on_this_machine():
+        return function(*arguments)
+    return next(iter(hand_out(function, [arguments])))
+
+
+class Done(NamedTuple):
+    """The directories of a job's units, and how many of these this run computed."""
+
+    paths: list[Path]
+    computed: int
+
+
+def run_jobs(jobs: Sequence[Job], store: Store, *, unit: str = "question") -> list[Done]:
+    """`(done,) = run_jobs([job], store)`: compute the units that are missing; of each job all.
+
+    Models that are loaded already are measured in this process.
 
     Raises:
         InputError: before any work, if a model cannot be measured, as far as its files' headers
@@ -141,32 +154,38 @@ def run_jobs(jobs: Sequence[Job], store: Store, *, unit: str = "question") -> Co
             name: what is finished is kept.
     """
     store.remove_leftovers()
-    computed: Counter[str] = Counter()
-    missing = [[n for n, key in enumerate(job.keys) if store.get(key) is None] for job in jobs]
+    here, away, left = [], [], 0
+    for job in jobs:
+        missing = [number for number, key in enumerate(job.keys) if store.get(key) is None]
+        left += sum(job.costs[number] for number in missing)
+        if isinstance(job.target.model, LoadedModel):
+            here += [(job, [number]) for number in missing]
+        elif missing:
+            away.append((job, missing, _weights(job.target.model)))
+    if away and not on_this_machine():
+        _require_shared(store, [job.target.model.path for job, _, _ in away])
+    handed_out = _chunks(away, worker_count()) if away else []
+    results = chain(
+        (_work(job, numbers, store) for job, numbers in here),
+        hand_out(_work, [(*chunk, store) for chunk in handed_out]) if handed_out else (),
+    )
     title = jobs[0].target.name if len(jobs) == 1 else f"{len(jobs)} models"
-    with tqdm(total=sum(sum(job.costs) for job in jobs), desc=title, unit=unit) as bar:
-        bar.update(bar.total - sum(job.costs[n] for job, n in _pairs(jobs, missing)))
-        handed_out = []
-        for job, numbers in zip(jobs, missing, strict=True):
-            if numbers and isinstance(job.target.model, Checkpoint):
-                handed_out.append((job, numbers, _weights(job.target.model)))
-            for number in numbers if isinstance(job.target.model, LoadedModel) else ():
-                computed[job.target.name] += _work(job, [number], store)[1]
-                bar.update(job.costs[number])
-        if handed_out and not on_this_machine():
-            _require_shared(store, [job.target.model.path for job, _, _ in handed_out])
-        try:
-            tasks = [(*chunk, store) for chunk in _chunks(handed_out, worker_count())]
-            for (job, numbers), made in hand_out(_work, tasks) if tasks else ():
-                computed[job.target.name] += made
-                bar.update(sum(job.costs[number] for number in numbers))
-        finally:
-            _HELD.clear()  # of this process, if it was the worker
-    return computed
+    total = sum(sum(job.costs) for job in jobs)
+    computed: Counter[str] = Counter()
+    try:
+        with tqdm(total=total, initial=total - left, desc=title, unit=unit) as bar:
+            for name, made, cost in results:
+                computed[name] += made
+                bar.update(cost)
+    finally:
+        _HELD.clear()  # of this process, if it was the worker
+    return [
+        Done([_stored(store, key, job.target.name) for key in job.keys], computed[job.target.name])
+        for job in jobs
+    ]
 
 
-def stored(store: Store, key: Mapping[str, object], name: str) -> Path:
-    """`stored(store, key, name)`: the directory of a unit that was there, or was just computed."""
+def _stored(store: Store, key: Mapping[str, object], name: str) -> Path:
     path = store.get(key)
     if path is None:
         raise InputError(
@@ -174,10 +193,6 @@ def stored(store: Store, key: Mapping[str, object], name: str) -> Path:
             "check the disk, and run again: what is whole is kept"
         )
     return path
-
-
-def _pairs(jobs: Sequence[Job], missing: Sequence[Sequence[int]]) -> list[tuple[Job, int]]:
-    return [(job, n) for job, numbers in zip(jobs, missing, strict=True) for n in numbers]
 
 
 def _chunks(
@@ -189,69 +204,64 @@ def _chunks(
     several; a single worker, which keeps the model, gets units one by one.
     """
 
-    def cost(job: Job, numbers: Sequence[int], weights: int) -> float:
-        return (weights + OVERHEAD) * sum(job.costs[n] for n in numbers)
-
-    share = sum(cost(*one) for one in jobs) / (CHUNKS * count)
+    costs = [(weights + OVERHEAD) * sum(job.costs[n] for n in left) for job, left, weights in jobs]
+    share = sum(costs) / (CHUNKS * count)
     chunks = []
-    for job, numbers, weights in sorted(jobs, key=lambda one: -one[2]):
+    for place in sorted(range(len(jobs)), key=lambda place: -jobs[place][2]):
+        job, numbers, _ = jobs[place]
         numbers = sorted(numbers, key=lambda n: -job.costs[n])
-        parts = math.ceil(cost(job, numbers, weights) / share - 1e-9)
+        parts = math.ceil(costs[place] / share - 1e-9)
         size = math.ceil(len(numbers) / parts) if count > 1 else 1
         for start in range(0, len(numbers), size):
             chunks.append((job, numbers[start : start + size]))
     return chunks
 
 
-def _work(job: Job, numbers: Sequence[int], store: Store) -> tuple[tuple[Job, list[int]], int]:
-    """A task: compute units of a model; which, and how many were not in the store yet."""
-    begin_work()
-    computed, waiting = 0, list(numbers)
+def _work(job: Job, numbers: Sequence[int], store: Store) -> tuple[str, int, float]:
+    """A task: compute units of a model; its name, how many were not there yet, and their cost."""
+    computed = 0
     for wait in (False, True):  # what another run computes just now is there by the end
-        left, waiting = waiting, []
-        for number in left:
+        for number in numbers:
             key = job.keys[number]
+            if store.has(key):
+                continue
             with store.turn(key, wait=wait) as mine:
-                if not mine:
-                    waiting.append(number)
-                elif store.get(key) is None:
+                if mine and store.get(key) is None:
                     with naming(job.target.name):
                         ready = _hold(job.target)
                         write, record = job.compute(ready, number)
                     store.put(key, write, unit_record(ready.loaded, ready.engine) | record)
                     computed += 1
             release_memory()  # a packed copy of the weights
-    return (job, list(numbers)), computed
+    return job.target.name, computed, sum(job.costs[number] for number in numbers)
 
 
 # The model that a process computed with last: the next unit is most likely about the same.
-_HELD: dict[tuple[object, ...], Ready] = {}
+_HELD: list[tuple[Target, Ready]] = []
 
 
 def _hold(target: Target) -> Ready:
-    loaded = isinstance(target.model, LoadedModel)
-    which = (id(target.model) if loaded else target.model.path, target.identity, target.device)
-    if which not in _HELD:
+    if not _HELD or _HELD[0][0] != target:
         _HELD.clear()  # before another one takes memory
-        model = target.model if loaded else _load(target)
-        view = value_vector_view(model.model)
-        _HELD[which] = Ready(model, view, choose_engine(view))
-    return _HELD[which]
+        loaded = target.model if isinstance(target.model, LoadedModel) else _load(target)
+        view = value_vector_view(loaded.model)
+        _HELD.append((target, Ready(loaded, view, choose_engine(view))))
+    return _HELD[0][1]
 
 
 def _load(target: Target) -> LoadedModel:
-    dtype = str(target.identity.dtype).removeprefix("torch.")
+    dtype = str(target.dtype).removeprefix("torch.")
     loaded = load_model(target.model, dtype=dtype, device=target.device)
-    if loaded.digest != target.identity.digest:
+    if loaded.digest != target.digest:
         raise InputError(
             f"{target.model.path}: not the files that the study began with, or not those that the "
             "machine has which began it; let them be the same, and run again"
         )
-    here = identity_of(loaded).arithmetic
-    if here != target.identity.arithmetic:  # its numbers would be stored as another's
+    here = target_of(loaded).arithmetic
+    if here != target.arithmetic:  # its numbers would be stored as another's
         raise InputError(
-            f"this machine computes {target.identity.dtype} as {here!r}, the one asked at the "
-            f"start as {target.identity.arithmetic!r}; use float32, or machines of one kind"
+            f"this machine computes {target.dtype} as {here!r}, the one asked at the start as "
+            f"{target.arithmetic!r}; use float32, or machines of one kind"
         )
     return loaded
 
@@ -265,62 +275,41 @@ def _weights(checkpoint: Checkpoint) -> int:
     return network.num_parameters()
 
 
-def _elsewhere(function: Callable[..., object], *arguments: object) -> object:
-    """Call it where tasks will run: the machines of a cluster may have other GPUs than this."""
-    if on_this_machine():
-        return function(*arguments)
-    return next(iter(hand_out(function, [arguments])))
-
-
-def _require_shared(store: Store, paths: Sequence[Path]) -> None:
+def _require_shared(store: Store, models: Sequence[Path]) -> None:
     """A cluster's workers read models from, and write results to, directories that they share."""
     with writing_to(store.root):
         store.root.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".shared-", dir=store.root) as name:
-            unseen = _elsewhere(_unseen, [Path(name), *paths])
-    if unseen:
-        place, remedy = unseen[0], "copy the model to a directory that all machines see"
-        if place.name.startswith(".shared-"):
-            place, remedy = store.root, "choose a store in a directory that all machines see"
-        raise InputError(f"{place}: not seen by a worker of the cluster; {remedy}")
-
-
-def _unseen(paths: Sequence[Path]) -> list[Path]:
-    return [path for path in paths if not path.exists()]
+        with TemporaryDirectory(prefix=".shared-", dir=store.root) as new:
+            for path in (Path(new), *models):
+                if not _where_tasks_run(Path.exists, path):
+                    raise InputError(
+                        f"{path}: not seen by a worker of the cluster; keep models, and the store, "
+                        "in directories that all machines see"
+                    )
 
 
 # --- what a result is of ------------------------------------------------------------------------
 
 
-def identity_of(loaded: LoadedModel) -> Identity:
-    """`identity_of(loaded)`: of a model in memory."""
-    device = loaded.device.type
-    way = arithmetic(loaded.dtype, device)
-    return Identity(loaded.name, loaded.digest, loaded.dtype, device, way)
-
-
-def result_basis(identity: Identity, questions: Sequence[Question]) -> dict[str, object]:
-    """`result_basis(identity, questions)`: what every result of a model on questions depends on.
+def result_basis(target: Target, questions: Sequence[Question]) -> dict[str, object]:
+    """`result_basis(target, questions)`: what every result of a model on questions depends on.
 
     Not the engine, nor the worker. In float32 they move a log-likelihood by less than 1e-3, as
     rounding does; in bfloat16 both follow from what is here, see `kernels`.
     """
     return {
-        "model": identity.digest,
-        "name": identity.name,
-        "dtype": str(identity.dtype),
-        "device": identity.device,
-        "arithmetic": identity.arithmetic,
+        "model": target.digest,
+        "name": target.name,
+        "dtype": str(target.dtype),
+        "device": torch.device(target.device).type,
+        "arithmetic": target.arithmetic,
         "questions": questions_digest(questions),
         "scoring_version": SCORING_VERSION,
     }
 
 
 def unit_record(loaded: LoadedModel, engine: Engine | None = None) -> dict[str, object]:
-    """`unit_record(loaded, engine)`: what a unit's record says of the model.
-
-    `execution.provenance` names the fields.
-    """
+    """`unit_record(loaded, engine)`: what a unit's record says of the model, see `provenance`."""
     return {
         "model": loaded.name,
         "digest": loaded.digest,

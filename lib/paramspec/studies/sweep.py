@@ -25,11 +25,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from paramspec.errors import InputError, naming
+from paramspec.errors import InputError
 from paramspec.execution.files import remove_leftovers, writing_to
-from paramspec.execution.parallel import (
-    in_worker,
-)
+from paramspec.execution.parallel import in_worker
 from paramspec.execution.provenance import group_records, read_computed
 from paramspec.execution.store import Store
 from paramspec.method.batches import BATCH_TOKENS
@@ -44,28 +42,20 @@ from paramspec.method.pss import (
     method_key,
 )
 from paramspec.method.rows import ROW_TOKENS, Request
-from paramspec.method.scoring import (
-    choose_engine,
-    encode,
-    mark,
-    score_options,
-)
-from paramspec.models.checkpoints import (
-    Checkpoint,
-)
+from paramspec.method.scoring import encode, mark, score_options
+from paramspec.models.checkpoints import Checkpoint
 from paramspec.models.describe import folds_asked, require_taught
 from paramspec.models.load import LoadedModel
 from paramspec.specwiki import Question, questions_digest
 from paramspec.studies.runner import (
-    Identity,
+    Done,
     Job,
     Ready,
     Target,
     find_targets,
-    identity_of,
     result_basis,
     run_jobs,
-    stored,
+    target_of,
     unit_record,
 )
 from paramspec.tables import DETAIL_COLUMNS, PSS_COLUMNS
@@ -111,28 +101,34 @@ def measure_pss(
 
     Raises:
         InputError: if a model is not found, incomplete or named twice, if the questions cannot be
-            used or must not be asked of a micro model (see `require_taught`), or if the store is
-            of a newer version, before anything is measured; if a model cannot be measured, when
-            its turn comes: what is finished is kept.
+            used or must not be asked of a micro model (see `require_taught`), before anything is
+            measured; if a model cannot be measured, when its turn comes: what is finished is kept.
     """
     choices = (choices or Choices()).with_folds(folds_asked(models))
     store = Store((store or Store("results/store")).root.absolute())
     require_taught(models, questions, choices.score_on)
     _refuse_thin(questions, choices)
-    shards = concept_shards(questions)
+    concepts = list(dict.fromkeys(question.concept for question in questions))
+    shards = [concepts[start : start + SHARD] for start in range(0, len(concepts), SHARD)]
     jobs = [
-        _job(target, questions, choices, shards, store)
+        Job(
+            target,
+            keys=tuple(
+                result_basis(target, questions)
+                | method_key(choices)
+                | {"unit": "pss", "concepts": shard}
+                for shard in shards
+            ),
+            costs=tuple(evaluations(choices, questions, shard) for shard in shards),
+            compute=partial(_measure_shard, tuple(questions), choices, shards, store),
+        )
         for target in find_targets(models, dtype, device)
     ]
-    computed = run_jobs(jobs, store)
     parts, runs = [], []
-    for job in jobs:
-        name = job.target.name
-        paths = [stored(store, key, name) for key in job.keys]
-        parts += [_load(path) for path in paths]
-        recorded = store.record(_coefficients_key(job.target.identity, questions, choices))
-        runs.append(_run_record(job, shards, paths, recorded) | {"units_from_store": 0})
-        runs[-1]["units_from_store"] = len(paths) - computed[name]
+    for job, done in zip(jobs, run_jobs(jobs, store), strict=True):
+        parts += [_load(path) for path in done.paths]
+        coefficients = store.get(_coefficients_key(job.target, questions, choices))
+        runs.append(_run_record(job, shards, done, coefficients))
     run = {
         "questions": {"digest": questions_digest(questions), "count": len(questions)},
         **method_key(choices),
@@ -146,26 +142,23 @@ def measure_pss(
     )
 
 
-def concept_shards(questions: Sequence[Question]) -> list[list[str]]:
-    """`concept_shards(questions)`: the concepts of each unit, in the order of the questions."""
-    concepts = list(dict.fromkeys(question.concept for question in questions))
-    return [concepts[start : start + SHARD] for start in range(0, len(concepts), SHARD)]
+def _refuse_thin(questions: Sequence[Question], choices: Choices) -> None:
+    folds: dict[str, set[int]] = {}
+    for question in questions:
+        folds.setdefault(question.concept, set()).add(question.fold)
+    if len(folds) < 2:
+        raise InputError(f"questions on {len(folds)} concept(s): at least 2 are needed")
+    for concept, present in folds.items():
+        if len(present) < 2:
+            raise InputError(
+                f"{concept!r} has questions of fold {min(present)} alone; both folds are needed"
+            )
+    # The concept with the most questions has the fewest on others.
+    asked = Counter(q.concept for q in questions if q.fold in choices.score_on)
+    general_questions(questions, asked.most_common(1)[0][0], choices)
 
 
-def _job(
-    target: Target,
-    questions: Sequence[Question],
-    choices: Choices,
-    shards: list[list[str]],
-    store: Store,
-) -> Job:
-    basis = result_basis(target.identity, questions) | method_key(choices) | {"unit": "pss"}
-    return Job(
-        target,
-        keys=tuple(basis | {"concepts": shard} for shard in shards),
-        costs=tuple(evaluations(choices, questions, shard) for shard in shards),
-        compute=partial(_measure_shard, tuple(questions), choices, shards, store),
-    )
+# --- units --------------------------------------------------------------------------------------
 
 
 def _measure_shard(
@@ -178,7 +171,7 @@ def _measure_shard(
 ) -> tuple[Callable[[Path], None], dict[str, object]]:
     """What fills a unit's directory, and what its record says."""
     began = time.perf_counter()
-    key = json.dumps(_coefficients_key(identity_of(ready.loaded), questions, choices))
+    key = json.dumps(_coefficients_key(target_of(ready.loaded), questions, choices))
     if key not in ready.kept:
         ready.kept.clear()  # another study's would fill the memory
         ready.kept[key] = concept_coefficients(ready.loaded, questions, choices, store=store)
@@ -194,16 +187,25 @@ def _measure_shard(
     )
     seconds = time.perf_counter() - began
     record = {"layers": ready.view.layers, "width": ready.view.width, "seconds": seconds}
-    return partial(_save, measured), record
+    return partial(_save, measured, {}), record
+
+
+def _save(tables: Tables | Study, made_of: dict[str, object], directory: Path) -> None:
+    tables.pss.to_parquet(directory / "pss.parquet", index=False)
+    tables.details.to_parquet(directory / "details.parquet", index=False)
+    save_masks(directory / "masks.safetensors", tables.masks, made_of)
+
+
+def _load(directory: Path) -> Tables:
+    return Tables(
+        pd.read_parquet(directory / "pss.parquet")[list(PSS_COLUMNS)],
+        pd.read_parquet(directory / "details.parquet")[list(DETAIL_COLUMNS)],
+        load_masks(directory / "masks.safetensors")[0],
+    )
 
 
 def score_questions(
-    model: LoadedModel,
-    questions: Sequence[Question],
-    *,
-    store: Store | None = None,
-    row_tokens: int = ROW_TOKENS,
-    batch_tokens: int = BATCH_TOKENS,
+    model: LoadedModel, questions: Sequence[Question], *, store: Store | None = None
 ) -> pd.DataFrame:
     """`answers = score_questions(load_model("smollm2-135m"), questions)`: without any mask.
 
@@ -220,38 +222,41 @@ def score_questions(
         InputError: if a micro model must not be asked one of them, see `require_taught`.
     """
     require_taught([model], questions, {question.fold for question in questions})
-    store = store or Store("results/store")
-    view = value_vector_view(model.model)
-    engine = choose_engine(view)
-    key = result_basis(identity_of(model), questions) | {
-        "unit": "answers",
-        "row_tokens": row_tokens,
-        "batch_tokens": batch_tokens,
-    }
-    path = store.get(key)
-    if path is None:
-        with (
-            naming(model.name),
-            tqdm(total=len(questions), desc=model.name, unit="question") as bar,
-        ):
-            scores = score_options(
-                view,
-                [Request(encode(model.tokenizer, question), 0) for question in questions],
-                [None],
-                engine=engine,
-                row_tokens=row_tokens,
-                batch_tokens=batch_tokens,
-                progress=bar.update,
-            )
-        table = pd.DataFrame(
-            [answer_row(question, score) for question, score in zip(questions, scores, strict=True)]
-        )
-        path = store.put(
-            key,
-            lambda folder: table.to_parquet(folder / "answers.parquet"),
-            unit_record(model, engine),
-        )
-    return pd.read_parquet(path / "answers.parquet")
+    target = target_of(model)
+    filled = {"row_tokens": ROW_TOKENS, "batch_tokens": BATCH_TOKENS}
+    key = result_basis(target, questions) | {"unit": "answers"} | filled
+    job = Job(target, (key,), (len(questions),), partial(_answer, questions))
+    (done,) = run_jobs([job], store or Store("results/store"))
+    return pd.read_parquet(done.paths[0] / "answers.parquet")
+
+
+def _answer(
+    questions: Sequence[Question], ready: Ready, number: int
+) -> tuple[Callable[[Path], None], dict[str, object]]:
+    with _progress(questions, "answers") as bar:
+        table = answer_table(ready, questions, progress=bar.update)
+    return lambda folder: table.to_parquet(folder / "answers.parquet"), {}
+
+
+def answer_table(
+    ready: Ready, questions: Sequence[Question], **options: Callable[[int], None]
+) -> pd.DataFrame:
+    """`answer_table(ready, questions)`: as `score_questions`, with options of `score_options`."""
+    requests = [Request(encode(ready.loaded.tokenizer, question), 0) for question in questions]
+    scores = score_options(ready.view, requests, [None], engine=ready.engine, **options)
+    return pd.DataFrame(
+        {
+            "question_id": question.id,
+            "concept": question.concept,
+            "domain": question.domain,
+            "tier": question.tier,
+            "relation": question.relation,
+            "fold": question.fold,
+            "option_logprobs": score.tolist(),
+            **mark(score.tolist(), question),
+        }
+        for question, score in zip(questions, scores, strict=True)
+    )
 
 
 def concept_coefficients(
@@ -272,11 +277,19 @@ def concept_coefficients(
     choices = choices or Choices()
     require_taught([loaded], questions, ())
     store = store or Store("results/store")
-    key = _coefficients_key(identity_of(loaded), questions, choices)
+    key = _coefficients_key(target_of(loaded), questions, choices)
     with store.turn(key):
         path = store.get(key)
         if path is None:
-            recorded = _record(loaded, questions, choices)
+            with _progress(questions, "coefficients") as bar:
+                recorded = record_concepts(
+                    value_vector_view(loaded.model),
+                    loaded.tokenizer,
+                    questions,
+                    position=choices.position,
+                    batch_tokens=choices.batch_tokens,
+                    progress=bar.update,
+                )
             tensors = {"sums": recorded.sums, "counts": recorded.counts}
             path = store.put(
                 key, lambda folder: save_file(tensors, folder / COEFFICIENTS), unit_record(loaded)
@@ -286,40 +299,52 @@ def concept_coefficients(
 
 
 def _coefficients_key(
-    identity: Identity, questions: Sequence[Question], choices: Choices
+    target: Target, questions: Sequence[Question], choices: Choices
 ) -> dict[str, object]:
-    return result_basis(identity, questions) | {
+    return result_basis(target, questions) | {
         "unit": "coefficients",
         "position": choices.position,
         "batch_tokens": choices.batch_tokens,
     }
 
 
-def _record(
-    loaded: LoadedModel, questions: Sequence[Question], choices: Choices
-) -> ConceptCoefficients:
-    options = {"desc": "coefficients", "unit": "question", "leave": False, "disable": in_worker()}
-    with tqdm(total=len(questions), **options) as bar:
-        return record_concepts(
-            value_vector_view(loaded.model),
-            loaded.tokenizer,
-            questions,
-            position=choices.position,
-            batch_tokens=choices.batch_tokens,
-            progress=bar.update,
-        )
+def _progress(questions: Sequence[Question], title: str) -> tqdm:
+    """Within a unit, below the bar of all units."""
+    options = {"unit": "question", "leave": False, "disable": in_worker()}
+    return tqdm(total=len(questions), desc=title, **options)
 
 
-def answer_row(question: Question, score: Tensor) -> dict[str, object]:
+# --- what is written ----------------------------------------------------------------------------
+
+
+def _run_record(
+    job: Job, shards: list[list[str]], done: Done, coefficients: Path | None
+) -> dict[str, object]:
+    """Of one model; see `provenance`. What all its units say alike is said once."""
+    target = job.target
+    records = [read_computed(path) for path in done.paths]
+    units = [
+        ({"unit": "pss", "concepts": shard}, record)
+        for shard, record in zip(shards, records, strict=True)
+    ]
+    trained = target.model.path if isinstance(target.model, Checkpoint) else None
+    for name, path in (("coefficients", coefficients), ("training", trained)):
+        record = read_computed(path) if path else {}
+        units += [({"unit": name}, record)] if record else []
+    alike = ("model", "digest", "dtype", "tokenizer", "layers", "width")
+    own = [(label, {k: v for k, v in r.items() if k not in alike}) for label, r in units]
     return {
-        "question_id": question.id,
-        "concept": question.concept,
-        "domain": question.domain,
-        "tier": question.tier,
-        "relation": question.relation,
-        "fold": question.fold,
-        "option_logprobs": score.tolist(),
-        **mark(score.tolist(), question),
+        "name": target.name,
+        "digest": target.digest,
+        "dtype": records[0]["dtype"],
+        "tokenizer": records[0]["tokenizer"],
+        "layers": records[0]["layers"],
+        "width": records[0]["width"],
+        "evaluations": sum(job.costs),
+        "units": len(records),
+        "units_from_store": len(records) - done.computed,
+        "seconds": round(sum(record["seconds"] for record in records), 1),
+        "computed": group_records(own),
     }
 
 
@@ -334,68 +359,8 @@ def write_study(study: Study, out: Path) -> None:
         remove_leftovers(out)
         with TemporaryDirectory(prefix=".partial-", dir=out) as name:
             scratch = Path(name)
-            study.pss.to_parquet(scratch / "pss.parquet", index=False)
-            study.details.to_parquet(scratch / "details.parquet", index=False)
-            save_masks(scratch / "masks.safetensors", study.masks, study.run)
+            _save(study, study.run, scratch)
             text = json.dumps(study.run, indent=2, ensure_ascii=False) + "\n"
             (scratch / "run.json").write_text(text, encoding="utf-8")
             for file in list(scratch.iterdir()):
                 file.replace(out / file.name)
-
-
-def _refuse_thin(questions: Sequence[Question], choices: Choices) -> None:
-    folds: dict[str, set[int]] = {}
-    for question in questions:
-        folds.setdefault(question.concept, set()).add(question.fold)
-    if len(folds) < 2:
-        raise InputError(f"questions on {len(folds)} concept(s): at least 2 are needed")
-    for concept, present in folds.items():
-        if len(present) < 2:
-            raise InputError(
-                f"{concept!r} has questions of fold {min(present)} alone; both folds are needed"
-            )
-    # The concept with the most questions has the fewest on others.
-    asked = Counter(q.concept for q in questions if q.fold in choices.score_on)
-    general_questions(questions, asked.most_common(1)[0][0], choices)
-
-
-def _run_record(
-    job: Job, shards: list[list[str]], paths: Sequence[Path], coefficients: dict[str, object]
-) -> dict[str, object]:
-    """Of one model; see `provenance`. What all its units say alike is said once."""
-    records, target = [read_computed(path) for path in paths], job.target
-    units = [
-        ({"unit": "pss", "concepts": shard}, record)
-        for shard, record in zip(shards, records, strict=True)
-    ]
-    trained = read_computed(target.model.path) if isinstance(target.model, Checkpoint) else {}
-    for name, record in (("coefficients", coefficients), ("training", trained)):
-        units += [({"unit": name}, record)] if record else []
-    alike = ("model", "digest", "dtype", "tokenizer", "layers", "width")
-    own = [(label, {k: v for k, v in r.items() if k not in alike}) for label, r in units]
-    return {
-        "name": target.name,
-        "digest": target.identity.digest,
-        "dtype": str(target.identity.dtype).removeprefix("torch."),
-        "tokenizer": records[0]["tokenizer"],
-        "layers": records[0]["layers"],
-        "width": records[0]["width"],
-        "evaluations": sum(job.costs),
-        "units": len(paths),
-        "seconds": round(sum(record["seconds"] for record in records), 1),
-        "computed": group_records(own),
-    }
-
-
-def _save(tables: Tables, directory: Path) -> None:
-    tables.pss.to_parquet(directory / "pss.parquet", index=False)
-    tables.details.to_parquet(directory / "details.parquet", index=False)
-    save_masks(directory / "masks.safetensors", tables.masks, {})
-
-
-def _load(directory: Path) -> Tables:
-    return Tables(
-        pd.read_parquet(directory / "pss.parquet")[list(PSS_COLUMNS)],
-        pd.read_parquet(directory / "details.parquet")[list(DETAIL_COLUMNS)],
-        load_masks(directory / "masks.safetensors")[0],
-    )
