@@ -107,8 +107,10 @@ def print_counts(asked: list[Question]) -> None:
 
 
 def print_plan(planned: Plan, others: Sequence[str]) -> None:
-    """Tables of models and chapters, the training of micro models, and the totals."""
-    models, chapters, training = planned.models, planned.chapters, planned.training
+    """Tables of models and chapters, and the totals."""
+    models, chapters = planned.models, planned.chapters
+    untrained = int((models["micro"] & ~models["on_disk"]).sum())
+    models = models.drop(columns="micro")
     on, unit = f"one {planned.gpu.name}", "GPU-hours"
     if planned.gpu.name == "cpu":
         on, unit = "this CPU", "hours"
@@ -117,11 +119,8 @@ def print_plan(planned: Plan, others: Sequence[str]) -> None:
     on = f"on {on} at {planned.utilisation:.3%}".replace(".000%", " %")
     show(models, f"Models, {on}; what chapters share counts once")
     show(chapters, "Chapters, each by itself; shared: with a chapter above")
-    if len(training):
-        print(
-            f"To train first: {len(training)} micro models, {training['tokens'].sum():,} tokens, "
-            f"{hours_of(training['core_hours'].sum())} core-hours on this CPU"
-        )
+    if untrained:
+        print(f"To train first: {untrained} micro models, some minutes on a few cores.")
     print(
         "Results in the store are not looked up. Hours are FLOPs at that share of the peak; "
         "loading and downloading come on top, and micro models are bound by overhead."

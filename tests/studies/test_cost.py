@@ -20,16 +20,13 @@ from paramspec.method.hooks import ValueVectorView, unembed_only, value_vector_v
 from paramspec.method.masks import record_concepts
 from paramspec.method.pss import Choices, measure_concepts
 from paramspec.method.scoring import choose_engine
-from paramspec.models import zoo_training
 from paramspec.models.describe import study_questions
 from paramspec.models.registry import empty_model, load_registry, published_config
 from paramspec.models.zoo import architecture, load_zoo
 from paramspec.models.zoo_training import (
     own_tokenizer,
-    tokens_to_train,
     train_tokenizer,
     train_zoo,
-    training_record,
 )
 from paramspec.specwiki import load_questions
 from paramspec.studies.chapters import CHAPTERS, Experiment, chapter_experiments
@@ -129,15 +126,6 @@ def test_flops_are_nearly_what_torch_counts_at_full_size(name):
     assert 0.93 < counted / counter.get_total_flops() <= 1
 
 
-def test_training_is_counted_before_it_is_done(recipe, tmp_path):
-    zoo = load_zoo(recipe)
-    root = tmp_path / "zoo"
-    models = [zoo[f"{recipe.as_posix()}:{name}"] for name in ("llama-1", "llama-1@2", "gemma2-1")]
-    before = [tokens_to_train(model) for model in models]
-    train_zoo(models, root=root)
-    assert before == [training_record(model, root=root)["tokens"] for model in models]
-
-
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
     """A place without results, and no network at all."""
@@ -175,41 +163,16 @@ def test_a_plan_adds_up_and_shared_work_counts_once(offline, recipe):
     assert not one.models["on_disk"].any()
 
 
-def test_a_recipe_of_any_name_is_planned(offline, recipe, monkeypatch):
-    odd = recipe.with_name("a@1: b.yaml")
-    recipe.rename(odd)
-    monkeypatch.chdir(odd.parent)
-    for given in ("./a@1: b.yaml:llama-1", "a@1: b.yaml:llama-1@2"):
-        assert small([given]).training["model"].tolist() == ["a@1: b.yaml:llama-1"]
-
-
-def test_micro_models_that_are_not_trained_are_counted_by_run(offline, recipe):
-    name = f"{recipe.as_posix()}:llama-1"
-    planned = small([f"{name}@2", name]).training
-    assert planned["model"].tolist() == [name]
-    micro = load_zoo(recipe)[name]
-    assert planned["tokens"].tolist() == [tokens_to_train(micro)]
-    train_zoo([micro])
-    after = small([f"{name}@2", name])
-    assert after.training.empty
-    assert after.models["on_disk"].all()
-
-
-def test_what_generations_share_is_counted_once(offline, recipe, monkeypatch):
-    """Against the tokens of all texts that the training of both is shown."""
-    recipe.write_text(TINY + "  llama-2: {family: llama, generation: 2, steps: 9}\n")
-    names = [f"{recipe.as_posix()}:llama-{number}" for number in (2, 1)]
-    planned = small(names).training
-    shown, train_step = [], zoo_training._train_step
-
-    def watch(network, optimizer, texts, rate):
-        shown.append(texts)
-        return train_step(network, optimizer, texts, rate)
-
-    monkeypatch.setattr(zoo_training, "_train_step", watch)
-    train_zoo([load_zoo(recipe)[name] for name in names])
-    assert len(shown) == 4 + 9 - 3  # of the shorter's steps, the first three are of both
-    assert planned["tokens"].sum() == sum(len(text) for texts in shown for text in texts)
+def test_micro_models_of_a_recipe_of_any_name_are_planned_untrained(offline, recipe):
+    recipe.rename(offline / "a@1: b.yaml")
+    name = "a@1: b.yaml:llama-1"
+    before = small([f"{name}@2", f"./{name}"]).models
+    recipes = load_zoo(Path("a@1: b.yaml"))
+    train_zoo([recipes[name], recipes[f"{name}@2"]])
+    after = small([f"{name}@2", f"./{name}"]).models
+    assert before["micro"].all()
+    assert (before["on_disk"].sum(), after["on_disk"].sum()) == (0, 2)
+    assert before["flops"].equals(after["flops"])
 
 
 def test_tokens_are_the_model_s_own_where_its_tokenizer_lies_here(offline):

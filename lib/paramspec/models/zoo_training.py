@@ -138,14 +138,6 @@ def write_record(path: Path, record: Mapping[str, object]) -> None:
     (path / RECORD).write_text(text, encoding="utf-8")
 
 
-def tokens_to_train(model: ZooModel) -> int:
-    """`tokens_to_train(load_zoo()["zoo-llama-3"])`: the `tokens` of its record, before training."""
-    texts, tokenizer = _corpus_and_tokenizer(model)
-    lengths = [len(tokens) for tokens in _encoded(tokenizer, texts)]
-    batches = _batches(lengths, list(texts.values()), model.recipe)
-    return sum(int(np.take(lengths, rows).sum()) for rows in itertools.islice(batches, model.at))
-
-
 def own_tokenizer(model: ZooModel) -> PreTrainedTokenizerFast:
     """`own_tokenizer(load_zoo()["zoo-llama-3"])`: the model's tokenizer, trained or not."""
     return _corpus_and_tokenizer(model)[1]

@@ -6,7 +6,8 @@
 
 Tokens are counted as a run packs them, see `method.rows`, with a model's own tokenizer where it
 lies on this disk. FLOPs are two for each weight of a token, and for the unembedding of each token
-that is read. What attention does, padding and loading are left out: some percent.
+that is read. What attention does, padding and loading are left out: some percent; and what micro
+models take to be trained first: minutes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ from paramspec.models.load import load_config, load_tokenizer
 from paramspec.models.registry import empty_model, find_spec, published_config, zoo_model
 from paramspec.models.tokens import token_ids
 from paramspec.models.zoo import ZooModel
-from paramspec.models.zoo_training import own_tokenizer, tokens_to_train
+from paramspec.models.zoo_training import own_tokenizer
 from paramspec.specwiki import questions_digest
 from paramspec.studies.chapters import Experiment
 
@@ -69,19 +70,17 @@ def find_gpu(name: str) -> Gpu:
     Raises:
         InputError: if none is called so, or several.
     """
-    cpu = Gpu("cpu", cores() * CORE, memory(), f"{cores()} cores, AVX2 at 3 GHz")
 
     def plain(text: str) -> str:
         return re.sub(r"[^a-z0-9]", "", text.lower())
 
+    cpu = Gpu("cpu", cores() * CORE, memory(), f"{cores()} cores, AVX2 at 3 GHz")
     known = {plain(gpu.name): gpu for gpu in (*GPUS, cpu)}
-    found = [gpu for key, gpu in known.items() if plain(name) and key.startswith(plain(name))]
-    if plain(name) in known:
-        found = [known[plain(name)]]
-    if len(found) != 1:
+    found = [gpu for key, gpu in known.items() if key.startswith(plain(name))]
+    if plain(name) not in known and len(found) != 1:
         names = ", ".join(gpu.name for gpu in found or known.values())
         raise InputError(f"GPU {name!r}: {'could be several' if found else 'unknown'}; use {names}")
-    return found[0]
+    return known.get(plain(name), found[0])
 
 
 # --- tokens and FLOPs ---------------------------------------------------------------------------
@@ -120,7 +119,7 @@ class Subject:
     Attributes:
         parameters, unembedding: weights in all, and those of the unembedding.
         body: weights that each token is multiplied with, the unembedding's not among them.
-        disk: bytes of its files, or of its weights in bf16 if they are not here.
+        weights: bytes of its files, or of its weights in bf16 if they are not here.
         tokenizer: whose it is: its own, or that of `EMBEDDED`.
         micro: of the zoo.
     """
@@ -128,7 +127,7 @@ class Subject:
     parameters: int
     unembedding: int
     body: int
-    disk: int
+    weights: int
     on_disk: bool
     tokenizer: str
     micro: ZooModel | None
@@ -154,17 +153,16 @@ def subject(name: str) -> Subject:
     known = spec is not None and (spec.config or micro)
     model = empty_model(published_config(spec) if known else load_config(checkpoint))
     parameters = sum(part.numel() for part in model.parameters())
-    embedding = model.get_input_embeddings().weight.numel()
+    embedding = model.get_input_embeddings().weight
     unembedding = model.get_output_embeddings().weight
-    tied = unembedding is model.get_input_embeddings().weight
-    disk = 2 * parameters
+    weights = 2 * parameters
     if checkpoint is not None:
-        disk = sum(path.stat().st_size for path in checkpoint_files(checkpoint.path).values())
+        weights = sum(path.stat().st_size for path in checkpoint_files(checkpoint.path).values())
     return Subject(
         parameters=parameters,
         unembedding=unembedding.numel(),
-        body=parameters - embedding - (0 if tied else unembedding.numel()),
-        disk=disk,
+        body=parameters - sum(part.numel() for part in {embedding, unembedding}),
+        weights=weights,
         on_disk=checkpoint is not None,
         tokenizer=name if checkpoint is not None or micro else EMBEDDED,
         micro=micro,
@@ -182,17 +180,15 @@ class Plan:
         gpu: what hours are of, at `utilisation`, a share of its peak.
         models: a row a model, over all chapters: `model`, `parameters`, `weights` (bytes on disk),
             `on_disk`, `gpus` that hold it in bf16 (fp32 on a CPU), `tokens`, `flops`, `gpu_hours`,
-            and `tokenizer`, that counted the tokens. Work that chapters share counts once.
+            `micro`, and `tokenizer`, that counted the tokens. Work that chapters share counts once.
         chapters: a row a chapter, by itself: `chapter`, `models`, `concepts`, `tokens`, `flops`,
             `gpu_hours`, and `shared`, the part of its FLOPs that a chapter above has done.
-        training: a row for each micro model to be trained first: `model`, `tokens`, `core_hours`.
     """
 
     gpu: Gpu
     utilisation: float
     models: pd.DataFrame
     chapters: pd.DataFrame
-    training: pd.DataFrame
 
     @property
     def gpu_hours(self) -> float:
@@ -200,12 +196,12 @@ class Plan:
 
     def as_dict(self) -> dict[str, object]:
         """`planned.as_dict()`: plain JSON; `totals` of what the tables list."""
-        tables = {name: getattr(self, name) for name in ("models", "chapters", "training")}
         totals = {name: self.models[name].sum().item() for name in ("tokens", "flops", "gpu_hours")}
         return {
             "gpu": self.gpu._asdict(),
             "utilisation": self.utilisation,
-            **{name: table.to_dict("records") for name, table in tables.items()},
+            "models": self.models.to_dict("records"),
+            "chapters": self.chapters.to_dict("records"),
             "totals": {"models": len(self.models), **totals},
         }
 
@@ -231,92 +227,54 @@ def plan(
     chosen = find_gpu(gpu)
     names = dict.fromkeys(n for each in experiments.values() for one in each for n in one.models)
     subjects = {name: subject(name) for name in names}
-    units = pd.DataFrame(
-        [
-            {"chapter": chapter, **unit}
-            for chapter, each in experiments.items()
-            for unit in _units(each, subjects)
-        ]
-    )
-    size = 4 if chosen.name == "cpu" else 2
-    room = math.inf if chosen.name == "cpu" else 0.9 * chosen.memory  # as the loader takes it
-    gpus = {name: math.ceil(size * one.parameters / room) or 1 for name, one in subjects.items()}
+    about = pd.DataFrame(map(vars, subjects.values()), index=list(subjects))
+    size, room = (4, math.inf) if chosen.name == "cpu" else (2, 0.9 * chosen.memory)  # the loader's
+    about["gpus"] = [math.ceil(size * count / room) or 1 for count in about["parameters"]]
+    units = _units(experiments, subjects)
     hours = units["flops"] / (chosen.peak * utilisation) / 3600
-    units["gpu_hours"] = units["model"].map(gpus) * hours
-    units["done"] = units.duplicated(["model", "experiment"])
-    sums = ["tokens", "flops", "gpu_hours"]
-    models = units[~units["done"]].groupby("model", sort=False)[sums].sum()
-    about = {
-        "parameters": {name: one.parameters for name, one in subjects.items()},
-        "weights": {name: one.disk for name, one in subjects.items()},
-        "on_disk": {name: one.on_disk for name, one in subjects.items()},
-        "gpus": gpus,
-        "tokenizer": {name: one.tokenizer for name, one in subjects.items()},
-    }
-    chapters = units.groupby("chapter", sort=False)[sums].sum()
-    shared = units[units["done"]].groupby("chapter")["flops"].sum() / chapters["flops"]
-    concepts = {
-        chapter: max(len({q.concept for q in one.questions}) for one in each)
-        for chapter, each in experiments.items()
-    }
-    chapters.insert(0, "models", units.groupby("chapter")["model"].nunique())
-    chapters.insert(1, "concepts", pd.Series(concepts))
+    units["gpu_hours"] = units["model"].map(about["gpus"]) * hours
+    again = units.duplicated(["model", "experiment"])
+    units["shared"] = units["flops"].where(again, 0)
+    sums = dict.fromkeys(("tokens", "flops", "gpu_hours"), "sum")
+    models = units[~again].groupby("model", sort=False).agg(sums)
+    chapters = units.groupby("chapter", sort=False).agg(
+        {"model": "nunique", "concepts": "max", **sums, "shared": "sum"}
+    )
+    chapters["shared"] /= chapters["flops"]
+    about["micro"] = about["micro"].notna()
+    columns = ["parameters", "weights", "on_disk", "micro", "gpus", "tokenizer"]
     return Plan(
         chosen,
         utilisation,
-        pd.DataFrame(about).rename_axis("model").join(models).reset_index(),
-        chapters.assign(shared=shared.fillna(0.0)).reset_index(),
-        pd.DataFrame(_training(subjects, utilisation), columns=["model", "tokens", "core_hours"]),
+        about[columns].join(models).rename_axis("model").reset_index(),
+        chapters.rename(columns={"model": "models"}).reset_index(),
     )
 
 
 def _units(
-    experiments: Sequence[Experiment], subjects: Mapping[str, Subject]
-) -> Iterator[dict[str, object]]:
+    experiments: Mapping[str, Sequence[Experiment]], subjects: Mapping[str, Subject]
+) -> pd.DataFrame:
     """What each experiment asks of each model; models that read alike are counted once."""
     counted: dict[tuple[str, str], Tokens] = {}
-    for experiment in experiments:
-        key = f"{questions_digest(experiment.questions)} {experiment.choices.model_dump_json()}"
-        for name in experiment.models:
-            reader = _tokenizer_key(subjects[name])
+    rows = []
+    for chapter, one in ((chapter, one) for chapter, each in experiments.items() for one in each):
+        key = f"{questions_digest(one.questions)} {one.choices.model_dump_json()}"
+        concepts = len({question.concept for question in one.questions})
+        for name in one.models:
+            of = subjects[name]
+            micro = (
+                of.micro and f"{of.micro.recipe.vocabulary} tokens of {of.micro.recipe.concepts}"
+            )
+            reader = micro or of.tokenizer
             if (reader, key) not in counted:
-                counted[reader, key] = tokens_of(experiment, _tokenizer(subjects[name]))
+                own = own_tokenizer(of.micro) if micro else _loaded_tokenizer(of.tokenizer)
+                counted[reader, key] = tokens_of(one, own)
             tokens = counted[reader, key]
-            yield {
-                "model": name,
-                "experiment": key,
-                "tokens": tokens.passed,
-                "flops": subjects[name].flops(tokens),
-            }
-
-
-def _tokenizer_key(one: Subject) -> str:
-    if one.micro is None:
-        return one.tokenizer
-    return f"{one.micro.recipe.vocabulary} tokens of {one.micro.recipe.concepts}"
-
-
-def _tokenizer(one: Subject) -> PreTrainedTokenizerBase:
-    return own_tokenizer(one.micro) if one.micro else _loaded_tokenizer(one.tokenizer)
+            row = {"chapter": chapter, "model": name, "experiment": key, "concepts": concepts}
+            rows.append(row | {"tokens": tokens.passed, "flops": of.flops(tokens)})
+    return pd.DataFrame(rows)
 
 
 @functools.cache
 def _loaded_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return load_tokenizer(find_checkpoint(name, fetch=()))
-
-
-def _training(
-    subjects: Mapping[str, Subject], utilisation: float
-) -> Iterator[tuple[str, int, float]]:
-    """Of the micro models that are not there; checkpoints and shared steps come with others."""
-    missing = [one.micro for one in subjects.values() if one.micro and not one.on_disk]
-    runs = {model.recipe.model_dump_json(): model for model in missing}
-    trunks: dict[str, ZooModel] = {}
-    for model in sorted(runs.values(), key=lambda model: model.recipe.steps):
-        tokens = tokens_to_train(model.model_copy(update={"step": None}))
-        if before := trunks.get(model.recipe.trunk):
-            shared = model.model_copy(update={"step": before.recipe.branch})
-            tokens -= tokens_to_train(shared)
-        trunks[model.recipe.trunk] = model
-        spent = 6 * model.recipe.parameters * tokens
-        yield model.name.removesuffix(f"@{model.step}"), tokens, spent / (CORE * utilisation) / 3600
