@@ -1,7 +1,4 @@
-"""An end is an end: a command that is ended leaves nothing running, and a rerun its numbers.
-
-`python tests/test_ends.py 100` ends it at a hundred moments, and prints what each signal gave.
-"""
+"""An end is an end: a command that is ended leaves nothing running, and a rerun its numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +16,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
@@ -108,8 +104,8 @@ def make_place(folder: Path) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def heeded():
+@pytest.fixture(scope="module", autouse=True)
+def heed():
     """Signals end what is started, also where these tests were started to ignore them (`nohup`)."""
     numbers = (signal.SIGHUP, signal.SIGINT)
     ignored = [number for number in numbers if signal.getsignal(number) == signal.SIG_IGN]
@@ -118,12 +114,6 @@ def heeded():
     yield
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def heed():
-    with heeded():
-        yield
 
 
 @contextlib.contextmanager
@@ -295,23 +285,20 @@ def undisturbed(folder: Path) -> Expected:
     return Expected(found, {command: share * length for command, share in LENGTHS.items()})
 
 
-def all_lives(folder: Path, counts: dict[str, int], seed: int) -> dict[str, list[End]]:
-    """Ends of each command at as many moments as `counts` says, two commands side by side."""
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory) -> dict[str, list[End]]:
+    """Ends of each command at as many moments as `MOMENTS` says, two commands side by side."""
+    folder = tmp_path_factory.mktemp("ends")
     expected = undisturbed(folder)
     with ThreadPoolExecutor(2) as lanes:
         running = {}
-        for place, (command, count) in enumerate(counts.items()):
-            draw = np.random.default_rng([seed, place])
+        for place, (command, count) in enumerate(MOMENTS.items()):
+            draw = np.random.default_rng([0, place])
             moments = draw.uniform(0, 1, count).tolist()
             running[command] = lanes.submit(
                 lives, folder / f"{command}-lives", command, moments, expected, draw
             )
         return {command: lane.result() for command, lane in running.items()}
-
-
-@pytest.fixture(scope="module")
-def ends(tmp_path_factory) -> dict[str, list[End]]:
-    return all_lives(tmp_path_factory.mktemp("ends"), MOMENTS, seed=0)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -363,14 +350,21 @@ def test_what_a_killed_command_started_ends_by_itself(tmp_path, command, child):
             pytest.fail(f"still running: {running()}")
 
 
-def test_ctrl_c_in_a_terminal_shows_one_line(tmp_path):
-    """It goes to the workers, too, and they don't answer."""
-    place = make_place(tmp_path / "place")
+@contextlib.contextmanager
+def in_a_terminal(place: Path, command: str):
+    """Start a command in a terminal of its own; yield our end of it, the process and `running`."""
     ours, theirs = pty.openpty()
     terminal = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
     options = {"preexec_fn": lambda: os.login_tty(theirs), "start_new_session": False}
-    with started(place, *COMMANDS["pss"], **terminal, **options) as (process, running):
+    with started(place, *COMMANDS[command], **terminal, **options) as (process, running):
         os.close(theirs)
+        yield ours, process, running
+
+
+def test_ctrl_c_in_a_terminal_shows_one_line(tmp_path):
+    """It goes to the workers, too, and they don't answer."""
+    place = make_place(tmp_path / "place")
+    with in_a_terminal(place, "pss") as (ours, process, running):
         seconds_until(start_of("LokyProcess-2", running))
         os.write(ours, b"\x03")
         assert seconds_until(lambda: not running()) < WITHIN
@@ -386,30 +380,8 @@ def test_ctrl_c_in_a_terminal_shows_one_line(tmp_path):
 
 def test_a_terminal_that_is_closed_ends_the_command(tmp_path):
     place = make_place(tmp_path / "place")
-    ours, theirs = pty.openpty()
-    terminal = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
-    options = {"preexec_fn": lambda: os.login_tty(theirs), "start_new_session": False}
-    with started(place, *COMMANDS["finetune"], **terminal, **options) as (process, running):
-        os.close(theirs)
+    with in_a_terminal(place, "finetune") as (ours, process, running):
         seconds_until(lambda: minds_signals(process))
         os.close(ours)
         assert seconds_until(lambda: not running()) < WITHIN
         assert process.wait() == 129
-
-
-if __name__ == "__main__":
-    count = int(sys.argv[1])
-    with heeded(), TemporaryDirectory() as name:
-        shares = {command: -(-count * few // 20) for command, few in MOMENTS.items()}
-        found = all_lives(Path(name), shares, seed=int(sys.argv[2]) if len(sys.argv) > 2 else 1)
-    table = pd.DataFrame([vars(one) for lane in found.values() for one in lane])
-    table["traceback"] = table["told"].str.contains("Traceback")
-    grouped = table.groupby(["command", "signal"])
-    print(
-        grouped.agg(
-            moments=("seconds", "size"),
-            longest_seconds=("seconds", "max"),
-            statuses=("status", lambda status: sorted(set(status))),
-            tracebacks=("traceback", "sum"),
-        ).to_string()
-    )
