@@ -71,6 +71,8 @@ def counting(view: ValueVectorView):
         entered.append(kwargs["attention_mask"])
 
     def leave(module, args, output):
+        if not entered:  # a layer is tried out by itself before its packed copy is used
+            return
         mask = entered.pop()
         mask = mask["full_attention"] if isinstance(mask, dict) else mask
         if mask.ndim == 2:
