@@ -27,7 +27,7 @@ from paramspec.models.describe import (
 from paramspec.models.load import load_model
 from paramspec.models.registry import expand_models
 from paramspec.stats.trends import like_sized_ends
-from paramspec.studies.causal import measure_runs
+from paramspec.studies.causal import Run, measure_runs
 from paramspec.studies.finetune import finetune
 from paramspec.studies.sweep import concept_coefficients, measure_pss, score_questions
 from toy_study import save_questions
