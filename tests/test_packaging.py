@@ -1,7 +1,8 @@
-"""The four places that pin versions agree, and a wheel carries the package's data."""
+"""Ranges, locks and the Makefile agree; a wheel carries the package's data."""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -52,12 +53,12 @@ def test_one_figure_says_how_long_the_book_takes() -> None:
     assert len(found.pop()) == 1
 
 
-def test_pyproject_pins_what_the_lock_pins(lock: dict[str, str], project: dict) -> None:
+def test_the_lock_has_a_version_within_each_range(lock: dict[str, str], project: dict) -> None:
     groups = project["project"]["optional-dependencies"].values()
     lines = project["build-system"]["requires"] + sum(groups, project["project"]["dependencies"])
     for requirement in map(Requirement, lines):
-        name = canonicalize_name(requirement.name)
-        assert str(requirement.specifier) == f"=={lock.get(name)}", name
+        assert requirement.specifier.contains(lock[canonicalize_name(requirement.name)], True)
+        assert any(bound.operator in (">=", "==") for bound in requirement.specifier), requirement
 
 
 def test_the_lock_is_closed_and_pins_what_is_installed(lock: dict[str, str]) -> None:
@@ -93,27 +94,76 @@ def test_conda_installs_the_same_pins(project: dict) -> None:
     assert python == "python=3.11"
     assert pip == "pip"
     assert lists == {"pip": ["-r requirements.lock"]}
-    assert "3.11" in makefile()
-    assert Version("3.11") in Requirement(f"x{project['project']['requires-python']}").specifier
+    pythons = re.findall(r"^PYTHONS := (.*)$", makefile(), re.M)[0].split()
+    assert min(map(Version, pythons)) == Version("3.11")
+    assert project["project"]["requires-python"] == ">=3.11"
+    named = [x.split(" :: ")[-1] for x in project["project"]["classifiers"]]
+    assert sorted(named) == sorted(pythons)
 
 
 def makefile() -> str:
     return (REPOSITORY / "Makefile").read_text()
 
 
-def test_make_says_what_is_missing() -> None:
-    line = ["make", "-B", "-C", str(REPOSITORY), "setup", "PYTHON=python0.0"]
-    done = subprocess.run(line, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("python", "line"),
+    [
+        ("python0.0", "make: python0.0 not found"),
+        ("", "make: found none of python3.13 python3.12 python3.11"),
+        ("true", "make: true is none of Python 3.13 3.12 3.11"),
+    ],
+)
+def test_make_says_which_python_is_missing(python: str, line: str) -> None:
+    command = ["make", "-B", "-C", str(REPOSITORY), "setup", f"PYTHON={python}"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0
-    assert "python0.0 not found" in done.stderr
+    assert line in done.stderr
+
+
+def test_make_takes_the_newest_python_that_can_make_an_environment(tmp_path: Path) -> None:
+    """One that is there in name alone, or without venv, is passed over."""
+    for name, status in (("python3.13", 1), ("python3.12", 0), ("python3.11", 0)):
+        (tmp_path / name).write_text(f"#!/bin/sh\nexit {status}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    line = ["make", "-n", "-B", "-C", str(REPOSITORY), "setup"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+    done = subprocess.run(
+        line, env=environment | {"PATH": path}, capture_output=True, text=True, check=True
+    )
+    assert "python3.12 -m venv .venv" in done.stdout
+
+
+def test_make_check_names_tests_that_exist_and_make_test_runs_all() -> None:
+    text = makefile().replace("\\\n", " ")
+    (paths,) = re.findall(r"^QUICK := (.*)$", text, re.M)
+    assert [path for path in paths.split() if not (REPOSITORY / path).exists()] == []
+    commands = {target: _commands(target) for target in ("static", "check", "test")}
+    assert [line.split()[0] for line in commands["static"]] == [
+        *(".venv/bin/ruff", ".venv/bin/ruff", ".venv/bin/lint-imports", ".venv/bin/mypy"),
+    ]
+    for target in ("check", "test"):
+        assert commands[target][:-1] == commands["static"]
+    assert "tests/" not in commands["test"][-1]
+
+
+def test_a_commit_is_checked_by_what_make_checks() -> None:
+    config = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())
+    (repository,) = config["repos"]
+    hooks = {hook["entry"] for hook in repository["hooks"]}
+    assert hooks == set(_commands("static"))
+
+
+def _commands(target: str) -> list[str]:
+    """`_commands("book")`: what `make book` runs in an environment that is up to date."""
+    line = ["make", "-n", "-C", str(REPOSITORY), "-o", ".venv/installed", target, "PROFILE=smoke"]
+    done = subprocess.run(line, capture_output=True, text=True, check=True)
+    return [x for x in done.stdout.splitlines() if not x.startswith("make")]
 
 
 def test_make_does_nothing_twice() -> None:
     """With the stamp newer than the locks, `make book` runs one command: the build, which skips."""
-    line = ["make", "-n", "-C", str(REPOSITORY), "-o", ".venv/installed", "book", "PROFILE=smoke"]
-    done = subprocess.run(line, capture_output=True, text=True, check=True)
-    commands = [x for x in done.stdout.splitlines() if not x.startswith("make")]
-    assert commands == [".venv/bin/paramspec build --profile smoke"]
+    assert _commands("book") == [".venv/bin/paramspec build --profile smoke"]
 
 
 def test_a_wheel_carries_every_file_of_the_package(tmp_path: Path) -> None:
@@ -166,3 +216,26 @@ def test_the_command_answers_at_once() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("words", [["run", "3-masking"], ["build"], ["plan"]])
+def test_a_chapter_without_its_tools_is_refused_in_one_line(words, command, monkeypatch) -> None:
+    """As after `pip install .`, which leaves out what only the book needs."""
+    for name in ("jupytext", "papermill", "sphinx_external_toc"):
+        monkeypatch.setitem(sys.modules, name, None)
+    status, _, err = command(*words)
+    assert status == 2
+    assert err.count("\n") == 1
+    assert "pip install '.[book]'" in err
+
+
+@pytest.mark.parametrize("words", [["run", "3-masking"], ["build"], ["plan"]])
+def test_a_command_of_the_book_elsewhere_is_refused_in_one_line(words, tmp_path) -> None:
+    """The package is installed, and neither it nor the working directory is in a checkout."""
+    folder = copy(tmp_path) / "lib"
+    line = [sys.executable, "-m", "paramspec", *words]
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "run this inside the book's checkout" in done.stderr

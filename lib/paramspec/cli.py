@@ -407,6 +407,9 @@ def _status_and_line(error: Exception) -> tuple[int, str]:
         return 2, f"error: {message.replace('Value error, ', '')} (see --help)"
     if hasattr(error, "exit_status"):
         return error.exit_status, f"error: {error}"
+    if isinstance(error, ModuleNotFoundError) and error.name and "paramspec" not in error.name:
+        place = "in the book's checkout: pip install '.[book]'"
+        return 2, f"error: this command needs {error.name}, which is not installed; {place}"
     name = type(error).__name__
     return 1, f"internal error ({name}): please report the traceback; finished work is kept"
 
