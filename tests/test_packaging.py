@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -105,33 +106,47 @@ def makefile() -> str:
     return (REPOSITORY / "Makefile").read_text()
 
 
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """What `make setup` reads, without an environment: no test installs anything into .venv.
+
+    `pythons/` comes first on the path.
+    """
+    for name in ("Makefile", "pyproject.toml", "requirements.lock", "requirements-weights.lock"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    for name, status in (("python3.13", 1), ("python3.12", 0), ("python3.11", 0)):
+        script = tmp_path / "pythons" / name
+        script.parent.mkdir(exist_ok=True)
+        script.write_text(f"#!/bin/sh\nexit {status}\n")
+        script.chmod(0o755)
+    return tmp_path
+
+
+def _setup(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PATH": f"{folder / 'pythons'}{os.pathsep}{os.environ['PATH']}"}
+    environment.pop("PYTHON", None)
+    line = ["make", "-C", str(folder), "setup", *words]
+    return subprocess.run(line, env=environment, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize(
     ("python", "line"),
     [
         ("python0.0", "make: python0.0 not found"),
         ("", "make: found none of python3.13 python3.12 python3.11"),
-        ("true", "make: true is none of Python 3.13 3.12 3.11"),
+        ("python3.13", "make: python3.13 is none of Python 3.13 3.12 3.11"),  # it says so itself
     ],
 )
-def test_make_says_which_python_is_missing(python: str, line: str) -> None:
-    command = ["make", "-B", "-C", str(REPOSITORY), "setup", f"PYTHON={python}"]
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_make_says_which_python_is_missing(bare: Path, python: str, line: str) -> None:
+    done = _setup(bare, f"PYTHON={python}")
     assert done.returncode != 0
     assert line in done.stderr
+    assert not (bare / ".venv").exists()
 
 
-def test_make_takes_the_newest_python_that_can_make_an_environment(tmp_path: Path) -> None:
-    """One that is there in name alone, or without venv, is passed over."""
-    for name, status in (("python3.13", 1), ("python3.12", 0), ("python3.11", 0)):
-        (tmp_path / name).write_text(f"#!/bin/sh\nexit {status}\n")
-        (tmp_path / name).chmod(0o755)
-    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    line = ["make", "-n", "-B", "-C", str(REPOSITORY), "setup"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHON"}
-    done = subprocess.run(
-        line, env=environment | {"PATH": path}, capture_output=True, text=True, check=True
-    )
-    assert "python3.12 -m venv .venv" in done.stdout
+def test_make_takes_the_newest_python_that_can_make_an_environment(bare: Path) -> None:
+    """The 3.13 here is one in name alone, as without venv, or of another version manager."""
+    assert "python3.12 -m venv .venv" in _setup(bare, "-n").stdout
 
 
 def test_make_check_names_tests_that_exist_and_make_test_runs_all() -> None:
@@ -183,8 +198,6 @@ def test_a_wheel_carries_every_file_of_the_package(tmp_path: Path) -> None:
 
 def copy(folder: Path) -> Path:
     """Copy what a wheel is built from, so that the build leaves nothing in the checkout."""
-    import shutil
-
     source = folder / "source"
     ignore = shutil.ignore_patterns("*.egg-info", "__pycache__")
     shutil.copytree(REPOSITORY / "lib", source / "lib", ignore=ignore)
