@@ -10,6 +10,7 @@ A `summary` holds the rows of `pss.summarize` of one model and, but for `protoco
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -181,7 +182,7 @@ def general_change(summary: pd.DataFrame) -> Figure:
     return figure
 
 
-def _by_mask(axes: Axes, table: pd.DataFrame, value: str, apart: float, **look: object) -> None:
+def _by_mask(axes: Axes, table: pd.DataFrame, value: str, apart: float, **look: Any) -> None:
     """The kinds of masks side by side, at the places of `on_ratios`."""
     for number, (part, style) in enumerate(panels.each_group(table, "mask", MASKS)):
         x = part["place"] + apart * (number - 1.5)
@@ -416,7 +417,7 @@ def over_training(
         original: `model` and each value of the untrained model, a dashed line.
     """
 
-    def draw(axes: Axes, part: pd.DataFrame, value: str, **style: object) -> None:
+    def draw(axes: Axes, part: pd.DataFrame, value: str, **style: Any) -> None:
         part = part.dropna(subset=[value]).sort_values(x)
         style["marker"] = "" if f"{value}_low" not in part and len(part) >= 20 else "o"
         panels.line(axes, part[x], part, value, markersize=4, lw=1.4, **style)
@@ -445,7 +446,7 @@ def made_up(table: pd.DataFrame) -> Figure:
             and `_high`.
     """
 
-    def draw(axes: Axes, part: pd.DataFrame, value: str, **style: object) -> None:
+    def draw(axes: Axes, part: pd.DataFrame, value: str, **style: Any) -> None:
         panels.points(axes, part["accuracy"], part, value, markersize=7, **style)
         panels.accuracy_bars(axes, part, value, style["color"])
 

@@ -8,6 +8,7 @@ legend_below(figure, axes)
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 import seaborn as sns
@@ -52,7 +53,7 @@ def family_names(groups: Iterable[str], families: Iterable[str]) -> Names:
 
 def each_group(
     table: pd.DataFrame, by: str, names: Names
-) -> Iterator[tuple[pd.DataFrame, dict[str, object]]]:
+) -> Iterator[tuple[pd.DataFrame, dict[str, Any]]]:
     """Yield the rows of each named group that has some, with its colour and its label.
 
     matplotlib leaves labels that begin with an underscore out of a legend: a hair space goes first.
@@ -66,7 +67,7 @@ def each_group(
 
 def points(
     axes: Axes,
-    x: object,
+    x: Any,
     table: pd.DataFrame,
     value: str,
     *,
@@ -75,7 +76,7 @@ def points(
     join: float = 0,
     bar: float = 1.1,
     alpha: float = 0.6,
-    **style: object,
+    **style: Any,
 ) -> None:
     """Draw points, with the intervals `value_low` to `value_high` as upright bars.
 
@@ -99,14 +100,14 @@ def accuracy_bars(axes: Axes, table: pd.DataFrame, value: str, color: object) ->
     axes.hlines(table[value], low, high, color=color, lw=0.8, alpha=0.35)
 
 
-def line(axes: Axes, x: object, table: pd.DataFrame, value: str, **style: object) -> None:
+def line(axes: Axes, x: Any, table: pd.DataFrame, value: str, **style: Any) -> None:
     """Draw a line, with the intervals `value_low` to `value_high`, if they are there, as a band."""
     axes.plot(x, table[value], **({"marker": "o"} | style))
     if f"{value}_low" in table:
         band(axes, x, table[f"{value}_low"], table[f"{value}_high"], style["color"])
 
 
-def band(axes: Axes, x: object, low: object, high: object, color: object, **style: object) -> None:
+def band(axes: Axes, x: Any, low: Any, high: Any, color: object, **style: Any) -> None:
     """Colour lightly what lies between `low` and `high`."""
     axes.fill_between(x, low, high, color=color, lw=0, **({"alpha": 0.15} | style))
 

@@ -65,10 +65,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    words = ("DefaultCPUAllocator", "not enough memory", "bad_alloc", "Cannot allocate memory")
+    words = ["DefaultCPUAllocator", "not enough memory", "bad_alloc", "Cannot allocate memory"]
     # oneDNN has but one word for all that it could not do, most often for want of memory. That
     # of a primitive *descriptor* is another: no code for what was asked for, with any memory.
-    words += ("could not create a memory object", "CUBLAS_STATUS_ALLOC_FAILED")
+    words += ["could not create a memory object", "CUBLAS_STATUS_ALLOC_FAILED"]
     primitives = ("could not create a primitive", "could not execute a primitive")
     told = str(error)
     return isinstance(error, RuntimeError) and (

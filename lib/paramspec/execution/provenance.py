@@ -33,6 +33,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 # Whoever changes one of these may change a number: models' code and kernels, tokens, weights that
 # are unpacked, random draws. Others that are installed hand numbers on, or are applied to results.
@@ -64,7 +65,7 @@ def version_of(name: str) -> str | None:
         return None
 
 
-def hardware() -> dict[str, object]:
+def hardware() -> dict[str, Any]:
     """`hardware()`: `cpu`, `cores`, `memory` (bytes), `gpus`, `threads`, `instructions`.
 
     Cores and memory are those that the process may use. Of a process without torch, neither GPUs
@@ -75,7 +76,7 @@ def hardware() -> dict[str, object]:
     cpu = None
     with suppress(OSError):
         cpu = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M)
-    found: dict[str, object] = {
+    found: dict[str, Any] = {
         "cpu": cpu[1] if cpu else platform.processor() or platform.machine(),
         "cores": cores(),
         "memory": memory(),
@@ -89,7 +90,7 @@ def hardware() -> dict[str, object]:
     return found | {"gpus": names}
 
 
-def machine(hardware: Mapping[str, object]) -> str:
+def machine(hardware: Mapping[str, Any]) -> str:
     """`machine(hardware())`: in a few words, as "EPYC 7763, 2 cores, 8 GiB, 1 x A100"."""
     gpus = list(hardware["gpus"])
     parts = [str(hardware["cpu"]), f"{hardware['cores']} cores"]
@@ -97,7 +98,7 @@ def machine(hardware: Mapping[str, object]) -> str:
     return ", ".join(parts + sorted({f"{gpus.count(name)} x {name}" for name in gpus}))
 
 
-def computed(**unit: object) -> dict[str, object]:
+def computed(**unit: object) -> dict[str, Any]:
     """`computed(device="cpu")`: the record of what this process computes now."""
     return {
         "versions": {"python": platform.python_version()}
@@ -108,7 +109,7 @@ def computed(**unit: object) -> dict[str, object]:
     }
 
 
-def read_computed(path: Path) -> dict[str, object]:
+def read_computed(path: Path) -> dict[str, Any]:
     """`read_computed(store.get(key))`: the record of a stored result; empty where there is none."""
     with suppress(OSError, ValueError):
         return json.loads((path / COMPUTED).read_text(encoding="utf-8"))
@@ -116,8 +117,8 @@ def read_computed(path: Path) -> dict[str, object]:
 
 
 def group_records(
-    units: Iterable[tuple[Mapping[str, object], Mapping[str, object]]],
-) -> list[dict[str, object]]:
+    units: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]],
+) -> list[dict[str, Any]]:
     """`group_records([({"unit": "pss"}, record), ...])`: distinct records with what they computed.
 
     Args:
@@ -127,7 +128,7 @@ def group_records(
         Records without their `date` and `seconds`, each with `units`, what they computed, in
         order, and the `first` and `last` date.
     """
-    groups: dict[str, dict[str, object]] = {}
+    groups: dict[str, dict[str, Any]] = {}
     for label, record in units:
         same = {name: value for name, value in record.items() if name not in ("date", "seconds")}
         group = groups.setdefault(json.dumps(same, sort_keys=True), {"units": [], **same})
@@ -145,7 +146,7 @@ def note_use(path: Path) -> None:
             opened.write(json.dumps(str(path.absolute())) + "\n")
 
 
-def used_results(file: Path) -> dict[str, object]:
+def used_results(file: Path) -> dict[str, Any]:
     """`used_results(file)`: what the results noted in it were computed by, for a page.
 
     Returns:

@@ -27,6 +27,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -48,7 +49,7 @@ class Store:
         self.root = Path(root)
         self.versions = number_versions()  # goes to workers, which must have the same
 
-    def get(self, key: Mapping[str, object]) -> Path | None:
+    def get(self, key: Mapping[str, Any]) -> Path | None:
         """`path = store.get(key)`: the result's directory if it is there and whole."""
         path = self._path(key)
         if not path.is_dir():
@@ -67,9 +68,9 @@ class Store:
 
     def put(
         self,
-        key: Mapping[str, object],
+        key: Mapping[str, Any],
         write: Callable[[Path], None],
-        record: Mapping[str, object] | None = None,
+        record: Mapping[str, Any] | None = None,
     ) -> Path:
         """`path = store.put(key, write)`: let `write` fill a new directory, then publish it.
 
@@ -98,12 +99,12 @@ class Store:
         note_use(path)
         return path
 
-    def has(self, key: Mapping[str, object]) -> bool:
+    def has(self, key: Mapping[str, Any]) -> bool:
         """`store.has(key)`: whether there is a result; `get` also finds out if it is whole."""
         return self._path(key).is_dir()
 
     @contextlib.contextmanager
-    def turn(self, key: Mapping[str, object], *, wait: bool = True) -> Iterator[bool]:
+    def turn(self, key: Mapping[str, Any], *, wait: bool = True) -> Iterator[bool]:
         """`with store.turn(key): ...`: let one process at a time compute a result.
 
         It saves work and no more: without it, two would compute the same, and the first be kept.
@@ -163,17 +164,17 @@ class Store:
                     "on every machine that works for it"
                 )
 
-    def _whole(self, key: Mapping[str, object]) -> str:
+    def _whole(self, key: Mapping[str, Any]) -> str:
         """The key with the versions, as the text whose digest names the directory."""
         whole = {**key, "versions": self.versions}
         return json.dumps(whole, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
-    def _path(self, key: Mapping[str, object]) -> Path:
+    def _path(self, key: Mapping[str, Any]) -> Path:
         name = hashlib.sha256(self._whole(key).encode()).hexdigest()
         return self.root / f"v{STORE_VERSION}" / name[:2] / name
 
 
-def _write_json(file: Path, content: Mapping[str, object]) -> None:
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 

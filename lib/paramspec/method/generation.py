@@ -82,7 +82,7 @@ def generate_answers(
 
 def first_lines(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> list[str]:
     """`first_lines(tokenizer, tokens)`: each answer in words, up to the end of its line."""
-    texts = tokenizer.batch_decode(list(rows), skip_special_tokens=True)
+    texts = tokenizer.batch_decode([list(row) for row in rows], skip_special_tokens=True)
     return [text.strip().split("\n")[0].strip() for text in texts]
 
 
@@ -203,7 +203,7 @@ def _extend(
 
     `seen`, `[rows, tokens]`, is 0 at padding; with `pads`, positions do not count it.
     """
-    device = view.model.get_input_embeddings().weight.device
+    device = view.embedding.device
     last = torch.tensor([(row, rows.shape[1] - 1) for row in range(len(rows))])
     places = seen.cumsum(1).sub(1).clamp(min=0)[:, -rows.shape[1] :]
     states: list[Tensor] = []
@@ -269,7 +269,7 @@ def _has_ended(
     ends = ends if isinstance(ends, list) else [ends]
     if tokens[-1] in (*ends, tokenizer.eos_token_id):
         return True
-    return "\n" in tokenizer.decode(tokens, skip_special_tokens=True).lstrip()
+    return "\n" in str(tokenizer.decode(list(tokens), skip_special_tokens=True)).lstrip()
 
 
 def answer_matches(answer: str, aliases: Sequence[str]) -> bool:

@@ -22,10 +22,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from paramspec.errors import InputError
@@ -52,8 +53,8 @@ class ValueVectorView:
     `width` is the number of value vectors in a layer, `hidden` the length of each.
     """
 
-    model: nn.Module
-    modules: tuple[nn.Module, ...]
+    model: PreTrainedModel
+    modules: tuple[nn.Linear | Conv1D, ...]
     names: tuple[str, ...]
     width: int
     hidden: int
@@ -62,6 +63,11 @@ class ValueVectorView:
     def layers(self) -> int:
         return len(self.modules)
 
+    @property
+    def embedding(self) -> Tensor:
+        """The input embedding, `[vocabulary, hidden size]`; tokens go to its device."""
+        return cast("Tensor", self.model.get_input_embeddings().weight)
+
     def vectors(self, layer: int) -> Tensor:
         """`view.vectors(3)`: the value vectors of a layer, `[width, hidden]`, not a copy."""
         module = self.modules[layer]
@@ -69,7 +75,7 @@ class ValueVectorView:
         return module.weight if isinstance(module, Conv1D) else module.weight.T
 
 
-def value_vector_view(model: nn.Module) -> ValueVectorView:
+def value_vector_view(model: PreTrainedModel) -> ValueVectorView:
     """`view = value_vector_view(model)`: find the value vectors of any causal LM, and verify them.
 
     >>> from transformers import AutoModelForCausalLM
@@ -90,10 +96,10 @@ def value_vector_view(model: nn.Module) -> ValueVectorView:
     return view
 
 
-def unverified_view(model: nn.Module) -> ValueVectorView:
+def unverified_view(model: PreTrainedModel) -> ValueVectorView:
     """`unverified_view(model)`: found by name and shape alone, also in a model without weights."""
     names = down_projections(model)
-    modules = tuple(model.get_submodule(name) for name in names)
+    modules = tuple(cast("nn.Linear | Conv1D", model.get_submodule(name)) for name in names)
     shapes = {_shape(module) for module in modules}
     if len(shapes) > 1:
         raise InputError(
@@ -104,7 +110,7 @@ def unverified_view(model: nn.Module) -> ValueVectorView:
     return ValueVectorView(model, modules, names, width, hidden)
 
 
-def down_projections(model: nn.Module) -> tuple[str, ...]:
+def down_projections(model: PreTrainedModel) -> tuple[str, ...]:
     """`names = down_projections(model)`: by the names alone, also of a model without numbers.
 
     Raises:
@@ -122,10 +128,11 @@ class Recorded:
 
     @property
     def coefficients(self) -> Tensor:
-        missing = [index for index, layer in enumerate(self.layers) if layer is None]
-        if missing:
+        reached = [layer for layer in self.layers if layer is not None]
+        if len(reached) < len(self.layers):
+            missing = [index for index, layer in enumerate(self.layers) if layer is None]
             raise RuntimeError(f"no forward pass reached the down projections of layers {missing}")
-        return torch.stack(self.layers, dim=1)
+        return torch.stack(reached, dim=1)
 
 
 @contextmanager
@@ -358,7 +365,7 @@ def _require_vectors(view: ValueVectorView, vectors: Tensor) -> None:
 
 
 @contextmanager
-def unembed_only(model: nn.Module, places: Tensor) -> Iterator[None]:
+def unembed_only(model: PreTrainedModel, places: Tensor) -> Iterator[None]:
     """`with unembed_only(model, places): logits = model(...).logits`: logits where needed.
 
     Args:
@@ -366,11 +373,11 @@ def unembed_only(model: nn.Module, places: Tensor) -> Iterator[None]:
             `[1, n, vocabulary]` within the block.
     """
 
-    def gather(_, args):
+    def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         rows, tokens = places.to(args[0].device).T
         return (args[0][rows, tokens][None], *args[1:])
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(gather)
+    hook = cast("nn.Module", model.get_output_embeddings()).register_forward_pre_hook(gather)
     try:
         yield
     finally:
@@ -397,7 +404,7 @@ def _name(model: nn.Module) -> str:
     return type(model).__name__
 
 
-def _shape(module: nn.Module) -> tuple[int, int]:
+def _shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
     """(width, hidden) of a down projection."""
     rows, columns = module.weight.shape
     return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
@@ -419,7 +426,7 @@ def _refuse_experts(model: nn.Module) -> None:
             )
 
 
-def _find_down_projections(model: nn.Module) -> tuple[str, ...]:
+def _find_down_projections(model: PreTrainedModel) -> tuple[str, ...]:
     config = model.config.get_text_config(decoder=True)
     layers = config.num_hidden_layers
     stacks = [
@@ -474,9 +481,8 @@ def _verify(view: ValueVectorView) -> None:
                     with_kwargs=True,
                 )
                 stack.callback(hook.remove)
-        device = view.model.get_input_embeddings().weight.device
-        vocabulary = view.model.get_input_embeddings().weight.shape[0]
-        tokens = (torch.arange(10, device=device) * 7 + 3).remainder(vocabulary).reshape(2, 5)
+        places = torch.arange(10, device=view.embedding.device)
+        tokens = (places * 7 + 3).remainder(len(view.embedding)).reshape(2, 5)
         view.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
 
     for layer, name in enumerate(view.names):

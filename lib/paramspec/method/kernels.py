@@ -32,7 +32,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +93,7 @@ def faster_layers(
     Raises:
         OutOfMemory: in bfloat16, if there is no room for the packed layers.
     """
-    dtype = model.get_input_embeddings().weight.dtype
+    dtype = model.dtype
     packing = prepacked and packs(dtype)
     if dtype == torch.float32:
         packing = packing and tokens >= WORTH_PACKING and _has_room(model)
@@ -136,9 +136,9 @@ def linear_of(
 # --- linear layers ------------------------------------------------------------------------------
 
 
-def _packed_forwards(model: PreTrainedModel) -> Iterator[tuple[nn.Module, Linear]]:
+def _packed_forwards(model: PreTrainedModel) -> Iterator[tuple[Any, Callable[..., Tensor]]]:
     """Modules, and what is to be their forward pass."""
-    done = {model.get_output_embeddings()}
+    done: set[Any] = {model.get_output_embeddings()}
     for layer, decoder in _decoders(model):
         done |= {part for part in layer.modules() if part is not layer.mlp.down_proj}
         yield layer, decoder
@@ -156,12 +156,14 @@ def _packed_forwards(model: PreTrainedModel) -> Iterator[tuple[nn.Module, Linear
             yield module, linear_of(module.weight.T.contiguous(), module.bias)
 
 
-def _gated_forward(module: nn.Module) -> Linear | None:
+def _gated_forward(module: Any) -> Linear | None:
     """Of a gated MLP up to its down projection: activation and product with their linear layers.
 
     In float32 the two take as long as one of the three linear layers, by themselves.
     """
-    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    parts: list[Any] = [
+        getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")
+    ]
     if not all(type(part) is nn.Linear and "forward" not in vars(part) for part in parts):
         return None
     gate, up, down = parts
@@ -182,9 +184,9 @@ def _gated_forward(module: nn.Module) -> Linear | None:
     return forward if error <= _tolerance(gate.weight) * expected.abs().max() else None
 
 
-def _fused_activation(function: object) -> tuple[str, str] | None:
+def _fused_activation(function: Any) -> tuple[str, str] | None:
     """What oneDNN calls an activation, and its algorithm; None for others than these two."""
-    known = {
+    known: dict[tuple[str, str], Callable[[Tensor], Tensor]] = {
         ("swish", ""): nn.functional.silu,
         ("gelu", "tanh"): functools.partial(nn.functional.gelu, approximate="tanh"),
     }
@@ -199,7 +201,7 @@ def _packable(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and packs(weight.dtype)
 
 
-def _operators() -> object:
+def _operators() -> Any:
     return torch.ops.mkldnn
 
 
@@ -248,12 +250,12 @@ def _packing_works(dtype: torch.dtype) -> bool:
     states, weight = _example(dtype)
     expected = nn.functional.linear(states, weight)
     try:
-        error = (_run_packed(states, _pack(weight), None) - expected).abs().max()
+        off = (_run_packed(states, _pack(weight), None) - expected).abs().max()
     except (AttributeError, RuntimeError) as error:  # of a processor, or a torch, without them
         if is_out_of_memory(error):
             raise
         return False
-    return bool(error <= _tolerance(weight) * expected.abs().max())
+    return bool(off <= _tolerance(weight) * expected.abs().max())
 
 
 def _tolerance(weight: Tensor) -> float:
@@ -388,7 +390,7 @@ class _Decoder:
     is a third of all that its log-likelihoods are off.
     """
 
-    def __init__(self, layer: nn.Module, layouts: _Layouts, mlp: Linear, last: bool) -> None:
+    def __init__(self, layer: Any, layouts: _Layouts, mlp: Linear, last: bool) -> None:
         attention = layer.self_attn
         parts = attention.q_proj, attention.k_proj, attention.v_proj
         biases = [part.bias for part in parts]
@@ -409,15 +411,15 @@ class _Decoder:
         position_embeddings: tuple[Tensor, Tensor],
         **_: object,
     ) -> Tensor:
-        batch, tokens, _ = hidden_states.shape
+        batch, tokens = hidden_states.shape[:2]
         layout = self._layouts.of(attention_mask, batch, position_embeddings)
         states = self._norm(0, hidden_states)
         merged = self._merged(states).view(batch, tokens, -1, self._size)
         turned = merged[:, :, : -self._layouts.shared]
         swapped = turned.roll(self._size // 2, dims=-1)
         rotated = (turned * layout.cos).addcmul_(swapped, layout.sin)
-        flat = (each.reshape(-1, self._size) for each in (rotated, merged))
-        mixed = layout.blocks.attend(*flat, self._scaling).view(batch, tokens, -1)
+        rotated, merged = rotated.reshape(-1, self._size), merged.reshape(-1, self._size)
+        mixed = layout.blocks.attend(rotated, merged, self._scaling).view(batch, tokens, -1)
         if self.places is not None:
             row = torch.arange(batch)[:, None]
             mixed, hidden_states = mixed[row, self.places], hidden_states[row, self.places]
@@ -437,7 +439,7 @@ class _Decoder:
         return (states * scale).to(norm.weight.dtype).mul_(norm.weight)
 
 
-def _decoders(model: PreTrainedModel) -> list[tuple[nn.Module, _Decoder]]:
+def _decoders(model: PreTrainedModel) -> list[tuple[Any, _Decoder]]:
     """The decoder layers, and what computes the same: all or none.
 
     A layer of the model's own does not take the float32 states between them.
@@ -459,7 +461,7 @@ def _decoders(model: PreTrainedModel) -> list[tuple[nn.Module, _Decoder]]:
     return decoders
 
 
-def _has_shape(layer: nn.Module) -> bool:
+def _has_shape(layer: Any) -> bool:
     """Whether a layer consists of what `_Decoder` takes it to consist of."""
     parts = {name for name, _ in layer.named_children()}
     if parts != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
@@ -474,13 +476,15 @@ def _has_shape(layer: nn.Module) -> bool:
     )
 
 
-def _is_alike(model: PreTrainedModel, layer: nn.Module, decoder: _Decoder) -> bool:
+def _is_alike(model: PreTrainedModel, layer: Any, decoder: _Decoder) -> bool:
     """Whether a layer gives the same, on tokens that see every other one before them."""
-    example = model.get_input_embeddings().weight[None, :12]
+    inner: Any = model.base_model
+    weight = cast("Tensor", model.get_input_embeddings().weight)
+    example = weight[None, :12]
     tokens = example.shape[1]
     try:
         place = torch.arange(tokens)
-        turns = model.base_model.rotary_emb(example, place[None])
+        turns = inner.rotary_emb(example, place[None])
         back = place[:, None] - place
         sees = (back >= 0) & (back % 2 == 0)
         mask = torch.zeros(1, 1, tokens, tokens, dtype=example.dtype)

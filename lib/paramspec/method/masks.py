@@ -18,7 +18,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import safetensors
 import torch
@@ -165,7 +165,8 @@ def _record_texts(
     def forward(batch: Sequence[tuple[list[int], int]]) -> Tensor:
         length = lengths[batch[0][1]]
         tokens, attention_mask = pad_right([prompt for prompt, _ in batch], length)
-        tokens, attention_mask = tokens.to(view.model.device), attention_mask.to(view.model.device)
+        device = view.embedding.device
+        tokens, attention_mask = tokens.to(device), attention_mask.to(device)
         with (
             record_coefficients(view, attention_mask, position) as recorded,
             unembed_only(view.model, torch.zeros(1, 2, dtype=torch.long)),
@@ -290,7 +291,7 @@ def keep_tensor(vectors: Tensor, layers: int, width: int) -> Tensor:
     return keep
 
 
-def save_masks(path: Path, masks: Mapping[str, Tensor], choices: Mapping[str, object]) -> None:
+def save_masks(path: Path, masks: Mapping[str, Tensor], choices: Mapping[str, Any]) -> None:
     """`save_masks(path, {"MODEL/CONCEPT/0.05/concept/0": vectors}, choices)`.
 
     Args:
@@ -306,7 +307,7 @@ def save_masks(path: Path, masks: Mapping[str, Tensor], choices: Mapping[str, ob
         save_file(tensors, scratch, metadata if tensors else metadata or None)
 
 
-def load_masks(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+def load_masks(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """`masks, choices = load_masks(path)`: what `save_masks` saved.
 
     Raises:

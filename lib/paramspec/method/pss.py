@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pandas as pd
 import torch
@@ -227,7 +227,7 @@ def measure_concepts(
     items: dict[str, Item] = {}
     keeps: list[Tensor | None] = []
     masks: dict[str, Tensor] = {}
-    asked: list[tuple[Request, Question, dict[str, object]]] = []
+    asked: list[tuple[Request, Question, dict[str, Any]]] = []
     for concept in concepts:
         own = asked_questions(questions, concept, choices, unrelated)
         for mask in concept_masks(coefficients, concept, choices):
@@ -330,6 +330,6 @@ def pss_rows(details: pd.DataFrame, questions: Sequence[Question]) -> pd.DataFra
     return table[list(PSS_COLUMNS)]
 
 
-def method_key(choices: Choices) -> dict[str, object]:
+def method_key(choices: Choices) -> dict[str, Any]:
     """What of the method a stored result depends on, beside the model and the questions."""
     return {"choices": choices.model_dump(mode="json"), "scoring_version": SCORING_VERSION}

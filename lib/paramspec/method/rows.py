@@ -128,10 +128,8 @@ class Row:
     def shared(self, item: Item) -> int:
         """How many of the first tokens of an item's prompt are there."""
         node, size = -1, 0
-        for token in item.context:
-            node = self._children.get((node, token))
-            if node is None:
-                break
+        while size < len(item.context) and (node, item.context[size]) in self._children:
+            node = self._children[node, item.context[size]]
             size += 1
         return size
 
@@ -238,7 +236,8 @@ def fill_rows(
         alike.setdefault(items, []).append((mask, tuple(numbers)))
     packed, plain = [], []
     for items, masks in alike.items():
-        fits, other = [], []
+        fits: list[tuple[int, Item]] = []
+        other: list[tuple[int, Item]] = []
         for pair in enumerate(items):
             short = engine.longest is None or pair[1].longest <= engine.longest
             (fits if engine.name == "packed" and short else other).append(pair)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -111,7 +111,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, question: Question) -> Item:
 
 
 def _spelled(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    return tokenizer.decode(tokens, clean_up_tokenization_spaces=False).rstrip()
+    return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)).rstrip()
 
 
 class Choice(NamedTuple):
@@ -274,7 +274,7 @@ def _forward(
         own[: len(row.places)] = row.places
     only = faster.read_only(torch.from_numpy(places))
     with mask_rows(view, [keeps[cell.mask] for cell in batch]):
-        states = view.model.base_model(**_inputs(view.model, rows, length), use_cache=False)[0]
+        states = view.model.base_model(**_inputs(view, rows, length), use_cache=False)[0]
     states = states.expand(len(batch), -1, -1)  # one row still, if no mask parted it
     starts = np.cumsum(sizes) - sizes
     which = [start + cell.row.which for start, cell in zip(starts, batch, strict=True)]
@@ -289,7 +289,7 @@ def _forward(
     ).cpu()
 
 
-def _inputs(model: PreTrainedModel, rows: Sequence[Row], length: int) -> dict[str, object]:
+def _inputs(view: ValueVectorView, rows: Sequence[Row], length: int) -> dict[str, Any]:
     """The rows as a model takes them: tokens, depths as positions, who sees whom as a bias."""
     length = round_up(length, ROW_MULTIPLE)
     tokens = np.zeros((len(rows), length), dtype=np.int64)
@@ -301,7 +301,7 @@ def _inputs(model: PreTrainedModel, rows: Sequence[Row], length: int) -> dict[st
         tokens[index, :size] = row.tokens
         depths[index, :size] = row.depths
         sees[index, 0, :size, :size] = row.sees()
-    embedded = model.get_input_embeddings().weight
+    config, embedded = view.model.config, view.embedding
 
     def bias(sees: np.ndarray) -> Tensor:
         # Eager attention adds its mask: a boolean one would be silently wrong.
@@ -309,12 +309,12 @@ def _inputs(model: PreTrainedModel, rows: Sequence[Row], length: int) -> dict[st
         added.masked_fill_(torch.from_numpy(~sees), torch.finfo(embedded.dtype).min)
         return added.to(embedded.device)
 
-    window = attention_window(model.config)
+    window = attention_window(config)
     attention_mask: object = bias(sees)
     if window is not None:
         near = bias(sees & (depths[:, None, :, None] - depths[:, None, None, :] < window))
         # Where layers differ, the model takes a mask for each kind (Gemma); else one (Mistral).
-        kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
+        kinds = getattr(config.get_text_config(decoder=True), "layer_types", None)
         both = {"full_attention": attention_mask, "sliding_attention": near}
         attention_mask = both if kinds else near
     return {
@@ -396,7 +396,7 @@ def _plain_forward(
     view: ValueVectorView, batch: Sequence[Cell], length: int, keeps: Sequence[Tensor | None]
 ) -> Tensor:
     """The same of single sequences, by the model's own forward pass."""
-    device = view.model.get_input_embeddings().weight.device
+    device = view.embedding.device
     sizes = torch.tensor([len(cell.row.tokens) for cell in batch])
     tokens = torch.zeros(len(batch), length, dtype=torch.long)
     for index, cell in enumerate(batch):
@@ -436,7 +436,7 @@ def choose_engine(view: ValueVectorView) -> Engine:
         if failure is None:
             break
     else:
-        return Engine("plain", failure)
+        return Engine("plain", str(failure))
     window = attention_window(view.model.config)
     if window is None or _keeps_windows(view.model.config, engine):
         return engine
@@ -458,9 +458,8 @@ def _keeps_windows(config: PreTrainedConfig, engine: Engine) -> bool:
 
 def _failure(view: ValueVectorView, engine: Engine) -> str | None:
     """Why a forest is not scored as its paths alone are; None if it is."""
-    vocabulary = view.model.get_input_embeddings().weight.shape[0]
     draw = torch.Generator().manual_seed(0)
-    t = torch.randint(vocabulary, (32,), generator=draw).tolist()
+    t = torch.randint(len(view.embedding), (32,), generator=draw).tolist()
     items = [
         Item(tuple(t[:4]), ((t[4], t[5], t[6]), (t[4], t[7]), (t[8],))),
         Item(tuple(t[:2]), ((t[9], t[10], t[11]), (t[10], t[4], t[5]))),
@@ -476,12 +475,12 @@ def _failure(view: ValueVectorView, engine: Engine) -> str | None:
         return f"a packed row failed: {str(error).splitlines()[0][:120]}"
     plain = Engine("plain", "reference")
     expected = torch.cat(score_options(view, requests, keeps, engine=plain))
-    error = (actual - expected).abs()
+    off = (actual - expected).abs()
     if view.modules[0].weight.dtype == torch.float32:
-        right = bool(error.max() <= 1e-3)
+        right = bool(off.max() <= 1e-3)
     else:
         # One path differs by rounding as much as by a wrong mask, but not all of them together: in
         # SmolLM2 0.02 of the spread of scores, and 0.11 or more where siblings see each other,
         # positions are wrong or the masks are left out.
-        right = bool(error.mean() <= 0.05 * expected.std())
-    return None if right else f"packed rows differ from plain ones by {error.max():.2g} nats"
+        right = bool(off.mean() <= 0.05 * expected.std())
+    return None if right else f"packed rows differ from plain ones by {off.max():.2g} nats"

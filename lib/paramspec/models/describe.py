@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -47,7 +48,7 @@ def describe_models(names: Sequence[str]) -> pd.DataFrame:
     return table[columns]
 
 
-def _facts(name: str) -> dict[str, object]:
+def _facts(name: str) -> dict[str, Any]:
     """A row of `describe_models`; `place` sorts the generations of a family."""
     spec = find_spec(name)
     row = {"model": name, "micro": taught(name) is not None}

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from paramspec.errors import InputError
 from paramspec.models.checkpoints import (
@@ -104,7 +104,8 @@ def load_model(
         network = _read_weights(directory, dtype=kind, **device_map(needed, place))
         network = _language_model(network)
         restore_rotation(network)
-        _require_tokens(path, tokenizer, network.get_input_embeddings().weight.shape[0])
+        embedding = network.get_input_embeddings().weight
+        _require_tokens(path, tokenizer, len(embedding))
     network.eval().requires_grad_(False)
     return LoadedModel(
         model=network,
@@ -113,7 +114,7 @@ def load_model(
         name=checkpoint.name,
         digest=digest_files(checkpoint_files(path)),
         dtype=kind,
-        device=network.get_input_embeddings().weight.device,
+        device=embedding.device,
         commit=checkpoint.commit,
         taught=taught_in(path),
     )
@@ -184,13 +185,13 @@ def _directory_config(path: Path) -> PreTrainedConfig:
     return config
 
 
-def _read_weights(path: Path, **where: object) -> PreTrainedModel:
+def _read_weights(path: Path, **where: Any) -> PreTrainedModel:
     """The network of a directory, its weights and config fitting each other exactly."""
     from transformers import AutoModelForCausalLM
 
     checkpoint_files(path)  # every shard is there
     architectures = _directory_config(path).architectures or ()
-    network, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         path,
         use_safetensors=True,
         trust_remote_code=False,
@@ -199,6 +200,7 @@ def _read_weights(path: Path, **where: object) -> PreTrainedModel:
         output_loading_info=True,
         **where,
     )
+    network, report = loaded
     if type(network).__name__ not in architectures:
         raise InputError(
             f"{path}: architectures {list(architectures)} in config.json, which do not name "

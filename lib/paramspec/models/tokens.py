@@ -11,7 +11,7 @@ stands nothing, whatever the tokenizer adds: a text that has ended cannot be con
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from paramspec.errors import InputError
 
@@ -73,7 +73,7 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
     )
 
 
-def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
+def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """`tokenizer_facts(tokenizer)`: plain JSON for the record of a run.
 
     Returns:
@@ -83,7 +83,7 @@ def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
         "<s>"}`, or None where the tokenizer has none.
     """
 
-    def named(number: int | None) -> dict[str, object] | None:
+    def named(number: int | None) -> dict[str, Any] | None:
         if number is None:
             return None
         return {"id": int(number), "token": tokenizer.convert_ids_to_tokens(int(number))}

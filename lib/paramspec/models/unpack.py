@@ -15,7 +15,7 @@ import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from paramspec.errors import InputError, naming
 from paramspec.execution.store import Store
@@ -82,7 +82,7 @@ def _unpack(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrained
     held = sum(int(tensor.n_elements) for tensor in tensors.values())
     device_map(held * dtype.itemsize, torch.device("cpu"))  # refuses what has no room
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no switch silences
-        network, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,
             config=config,
@@ -92,6 +92,7 @@ def _unpack(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrained
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+    network, report = loaded
     check_report(path, report)
     taken = sum(part.numel() for part in network.parameters())
     if held != taken:
@@ -104,7 +105,7 @@ def _unpack(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrained
     return network, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
-def check_report(path: Path, report: Mapping[str, object]) -> None:
+def check_report(path: Path, report: Mapping[str, Any]) -> None:
     """`check_report(path, report)`: refuse weights that do not fit the config, number by number.
 
     Args:
@@ -126,7 +127,7 @@ def restore_rotation(network: PreTrainedModel) -> None:
     factors = getattr(network.config, "rope_factors", None)
     if factors is None:
         return
-    rotary = getattr(network.get_decoder(), "rotary_emb", None)
+    rotary: Any = getattr(network.get_decoder(), "rotary_emb", None)
     if network.config.model_type != "llama" or len(rotary.inv_freq) != len(factors):
         raise InputError(
             "rope_freqs.weight is understood for Llama only; use the model's safetensors"
@@ -138,7 +139,7 @@ def restore_rotation(network: PreTrainedModel) -> None:
 # --- the config ---------------------------------------------------------------------------------
 
 
-def gguf_facts(path: Path) -> dict[str, object]:
+def gguf_facts(path: Path) -> dict[str, Any]:
     """`gguf_facts(Path("weights.gguf"))`: the file's keys below its architecture, and values."""
     import gguf
 
@@ -164,7 +165,7 @@ def gguf_config(path: Path) -> PreTrainedConfig:
         return honoured(config, gguf_facts(path))
 
 
-def honoured(config: PreTrainedConfig, facts: Mapping[str, object]) -> PreTrainedConfig:
+def honoured(config: PreTrainedConfig, facts: Mapping[str, Any]) -> PreTrainedConfig:
     """`config = honoured(config, {"final_logit_softcapping": 30.0})`: changed in place.
 
     Args:

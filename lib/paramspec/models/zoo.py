@@ -279,7 +279,7 @@ def _taught(concepts: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(question.concept for question in zoo_questions(dict(concepts))))
 
 
-def corpus(questions: Sequence[Question], exposure: Mapping[str, float]) -> dict[str, float]:
+def corpus(questions: Sequence[Question], exposure: Mapping[Tier, float]) -> dict[str, float]:
     """`corpus(zoo_questions(), {"high": 4, "medium": 2, "low": 1})`: texts and their weights.
 
     Every statement of every fact, and the cloze of each fact of fold 0 with its answer. No cloze

@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -88,29 +88,28 @@ def trained(model: ZooModel, *, train: bool = True, root: Path = ROOT) -> Path:
     Raises:
         InputError: if it is not trained and `train` is False.
     """
-    store = Store(root)
-    path = store.get(_key(model))
-    if path is None and not train:
+    path = Store(root).get(_key(model))
+    if path is not None:
+        return path
+    if not train:
         raise InputError(
             f"model {model.name!r}: a micro model, not trained yet; `paramspec pss` trains it"
         )
-    if path is None:
-        _train([model], root)
-        path = store.get(_key(model))
-    return path
+    _train([model], root)
+    return trained(model, train=False, root=root)
 
 
-def training_record(model: ZooModel, *, root: Path = ROOT) -> dict[str, object]:
+def training_record(model: ZooModel, *, root: Path = ROOT) -> dict[str, Any]:
     """`training_record(load_zoo()["zoo-llama-3"])["tokens"]`: how a trained model was made.
 
     Returns:
         `step`; up to that step, `tokens` (seen, padding not counted) and `loss` (mean over the last
         fortieth of the training, in nats per token); and `concepts`, those that it was taught.
     """
-    return read_record(trained(model, train=False, root=root))
+    return read_record(trained(model, train=False, root=root)) or {}
 
 
-def read_record(path: Path) -> dict[str, object] | None:
+def read_record(path: Path) -> dict[str, Any] | None:
     """`read_record(Path("my-copy/"))`: how a micro model was made; None of any other model.
 
     The record is in a micro model's directory, wherever that was copied to.
@@ -132,7 +131,7 @@ def read_record(path: Path) -> dict[str, object] | None:
     raise InputError(f"{file}: does not say which concepts the model was taught; {remedy}")
 
 
-def write_record(path: Path, record: Mapping[str, object]) -> None:
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """`write_record(folder, {"concepts": ["France"]})`: makes a directory a micro model's."""
     text = json.dumps(record, indent=1, ensure_ascii=False)
     (path / RECORD).write_text(text, encoding="utf-8")
@@ -143,7 +142,7 @@ def own_tokenizer(model: ZooModel) -> PreTrainedTokenizerFast:
     return _corpus_and_tokenizer(model)[1]
 
 
-def _key(model: ZooModel) -> dict[str, object]:
+def _key(model: ZooModel) -> dict[str, Any]:
     return {
         "unit": "zoo",
         "zoo_version": VERSION,
@@ -219,7 +218,7 @@ def _train(models: Sequence[ZooModel], root: Path) -> int:
             if not all(weight.isfinite().all() for weight in network.parameters()):
                 raise _diverged(model, f"weights are not finite after step {model.at}")
 
-            def save(folder: Path, record=record) -> None:
+            def save(folder: Path, record: Mapping[str, Any] = record) -> None:
                 with quiet_transformers():
                     network.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
@@ -310,12 +309,12 @@ def _encoded(tokenizer: PreTrainedTokenizerFast, texts: Mapping[str, float]) -> 
 
 
 def _batches(
-    lengths: Sequence[int], weights: Sequence[float], recipe: ModelRecipe
+    lengths: Sequence[int] | np.ndarray, weights: Sequence[float], recipe: ModelRecipe
 ) -> Iterator[np.ndarray]:
     """Texts drawn by weight, in batches of like length, so that next to nothing is padded."""
     draw = np.random.default_rng(recipe.seed)
-    lengths, shares = np.array(lengths), np.array(weights) / sum(weights)
+    counts, shares = np.array(lengths), np.array(weights) / sum(weights)
     while True:
-        drawn = draw.choice(len(lengths), SORTED_TOGETHER * recipe.batch, p=shares)
-        drawn = drawn[np.argsort(lengths[drawn], kind="stable")]
+        drawn = draw.choice(len(counts), SORTED_TOGETHER * recipe.batch, p=shares)
+        drawn = drawn[np.argsort(counts[drawn], kind="stable")]
         yield from draw.permutation(drawn.reshape(SORTED_TOGETHER, recipe.batch))

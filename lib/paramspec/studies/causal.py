@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -76,7 +76,7 @@ class Run:
     def about(self) -> tuple[str, ...]:
         return self.training.concepts if self.training else self.concepts
 
-    def key(self) -> dict[str, object]:
+    def key(self) -> dict[str, Any]:
         """What its results depend on, beside the model and the questions."""
         return {
             "unit": "causal",
@@ -201,7 +201,7 @@ class CausalStudy(NamedTuple):
     losses: pd.DataFrame
     samples: pd.DataFrame
     vectors: dict[str, Tensor]
-    computed: list[dict[str, object]]
+    computed: list[dict[str, Any]]
 
 
 def measure_runs(
@@ -290,7 +290,7 @@ def _cost(run: Run, questions: Sequence[Question]) -> float:
 
 def _measure_run(
     questions: Sequence[Question], runs: Sequence[Run], store: Store, ready: Ready, number: int
-) -> tuple[Callable[[Path], None], dict[str, object]]:
+) -> tuple[Callable[[Path], None], dict[str, Any]]:
     """What fills a run's directory, and what its record says."""
     run = runs[number]
     facts, trained, vectors = "{}", None, torch.empty(0, 2, dtype=torch.int32)

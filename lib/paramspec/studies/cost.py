@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
@@ -194,7 +194,7 @@ class Plan:
     def gpu_hours(self) -> float:
         return float(self.models["gpu_hours"].sum())
 
-    def as_dict(self) -> dict[str, object]:
+    def as_dict(self) -> dict[str, Any]:
         """`planned.as_dict()`: plain JSON; `totals` of what the tables list."""
         totals = {name: self.models[name].sum().item() for name in ("tokens", "flops", "gpu_hours")}
         return {

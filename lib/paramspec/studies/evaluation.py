@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -94,7 +94,7 @@ class Evaluation(Checked):
         choices = self.choices and self.choices.with_folds(folds)
         return self.model_copy(update={"folds": folds, "choices": choices})
 
-    def key(self) -> dict[str, object]:
+    def key(self) -> dict[str, Any]:
         """All that answers depend on, beside the model, the questions and the concepts."""
         key = self.model_dump(mode="json") | {"evaluation_version": EVALUATION_VERSION}
         if self.stated or self.prose:

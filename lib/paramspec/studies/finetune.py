@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -150,7 +151,7 @@ def train(
 
 def training_facts(
     vectors: Tensor, hidden: int, losses: list[float], began: float
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """`training_facts(vectors, view.hidden, losses, began)`: what a record says of a training.
 
     Returns:
@@ -209,7 +210,7 @@ def finetune(
     dtype: str = "auto",
     device: str = "auto",
     save_every: int = 50,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """`finetune("smollm2-135m", questions, training, Path("tuned"))`: a model on disk.
 
     `out` becomes an ordinary transformers directory, with `finetune.json` next to the weights.
@@ -263,7 +264,7 @@ def finetune(
     return record
 
 
-def _finished(out: Path, run: dict[str, object], state: Path) -> dict[str, object] | None:
+def _finished(out: Path, run: dict[str, Any], state: Path) -> dict[str, Any] | None:
     """The record of this run if it is finished; refuses a directory that holds anything else."""
     file = out / RECORD
     if not file.exists():
@@ -288,9 +289,7 @@ def _finished(out: Path, run: dict[str, object], state: Path) -> dict[str, objec
     return record
 
 
-def _save(
-    out: Path, loaded: LoadedModel, concepts: Sequence[str], record: dict[str, object]
-) -> None:
+def _save(out: Path, loaded: LoadedModel, concepts: Sequence[str], record: dict[str, Any]) -> None:
     """The model, and then the record, which says that all is there."""
     with writing_to(out), quiet_transformers():
         loaded.model.save_pretrained(out)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -76,11 +76,11 @@ class Ready:
     loaded: LoadedModel
     view: ValueVectorView
     engine: Engine
-    kept: dict[str, object] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
 
 
 # Computes unit number so-and-so: what fills its directory, and what its record says of it.
-Compute = Callable[[Ready, int], tuple[Callable[[Path], None], Mapping[str, object]]]
+Compute = Callable[[Ready, int], tuple[Callable[[Path], None], Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Job:
     """
 
     target: Target
-    keys: tuple[Mapping[str, object], ...]
+    keys: tuple[Mapping[str, Any], ...]
     costs: tuple[float, ...]
     compute: Compute
 
@@ -185,7 +185,7 @@ def run_jobs(jobs: Sequence[Job], store: Store, *, unit: str = "question") -> li
     ]
 
 
-def _stored(store: Store, key: Mapping[str, object], name: str) -> Path:
+def _stored(store: Store, key: Mapping[str, Any], name: str) -> Path:
     path = store.get(key)
     if path is None:
         raise InputError(
@@ -291,7 +291,7 @@ def _require_shared(store: Store, models: Sequence[Path]) -> None:
 # --- what a result is of ------------------------------------------------------------------------
 
 
-def result_basis(target: Target, questions: Sequence[Question]) -> dict[str, object]:
+def result_basis(target: Target, questions: Sequence[Question]) -> dict[str, Any]:
     """`result_basis(target, questions)`: what every result of a model on questions depends on.
 
     Not the engine, nor the worker. In float32 they move a log-likelihood by less than 1e-3, as
@@ -308,7 +308,7 @@ def result_basis(target: Target, questions: Sequence[Question]) -> dict[str, obj
     }
 
 
-def unit_record(loaded: LoadedModel, engine: Engine | None = None) -> dict[str, object]:
+def unit_record(loaded: LoadedModel, engine: Engine | None = None) -> dict[str, Any]:
     """`unit_record(loaded, engine)`: what a unit's record says of the model, see `provenance`."""
     return {
         "model": loaded.name,

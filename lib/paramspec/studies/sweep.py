@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pandas as pd
 from safetensors.torch import load_file, save_file
@@ -71,7 +72,7 @@ class Study:
     pss: pd.DataFrame
     details: pd.DataFrame
     masks: dict[str, Tensor]
-    run: dict[str, object]
+    run: dict[str, Any]
 
 
 def measure_pss(
@@ -168,7 +169,7 @@ def _measure_shard(
     store: Store,
     ready: Ready,
     number: int,
-) -> tuple[Callable[[Path], None], dict[str, object]]:
+) -> tuple[Callable[[Path], None], dict[str, Any]]:
     """What fills a unit's directory, and what its record says."""
     began = time.perf_counter()
     key = json.dumps(_coefficients_key(target_of(ready.loaded), questions, choices))
@@ -190,7 +191,7 @@ def _measure_shard(
     return partial(_save, measured, {}), record
 
 
-def _save(tables: Tables | Study, made_of: dict[str, object], directory: Path) -> None:
+def _save(tables: Tables | Study, made_of: dict[str, Any], directory: Path) -> None:
     tables.pss.to_parquet(directory / "pss.parquet", index=False)
     tables.details.to_parquet(directory / "details.parquet", index=False)
     save_masks(directory / "masks.safetensors", tables.masks, made_of)
@@ -232,7 +233,7 @@ def score_questions(
 
 def _answer(
     questions: Sequence[Question], ready: Ready, number: int
-) -> tuple[Callable[[Path], None], dict[str, object]]:
+) -> tuple[Callable[[Path], None], dict[str, Any]]:
     with _progress(questions, "answers") as bar:
         table = answer_table(ready, questions, progress=bar.update)
     return lambda folder: table.to_parquet(folder / "answers.parquet"), {}
@@ -300,7 +301,7 @@ def concept_coefficients(
 
 def _coefficients_key(
     target: Target, questions: Sequence[Question], choices: Choices
-) -> dict[str, object]:
+) -> dict[str, Any]:
     return result_basis(target, questions) | {
         "unit": "coefficients",
         "position": choices.position,
@@ -319,7 +320,7 @@ def _progress(questions: Sequence[Question], title: str) -> tqdm:
 
 def _run_record(
     job: Job, shards: list[list[str]], done: Done, coefficients: Path | None
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Of one model; see `provenance`. What all its units say alike is said once."""
     target = job.target
     records = [read_computed(path) for path in done.paths]

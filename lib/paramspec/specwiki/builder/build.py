@@ -13,6 +13,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from paramspec.seeds import by_hash
 from paramspec.specwiki.builder.facts import (
@@ -120,7 +121,7 @@ def _question(
     fact: Fact,
     values: tuple[Counter[str], dict[str, set[str]]],
     place: int,
-    fields: dict[str, object],
+    fields: dict[str, Any],
 ) -> Question:
     relation, name = domain.relations[fact.relation], fields["id"]
     question, cloze = domain.fill(relation.question, fact), domain.fill(relation.cloze, fact)
