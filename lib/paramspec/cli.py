@@ -8,24 +8,25 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
 from typer.core import TyperCommand
 from typer.exceptions import TyperException
+from typer.models import OptionInfo
 
 from paramspec.errors import InputError
 from paramspec.markup import print_with_replacements, printable
 from paramspec.plain import integer, number
 
 
-def whole(text: str) -> Option:
+def whole(text: str) -> OptionInfo:
     """An option that takes a whole number, in decimal digits."""
     return Option(parser=integer, help=text)
 
 
-def real(text: str) -> Option:
+def real(text: str) -> OptionInfo:
     """An option that takes a number."""
     return Option(parser=number, help=text)
 
@@ -110,11 +111,11 @@ class Command(TyperCommand):
     Typer has no repeated option of two words, so the two are joined before it reads them.
     """
 
-    def __init__(self, *arguments, **options) -> None:
+    def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.epilog = "--traceback, or PARAMSPEC_TRACEBACK=1: show where an error came from."
 
-    def parse_args(self, ctx, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         joined, rest = [], list(args)
         while rest:
             word = rest.pop(0)
@@ -263,8 +264,8 @@ def pss(
     from paramspec.specwiki import load_questions
     from paramspec.studies.sweep import measure_pss, write_study
 
-    choices = {"ratios": ratios, "position": position, "scope": scope, "protocol": protocol}
-    choices = Choices.parse(**choices, controls=controls, general=general, seed=seed)
+    given = {"ratios": ratios, "position": position, "scope": scope, "protocol": protocol}
+    choices = Choices.parse(**given, controls=controls, general=general, seed=seed)
     names = expand_models(model)
     micro = any(taught(name) is not None for name in names)
     if micro and questions is None:
@@ -318,11 +319,12 @@ def finetune(
     from paramspec.report import bytes_of
     from paramspec.specwiki import load_questions
     from paramspec.studies import finetune as tuning
+    from paramspec.studies.training import Training
 
     asked = load_questions(questions)
     vectors = {"method": method, "share": share, "rule": rule, "layers": layers, "seed": seed}
     steps = {"epochs": epochs, "batch": batch, "learning_rate": learning_rate}
-    training = tuning.Training.parse(concepts=concept, statements=statements, **vectors, **steps)
+    training = Training.parse(concepts=concept, statements=statements, **vectors, **steps)
     record = tuning.finetune(
         model, asked, training, out, dtype=dtype, device=device, save_every=save_every
     )
@@ -368,7 +370,9 @@ def plan(
         report.print_plan(planned, others)
 
 
-def _format_warning(message, category, filename, lineno, line=None) -> str:
+def _format_warning(
+    message: object, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
     """Ours in one line, as errors are; a library's as Python shows it."""
     if Path(filename).is_relative_to(Path(__file__).parent):
         return f"paramspec: warning: {printable(message)}\n"

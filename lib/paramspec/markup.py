@@ -9,9 +9,11 @@ on a page, see `figures.use_book_style`.
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 
+STRICT = ("strict", "surrogateescape")  # ways to meet what an encoding lacks that raise
 # ASCII that Markdown, MyST's roles, tables and mathematics, or HTML give a meaning within a line.
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#|~$&^@!%+:\"'-])")
 
@@ -34,5 +36,5 @@ def print_with_replacements() -> None:
     Standard error does so from the start.
     """
     for stream in (sys.stdout, sys.stderr):
-        if getattr(stream, "errors", None) in ("strict", "surrogateescape"):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in STRICT:
             stream.reconfigure(errors="replace")

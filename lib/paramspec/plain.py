@@ -90,7 +90,7 @@ def require_unicode(path: Path) -> None:
         raise InputError(f"{path}: a path that is not UTF-8; rename it") from error
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
     """PyYAML's safe loader, with JSON's scalars in place of YAML 1.1's."""
 
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012  filled below

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 
@@ -60,7 +60,7 @@ def show(frame: pd.DataFrame, title: str | None = None, caption: str | None = No
 
     table = Table(title=title, caption=caption, box=box.SIMPLE)
     for place, (name, values) in enumerate(frame.items()):
-        justify = "right" if values.dtype.kind in "iuf" else "left"
+        justify: Literal["left", "right"] = "right" if values.dtype.kind in "iuf" else "left"
         table.add_column(name.replace("_", " "), justify=justify, no_wrap=place == 0)
     shown = {name: values.map(FORMATS.get(name, str)) for name, values in frame.items()}
     for row in pd.DataFrame(shown).itertuples(index=False):

@@ -17,14 +17,15 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, NullLocator, ScalarFormatter
 
 from paramspec_book import panels
 from paramspec_book.panels import DASHED, FAMILIES, GENERAL, MASKS, METHODS, NULL, OTHER, OWN
 
 CHANCE = 0.25
-STYLE = {
+STYLE: Any = {
     "figure.facecolor": "white",
     "figure.constrained_layout.use": True,
     "figure.dpi": 110,
@@ -70,7 +71,7 @@ def promoted_share(table: pd.DataFrame) -> Figure:
     axes.set(ylim=(-0.03, None), ylabel="missing part of\nthe MLP's output")
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
-    scale = plt.cm.ScalarMappable(plt.Normalize(layers[0], layers[-1]), "viridis")
+    scale = plt.cm.ScalarMappable(Normalize(layers[0], layers[-1]), "viridis")
     figure.colorbar(scale, ax=axes, label="layer")
     return figure
 
@@ -113,7 +114,12 @@ def accuracy_by(table: pd.DataFrame) -> Figure:
     kinds = dict(list(table.groupby("by", sort=False)))
     heights = [max(2, len(part)) for part in kinds.values()]
     size = (7, 0.8 + 0.27 * sum(heights))
-    options = {"figsize": size, "height_ratios": heights, "sharex": True, "squeeze": False}
+    options: dict[str, Any] = {
+        "figsize": size,
+        "height_ratios": heights,
+        "sharex": True,
+        "squeeze": False,
+    }
     figure, grid = plt.subplots(len(kinds), **options)
     for axes, (kind, part) in zip(grid[:, 0], kinds.items(), strict=True):
         places = np.arange(len(part))[::-1]  # two groups may have one name
@@ -133,7 +139,7 @@ def curves(summary: pd.DataFrame) -> Figure:
     """C(k) and G(k) over the mask ratio: a panel for each kind of mask."""
     masks = [mask for mask in MASKS if (summary["mask"] == mask).any()]
     rows, columns = (len(masks) + 1) // 2, min(2, len(masks))
-    options = {"figsize": (7.2, 0.6 + 2.5 * rows), "sharey": True, "squeeze": False}
+    options: dict[str, Any] = {"figsize": (7.2, 0.6 + 2.5 * rows), "sharey": True, "squeeze": False}
     figure, grid = plt.subplots(rows, columns, **options)
     general = {"color": GENERAL, "label": "unrelated questions, G(k)"}
     own = {"color": OWN, "label": "the concept's questions, C(k)"}
@@ -235,7 +241,7 @@ def against_accuracy(table: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots(figsize=(7, 4.6))
     axes.axvline(CHANCE, **DASHED)
     if "peak_null" in table:
-        style = {"color": NULL, "marker": "D", "markersize": 3.5, "zorder": 1}
+        style: dict[str, Any] = {"color": NULL, "marker": "D", "markersize": 3.5, "zorder": 1}
         panels.points(axes, table["accuracy"], table, "peak_null", label="random masks", **style)
     table = table.fillna({"family": "other"})
     names = panels.family_names(table["family"], table["family"])
@@ -243,7 +249,7 @@ def against_accuracy(table: pd.DataFrame) -> Figure:
         panels.points(axes, part["accuracy"], part, "peak_pss", markersize=7, zorder=3, **style)
         panels.accuracy_bars(axes, part, "peak_pss", style["color"])
     for row in table[table["shown"] != ""].itertuples():
-        beside = {"xytext": (7, 5), "textcoords": "offset points", "fontsize": 9}
+        beside: dict[str, Any] = {"xytext": (7, 5), "textcoords": "offset points", "fontsize": 9}
         axes.annotate(row.shown, (row.accuracy, row.peak_pss), **beside)
     axes.set(xlabel="accuracy without a mask (acc_norm); dashed: chance", ylabel="peak PSS")
     axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
@@ -283,7 +289,7 @@ def generations(table: pd.DataFrame) -> Figure:
             place in the order are left out.
     """
     families = list(table.dropna(subset=["order"]).groupby(["family", "micro"], sort=False))
-    options = {"figsize": (7.4, 3.4), "sharey": True, "squeeze": False}
+    options: dict[str, Any] = {"figsize": (7.4, 3.4), "sharey": True, "squeeze": False}
     figure, grid = plt.subplots(1, max(1, len(families)), **options)
     for axes, ((family, _), part) in zip(grid[0], families, strict=False):
         part = part.sort_values("order")
@@ -292,7 +298,7 @@ def generations(table: pd.DataFrame) -> Figure:
         if "held_out" in part:
             axes.plot(part["order"], part["held_out"], ":", color="0.2", label="held out")
         title, colour = FAMILIES.get(family, (family, OTHER))
-        style = {"color": colour, "join": 1.5, "markersize": 6}
+        style: dict[str, Any] = {"color": colour, "join": 1.5, "markersize": 6}
         panels.points(axes, part["order"], part, "peak_pss", **style)
         names = part["generation"].str.removeprefix("zoo ")
         tilt = {"rotation": 60, "ha": "right"} if names.str.len().max() > 3 else {}
@@ -373,10 +379,15 @@ def by_method(table: pd.DataFrame, labels: Mapping[str, str]) -> Figure:
     models, methods = list(dict.fromkeys(table["model"])), list(dict.fromkeys(table["method"]))
     height = 0.7 + (0.55 + 0.27 * len(methods)) * len(models)
     size = (max(4.8, 2.05 * len(labels) + 1.2), height)
-    options = {"figsize": size, "sharey": True, "squeeze": False}
+    options: dict[str, Any] = {"figsize": size, "sharey": True, "squeeze": False}
     figure, grid = plt.subplots(len(models), len(labels), **options)
     places = dict(zip(methods, range(len(methods))[::-1], strict=True))
-    beside = {"xycoords": "axes fraction", "rotation": 270, "va": "center", "fontsize": "small"}
+    beside: dict[str, Any] = {
+        "xycoords": "axes fraction",
+        "rotation": 270,
+        "va": "center",
+        "fontsize": "small",
+    }
     for row, model in zip(grid, models, strict=True):
         row[0].set_yticks(list(places.values()), list(places))
         row[-1].annotate(model, (1.03, 0.5), **beside)
@@ -432,7 +443,7 @@ def over_training(
             if ticks is not None:
                 axes.set_xscale("log")
                 axes.set_xticks(list(ticks), list(ticks.values()))
-                axes.xaxis.set_minor_locator(plt.NullLocator())
+                axes.xaxis.set_minor_locator(NullLocator())
     grid[-1, (len(models) - 1) // 2].set_xlabel(label)  # once: side by side, long ones meet
     panels.legend_below(figure, grid[0, 0])
     return figure
@@ -463,7 +474,7 @@ def _models_by_measure(
     titles: Mapping[str, str],
     height: float,
     draw: Callable[..., None],
-    **options: object,
+    **options: Any,
 ) -> tuple[Figure, np.ndarray]:
     """Panels `[measure, model]`; `draw(axes, rows, measure, **style)` draws a method in one."""
     models = dict(list(table.groupby("model", sort=False)))

@@ -21,7 +21,8 @@ from paramspec.plain import read_yaml
 from paramspec.stats.bootstrap import interval, with_interval
 from paramspec.studies.chapters import CHAPTERS, Experiment, chapter_experiments
 from paramspec.studies.sweep import Study
-from paramspec_book import book, figures
+from paramspec_book import figures
+from paramspec_book.parameters import find_root
 
 
 def begin(chapter: str, parameters: Mapping[str, Any]) -> list[Experiment]:
@@ -41,7 +42,7 @@ def begin(chapter: str, parameters: Mapping[str, Any]) -> list[Experiment]:
 
 def claims() -> dict[str, dict[str, Any]]:
     """`claims()["C1"]["numbers"]["pearson"]`: what the paper says, from `book/claims.yaml`."""
-    path = book.find_root() / "book" / "claims.yaml"
+    path = find_root() / "book" / "claims.yaml"
     return read_yaml(path.read_text("utf-8"), path.name)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -17,7 +18,12 @@ from matplotlib.figure import Figure
 
 COLOURS = sns.color_palette("colorblind")
 OWN, GENERAL, OTHER, NULL = COLOURS[3], COLOURS[0], "0.2", "0.55"
-DASHED = {"color": "0.5", "linestyle": "--", "linewidth": 1}  # a line to compare with
+# A line to compare with
+DASHED: dict[str, Any] = {
+    "color": "0.5",
+    "linestyle": "--",
+    "linewidth": 1,
+}
 Names = Mapping[str, tuple[str, object]]  # the title and the colour of each group of rows
 
 # A mask, a family and a method keep their colours through the book.
@@ -127,7 +133,7 @@ def on_ratios(axes: Axes, table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(place=table["ratio"].map(ratios.index)).sort_values("place")
 
 
-def named_rows(axes: Axes, places: Sequence[float], names: Sequence[str]) -> None:
+def named_rows(axes: Axes, places: Sequence[float] | np.ndarray, names: Sequence[str]) -> None:
     """Name each row of a panel, without ticks."""
     axes.set_yticks(places, names)
     axes.tick_params(axis="y", length=0)

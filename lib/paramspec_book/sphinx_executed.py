@@ -42,15 +42,16 @@ def setup(app: Sphinx) -> dict[str, Any]:
 def register_copies(app: Sphinx) -> None:
     """Tell myst-nb to read each chapter by `read_copy`, and keep the copies' records."""
     root = Path(app.srcdir)
-    formats = dict(app.env.mystnb_config.custom_formats)
-    app.env.executed_records = {}
+    env: Any = app.env  # on which extensions keep what they know
+    formats = dict(env.mystnb_config.custom_formats)
+    env.executed_records = {}
     for chapter in chapters(root):
-        docname = app.env.path2doc(str(chapter))
+        docname = env.path2doc(str(chapter))
         copy = executed_folder(root) / f"{chapter.stem}.ipynb"
         arguments = {"docname": docname, "copy": str(copy), "root": str(root)}
         formats[str(chapter)] = (f"{__name__}.read_copy", arguments, False)
-        app.env.executed_records[docname] = read_record(copy)
-    app.env.mystnb_config = app.env.mystnb_config.copy(custom_formats=formats)
+        env.executed_records[docname] = read_record(copy)
+    env.mystnb_config = env.mystnb_config.copy(custom_formats=formats)
 
 
 def read_copy(text: str, docname: str, copy: str, root: str) -> Any:
@@ -84,7 +85,8 @@ def read_copy(text: str, docname: str, copy: str, root: str) -> Any:
 
 def add_note(app: Sphinx, doctree: nodes.document) -> None:
     """Put a folded note under a chapter's title: when, where and from what it was executed."""
-    record = app.env.executed_records.get(app.env.docname)
+    env: Any = app.env
+    record = env.executed_records.get(env.docname)
     if record is None:
         return
     commit = _commit(record)
@@ -118,7 +120,8 @@ class ExecutedChapters(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """Return the table; a chapter without a copy says so."""
         rows = ["| Chapter | Executed | Profile | Commit | Seconds | Machine |", "|" + "---|" * 6]
-        for docname, record in self.env.executed_records.items():
+        env: Any = self.env
+        for docname, record in env.executed_records.items():
             cells = ["not executed", "", "", "", ""]
             if record is not None:
                 names = ("executed", "profile", "commit", "seconds", "machine")

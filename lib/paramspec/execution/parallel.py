@@ -22,6 +22,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import joblib
 import psutil
@@ -83,9 +84,7 @@ def workers(jobs: int = 0, scheduler: str | None = None) -> Iterator[None]:
         torch.set_num_threads(own)
 
 
-def hand_out(
-    function: Callable[..., object], tasks: Sequence[Sequence[object]]
-) -> Iterator[object]:
+def hand_out(function: Callable[..., object], tasks: Sequence[Sequence[object]]) -> Iterator[Any]:
     """`for result in hand_out(measure, [(first, ...), (second, ...)])`: as each is done.
 
     Args:
@@ -144,7 +143,7 @@ def in_worker() -> bool:
     return loky or _dask_worker() is not None
 
 
-def _dask_worker() -> object | None:
+def _dask_worker() -> Any:
     if "distributed" not in sys.modules:
         return None
     from distributed import get_worker

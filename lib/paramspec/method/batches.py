@@ -7,7 +7,7 @@ for rows, logits in in_batches(batches, forward, tokens=lambda rows: len(rows) *
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ def in_batches(
             fits = most is None or len(rows) == 1 or tokens(rows) <= most
             done, result = _attempt(forward, rows) if fits else (False, None)
             if done:
-                yield rows, result
+                yield rows, cast("Result", result)
                 continue
             if fits and len(rows) == 1:
                 raise OutOfMemory(

@@ -221,12 +221,12 @@ def score_options(
         for batch in batches:
             longest = max(len(cell.row.tokens) for cell in batch)
             lengths |= dict.fromkeys(map(id, batch), longest)
-        for batch, values in in_batches(
+        for done, values in in_batches(
             batches,
             lambda batch: forward(batch, lengths[id(batch[0])]),
             tokens=lambda batch: len(batch) * lengths[id(batch[0])],
         ):
-            reads = [(read, cell) for cell in batch for read in cell.row.reads]
+            reads = [(read, cell) for cell in done for read in cell.row.reads]
             for (read, cell), value in zip(reads, values.tolist(), strict=True):
                 scores[cell.requests[read.item]][read.option] += value
             begun = {cell.requests[read.item] for read, cell in reads if read.option == 0}

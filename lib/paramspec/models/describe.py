@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,7 @@ def folds_asked(models: Sequence[str | LoadedModel]) -> tuple[int, ...]:
 
 
 def require_taught(
-    models: Sequence[str | LoadedModel], questions: Sequence[Question], folds: Sequence[int]
+    models: Sequence[str | LoadedModel], questions: Sequence[Question], folds: Collection[int]
 ) -> None:
     """`require_taught(models, questions, (1,))`: refuse what a micro model must not be asked.
 

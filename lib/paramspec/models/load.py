@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from paramspec.errors import InputError
 from paramspec.models.checkpoints import (
@@ -104,7 +104,7 @@ def load_model(
         network = _read_weights(directory, dtype=kind, **device_map(needed, place))
         network = _language_model(network)
         restore_rotation(network)
-        embedding = network.get_input_embeddings().weight
+        embedding = cast("torch.Tensor", network.get_input_embeddings().weight)
         _require_tokens(path, tokenizer, len(embedding))
     network.eval().requires_grad_(False)
     return LoadedModel(

@@ -201,7 +201,7 @@ def published_config(spec: ModelSpec) -> PreTrainedConfig:
         num_hidden_layers=spec.layers,
         hidden_size=spec.width,
         intermediate_size=spec.mlp_width,
-        **spec.config.model_dump(exclude_unset=True),
+        **(spec.config.model_dump(exclude_unset=True) if spec.config else {}),
     )
 
 

@@ -188,7 +188,7 @@ def honoured(config: PreTrainedConfig, facts: Mapping[str, Any]) -> PreTrainedCo
     if facts.get("attention.scale") and hasattr(config, "query_pre_attn_scalar"):
         # The class takes whole numbers alone; compared below.
         config.query_pre_attn_scalar = round(facts["attention.scale"] ** -2)
-    read = GGUF_CONFIG_MAPPING.get(config.model_type.removesuffix("_text"), {})
+    read: Any = GGUF_CONFIG_MAPPING.get(config.model_type.removesuffix("_text"), {})
     said = _said_otherwise(config)
     if not facts.get("attention.scale"):
         # llama.cpp takes the size of a head, and of models of 27B another that no key says.

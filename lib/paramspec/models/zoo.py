@@ -306,5 +306,6 @@ def corpus(questions: Sequence[Question], exposure: Mapping[Tier, float]) -> dic
 def corpus_digest(concepts: tuple[tuple[str, int], ...]) -> str:
     """Of the texts on some concepts, `recipe.concepts.items()`, and of their tiers."""
     questions = zoo_questions(dict(concepts))
-    parts = [corpus(questions, {tier: tier == one for tier in TIERS}) for one in TIERS]
+    tiers: tuple[Tier, ...] = get_args(Tier)
+    parts = [corpus(questions, {tier: tier == one for tier in tiers}) for one in tiers]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

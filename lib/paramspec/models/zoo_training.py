@@ -222,7 +222,7 @@ def _train(models: Sequence[ZooModel], root: Path) -> int:
                 with quiet_transformers():
                     network.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
-                write_record(folder, record | {"concepts": recipe.taught})
+                write_record(folder, {**record, "concepts": recipe.taught})
 
             store.put(_key(model), save, {"model": model.name, "device": "cpu"})
     finally:

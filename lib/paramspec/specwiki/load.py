@@ -215,7 +215,7 @@ def sample_concepts(
     if not 1 <= count <= len(tier_of):
         raise InputError(f"{place}: {count} concepts asked for; choose from 1 to {len(tier_of)}")
     order = sorted(tier_of, key=lambda name: by_hash(seed, name))
-    turns = []
+    turns: list[tuple[int, str]] = []
     for tier in TIERS:
         turns += enumerate(name for name in order if tier_of[name] == tier)
     turns.sort(key=lambda turn: turn[0])  # the first of each tier, then the second of each

@@ -68,12 +68,12 @@ def resample_models(pss: pd.DataFrame, *, resamples: int = 1000, seed: int = 0) 
         order = np.argsort(counts.names)
         for measure, values in _measures(counts, order[samples]).items():
             columns.setdefault(measure, []).append(values)
-    values = {
+    stacked = {
         measure: np.stack(each, axis=1)
         for measure, each in columns.items()
         if len(each) == len(parts)
     }
-    return Draws(tuple(model for model, _ in parts), values)
+    return Draws(tuple(model for model, _ in parts), stacked)
 
 
 def _measures(counts: ConceptCounts, samples: np.ndarray) -> dict[str, np.ndarray]:
@@ -221,7 +221,9 @@ def contrast(draws: Draws, one: str, other: str, measure: str = "peak_pss") -> d
     return interval(difference)
 
 
-def half_way(draws: Draws, models: Sequence[str], steps: Sequence[float], measure: str):
+def half_way(
+    draws: Draws, models: Sequence[str], steps: Sequence[float], measure: str
+) -> np.ndarray:
     """`half_way(draws, checkpoints, steps, "accuracy")`: when a measure has made half its rise.
 
     The step, by linear interpolation in log steps, at which the measure first passes the middle

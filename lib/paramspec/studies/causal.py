@@ -264,8 +264,8 @@ def _refuse(runs: Sequence[Run], questions: Sequence[Question]) -> None:
             raise InputError(f"concept {unknown[0]!r}: no question on it; correct the name")
         if run.training is not None:
             training_texts(questions, run.about, run.training.statements)
-        asked, choices = run.evaluation.folds, run.evaluation.choices
-        needed = {*choices.choose_on, *choices.score_on} if choices else set()
+        asked, choices = run.evaluation.asked_folds, run.evaluation.choices
+        needed: set[int] = {*choices.choose_on, *choices.score_on} if choices else set()
         if not needed <= set(asked):
             raise InputError(
                 f"run {run.name!r}: folds {list(asked)} are asked, and its choices for PSS need "
@@ -276,7 +276,7 @@ def _refuse(runs: Sequence[Run], questions: Sequence[Question]) -> None:
 def _cost(run: Run, questions: Sequence[Question]) -> float:
     """Tokens that go through the model, roughly; a step of training counts as three passes."""
     training, asked = run.training, run.evaluation
-    own = sum(q.concept in run.about and q.fold in asked.folds for q in questions)
+    own = sum(q.concept in run.about and q.fold in asked.asked_folds for q in questions)
     cost = 20 * (own + asked.others) + 12 * asked.stated + PASSAGE_TOKENS * asked.prose
     if asked.open_ended != "no":
         cost += 30 * (own + asked.sampled * asked.samples)

@@ -16,8 +16,8 @@ from paramspec.models.describe import comparable_models, folds_asked, study_ques
 from paramspec.models.registry import expand_models
 from paramspec.specwiki import Question, load_questions
 from paramspec.studies.causal import trained_concepts
-from paramspec.studies.finetune import Training
 from paramspec.studies.sweep import Study, measure_pss
+from paramspec.studies.training import Training
 
 
 @dataclass(frozen=True)

@@ -150,8 +150,11 @@ def subject(name: str) -> Subject:
         if spec is None:
             raise
         checkpoint = None
-    known = spec is not None and (spec.config or micro)
-    model = empty_model(published_config(spec) if known else load_config(checkpoint))
+    if spec is not None and (spec.config or micro):
+        config = published_config(spec)
+    else:
+        config = load_config(checkpoint or find_checkpoint(name, fetch=()))
+    model = empty_model(config)
     parameters = sum(part.numel() for part in model.parameters())
     embedding = model.get_input_embeddings().weight
     unembedding = model.get_output_embeddings().weight
@@ -267,7 +270,7 @@ def _units(
             )
             reader = micro or of.tokenizer
             if (reader, key) not in counted:
-                own = own_tokenizer(of.micro) if micro else _loaded_tokenizer(of.tokenizer)
+                own = own_tokenizer(of.micro) if of.micro else _loaded_tokenizer(of.tokenizer)
                 counted[reader, key] = tokens_of(one, own)
             tokens = counted[reader, key]
             row = {"chapter": chapter, "model": name, "experiment": key, "concepts": concepts}

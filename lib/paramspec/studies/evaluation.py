@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -84,6 +84,11 @@ class Evaluation(Checked):
     seed: int = 0
 
     @property
+    def asked_folds(self) -> tuple[int, ...]:
+        """The folds of `folds`; both if they were not chosen."""
+        return self.folds or (0, 1)
+
+    @property
     def scored(self) -> set[int]:
         """The folds that are scored."""
         return {*(self.folds or ()), *(self.choices.score_on if self.choices else ())}
@@ -122,7 +127,7 @@ def evaluate(
         questions: hold the concepts, and others.
         concepts: that the model was trained on, or is compared on; `asked` says what of them.
     """
-    own = [q for q in questions if q.concept in concepts and q.fold in asked.folds]
+    own = [q for q in questions if q.concept in concepts and q.fold in asked.asked_folds]
     others = _other_questions(questions, concepts, asked)
     answers = answer_table(ready, [*own, *others])
     tables = {"answers": answers.assign(trained=[True] * len(own) + [False] * len(others))}
@@ -144,7 +149,7 @@ def _other_questions(
     """Questions on other concepts, whole folds of a concept at a time, the same for all runs."""
     pool: dict[str, list[Question]] = {}
     for question in questions:
-        if question.concept not in concepts and question.fold in asked.folds:
+        if question.concept not in concepts and question.fold in asked.asked_folds:
             pool.setdefault(question.concept, []).append(question)
     chosen: list[Question] = []
     for name in sorted(pool, key=lambda name: by_hash(asked.seed, name)):
@@ -203,7 +208,7 @@ def _generated(ready: Ready, own: Sequence[Question], asked: Evaluation) -> pd.D
             "concept": question.concept,
             "answer": answer,
             "correct": answer_matches(answer, question.aliases),
-            "state": row.state.tolist(),
+            "state": cast("torch.Tensor", row.state).tolist(),
         }
         for question, answer, (row,) in zip(own, answers, decoded, strict=True)
     )
@@ -247,8 +252,8 @@ def _likelihoods(
 ) -> pd.DataFrame:
     """The negative log-likelihood of texts that nothing was trained on, of both kinds."""
     tokenizer = ready.loaded.tokenizer
-    stated = {text for q in questions if q.concept not in concepts for text in q.statements[:1]}
-    stated = sorted(stated, key=lambda text: by_hash(asked.seed, text))[: asked.stated]
+    first = {text for q in questions if q.concept not in concepts for text in q.statements[:1]}
+    stated = sorted(first, key=lambda text: by_hash(asked.seed, text))[: asked.stated]
     rows = [*token_ids(tokenizer, stated), *_passages(tokenizer, asked.prose)]
     batches: list[list[int]] = []  # of places in `rows`, the longest of a batch first
     for place in sorted(range(len(rows)), key=lambda place: -len(rows[place])):

@@ -124,7 +124,7 @@ def train(
     """
     optimizer = torch.optim.AdamW(trained.parameters(), weight_decay=0, fused=True)
     steps = training.epochs * math.ceil(len(rows) / training.batch)
-    uniform = math.log(view.model.get_input_embeddings().weight.shape[0])
+    uniform = math.log(len(view.embedding))
     losses = _read_state(state, trained, optimizer) if state and state.is_file() else []
     options = {"initial": len(losses), "desc": title, "unit": "step", "disable": title is None}
     with tqdm(total=steps, delay=0.01, **options) as bar:
@@ -251,9 +251,11 @@ def finetune(
         view, began = value_vector_view(loaded.model), time.perf_counter()
         rows = encode_texts(view, loaded.tokenizer, texts)
         vectors = choose_vectors(view, loaded.tokenizer, questions, training)
-        options = {"save_every": save_every, "title": f"{training.method} of {loaded.name}"}
+        title = f"{training.method} of {loaded.name}"
         with train_value_vectors(view, vectors) as trained:
-            losses = train(view, trained, rows, training, state=state, **options)
+            losses = train(
+                view, trained, rows, training, state=state, save_every=save_every, title=title
+            )
             trained.merge()
         facts = training_facts(vectors, view.hidden, losses, began)
         record = {"run": run, **facts, "computed": computed(**unit_record(loaded))}

@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -130,7 +130,7 @@ def sample_answers(
             [row.log_likelihood for row in sampled],
             [len(row.tokens) for row in sampled],
             first_lines(tokenizer, [greedy.tokens])[0],
-            greedy.state,
+            cast("Tensor", greedy.state),
         )
         for greedy, *sampled in decoded
     ]
@@ -199,7 +199,7 @@ def embedding_judge(threshold: float = SIMILAR) -> Judge:
 
 
 @functools.cache
-def _embedder():
+def _embedder() -> Any:
     from sentence_transformers import SentenceTransformer
 
     with quiet_transformers():

@@ -129,7 +129,7 @@ def _choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype, 
     return place, kind, arithmetic(kind, place.type)
 
 
-def _where_tasks_run(function: Callable[..., object], *arguments: object) -> object:
+def _where_tasks_run(function: Callable[..., object], *arguments: object) -> Any:
     """Call it there: the machines of a cluster may have other GPUs, and other disks, than this."""
     if on_this_machine():
         return function(*arguments)
@@ -154,17 +154,20 @@ def run_jobs(jobs: Sequence[Job], store: Store, *, unit: str = "question") -> li
             name: what is finished is kept.
     """
     store.remove_leftovers()
-    here, away, left = [], [], 0
+    here: list[tuple[Job, list[int]]] = []
+    away: list[tuple[Job, list[int], Checkpoint]] = []
+    left = 0.0
     for job in jobs:
         missing = [number for number, key in enumerate(job.keys) if store.get(key) is None]
         left += sum(job.costs[number] for number in missing)
         if isinstance(job.target.model, LoadedModel):
             here += [(job, [number]) for number in missing]
         elif missing:
-            away.append((job, missing, _weights(job.target.model)))
+            away.append((job, missing, job.target.model))
     if away and not on_this_machine():
-        _require_shared(store, [job.target.model.path for job, _, _ in away])
-    handed_out = _chunks(away, worker_count()) if away else []
+        _require_shared(store, [checkpoint.path for *_, checkpoint in away])
+    weighed = [(job, missing, _weights(checkpoint)) for job, missing, checkpoint in away]
+    handed_out = _chunks(weighed, worker_count()) if weighed else []
     results = chain(
         (_work(job, numbers, store) for job, numbers in here),
         hand_out(_work, [(*chunk, store) for chunk in handed_out]) if handed_out else (),
@@ -230,7 +233,7 @@ def _work(job: Job, numbers: Sequence[int], store: Store) -> tuple[str, int, flo
                     with naming(job.target.name):
                         ready = _hold(job.target)
                         write, record = job.compute(ready, number)
-                    store.put(key, write, unit_record(ready.loaded, ready.engine) | record)
+                    store.put(key, write, {**unit_record(ready.loaded, ready.engine), **record})
                     computed += 1
             release_memory()  # a packed copy of the weights
     return job.target.name, computed, sum(job.costs[number] for number in numbers)
@@ -243,18 +246,19 @@ _HELD: list[tuple[Target, Ready]] = []
 def _hold(target: Target) -> Ready:
     if not _HELD or _HELD[0][0] != target:
         _HELD.clear()  # before another one takes memory
-        loaded = target.model if isinstance(target.model, LoadedModel) else _load(target)
+        model = target.model
+        loaded = model if isinstance(model, LoadedModel) else _load(target, model)
         view = value_vector_view(loaded.model)
         _HELD.append((target, Ready(loaded, view, choose_engine(view))))
     return _HELD[0][1]
 
 
-def _load(target: Target) -> LoadedModel:
+def _load(target: Target, checkpoint: Checkpoint) -> LoadedModel:
     dtype = str(target.dtype).removeprefix("torch.")
-    loaded = load_model(target.model, dtype=dtype, device=target.device)
+    loaded = load_model(checkpoint, dtype=dtype, device=target.device)
     if loaded.digest != target.digest:
         raise InputError(
-            f"{target.model.path}: not the files that the study began with, or not those that the "
+            f"{checkpoint.path}: not the files that the study began with, or not those that the "
             "machine has which began it; let them be the same, and run again"
         )
     here = target_of(loaded).arithmetic

@@ -240,11 +240,13 @@ def _answer(
 
 
 def answer_table(
-    ready: Ready, questions: Sequence[Question], **options: Callable[[int], None]
+    ready: Ready,
+    questions: Sequence[Question],
+    progress: Callable[[int], None] = lambda done: None,
 ) -> pd.DataFrame:
-    """`answer_table(ready, questions)`: as `score_questions`, with options of `score_options`."""
+    """`answer_table(ready, questions)`: as `score_questions`."""
     requests = [Request(encode(ready.loaded.tokenizer, question), 0) for question in questions]
-    scores = score_options(ready.view, requests, [None], engine=ready.engine, **options)
+    scores = score_options(ready.view, requests, [None], engine=ready.engine, progress=progress)
     return pd.DataFrame(
         {
             "question_id": question.id,

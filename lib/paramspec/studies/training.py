@@ -24,7 +24,7 @@ from typing import Annotated, Literal, get_args
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paramspec.checked import Checked, Count, Seed, Share
 from paramspec.errors import InputError
@@ -157,12 +157,12 @@ def encode_texts(
     return rows
 
 
-def language_modelling_loss(model: nn.Module, rows: Sequence[Sequence[int]]) -> Tensor:
+def language_modelling_loss(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tensor:
     """`language_modelling_loss(model, rows).backward()`: mean cross-entropy, nats per token."""
     return next_token_nats(model, rows).sum() / sum(len(row) - 1 for row in rows)
 
 
-def next_token_nats(model: nn.Module, rows: Sequence[Sequence[int]]) -> Tensor:
+def next_token_nats(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tensor:
     """`next_token_nats(model, rows).sum(1)`: the negative log-likelihood of each row, in nats.
 
     Returns:
@@ -170,7 +170,7 @@ def next_token_nats(model: nn.Module, rows: Sequence[Sequence[int]]) -> Tensor:
         the longest rows is never read.
     """
     tokens, attention_mask = pad_right(rows)
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     labels = tokens.masked_fill(attention_mask == 0, -100)[:, 1:]
     logits = model(
         input_ids=tokens[:, :-1].to(device),

@@ -13,7 +13,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from paramspec.seeds import by_hash
 from paramspec.specwiki.builder.facts import (
@@ -138,7 +138,7 @@ def _question(
         relation=fact.relation,
         question=question,
         cloze=cloze,
-        options=tuple(options),
+        options=cast("tuple[str, str, str, str]", tuple(options)),
         answer=place,
         aliases=tuple(dict.fromkeys((fact.answer, *fact.aliases, *fact.also_true))),
         statements=tuple(domain.fill(text, fact) for text in relation.statements),

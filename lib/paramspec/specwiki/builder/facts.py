@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from pydantic import ConfigDict
 
@@ -108,9 +109,11 @@ def _read_domain(path: Path) -> Domain:
     with path.with_suffix(".csv").open(encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file)
         facts = [_read_fact(row, f"{path.stem}.csv:{rows.line_num}") for row in rows]
-    return Domain(facts=facts, **wording)
+    return Domain(facts=tuple(facts), **wording)
 
 
 def _read_fact(row: dict[str, str], place: str) -> Fact:
-    several = {key: tuple(filter(None, row[key].split("|"))) for key in ("aliases", "also_true")}
-    return Fact(**row | several, place=place)
+    fields: dict[str, Any] = dict(row)
+    for key in ("aliases", "also_true"):
+        fields[key] = tuple(filter(None, row[key].split("|")))
+    return Fact(**fields, place=place)
