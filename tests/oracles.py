@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import copy
+from contextlib import ExitStack, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from paramspec.method.hooks import ValueVectorView, mask_value_vectors
 from paramspec.method.rows import Item
@@ -29,3 +31,26 @@ def score_one_at_a_time(view: ValueVectorView, item: Item, keep: Tensor | None =
         log_probabilities = logits.log_softmax(-1)[-len(option) :]
         scores.append(log_probabilities.gather(1, tokens[0, -len(option) :, None]).sum().cpu())
     return torch.stack(scores)
+
+
+def with_vectors_zeroed(view: ValueVectorView, keep: Tensor | None) -> nn.Module:
+    """A copy of the model in which the value vectors themselves are zero where `keep` is False."""
+    edited = copy.deepcopy(view.model)
+    for layer, name in enumerate(view.names if keep is not None else ()):
+        module = edited.get_submodule(name)
+        weight = module.weight.data if isinstance(module, Conv1D) else module.weight.data.T
+        weight[~keep[layer]] = 0
+    return edited
+
+
+@torch.no_grad()
+def coefficients_alone(view: ValueVectorView, tokens: list[int], position: str) -> Tensor:
+    """Absolute coefficients of one prompt without padding, `[layers, width]`."""
+    inputs: list[Tensor] = []
+    with ExitStack() as stack:
+        for module in view.modules:
+            hook = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+            stack.enter_context(hook)
+        view.model(input_ids=torch.tensor([tokens]), use_cache=False)
+    each = torch.stack([layer.reshape(len(tokens), view.width).abs() for layer in inputs])
+    return each.mean(1) if position == "mean" else each[:, -1]

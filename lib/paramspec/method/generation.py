@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field
 
@@ -17,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from paramspec.errors import InputError
-from paramspec.method.hooks import ValueVectorView, mask_rows, refuse_too_long, unembed_only
+from paramspec.method import hooks
+from paramspec.method.hooks import ValueVectorView
 from paramspec.method.scoring import attention_window
 from paramspec.models.tokens import token_ids
 from paramspec.specwiki import normalise
@@ -86,16 +85,16 @@ def first_lines(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]
     return [text.strip().split("\n")[0].strip() for text in texts]
 
 
+Pick = Callable[[int, list[int], Tensor], Tensor]
+
+
 @dataclass
 class Decoded:
-    """What was generated after a prompt.
+    """What was generated after prompt number `prompt`, as number `copy` of the answers to it.
 
-    Attributes:
-        prompt, copy: the numbers of the prompt, and of this answer among those to it.
-        tokens: up to and with the one that ended it, by ending the text or the line.
-        log_likelihood: of these tokens, in nats, whatever they were picked by.
-        state: `[hidden]`, fp32: what the last of them was predicted from, the unembedding's input
-            at the token before it. Of an answer that has ended, its last token's.
+    `tokens` are up to and with the one that ended the text or the line, `log_likelihood` is theirs,
+    in nats, whatever they were picked by; `state`, fp32 `[hidden]`, is what the last of them was
+    predicted from, the unembedding's input at the token before it.
     """
 
     prompt: int
@@ -110,43 +109,37 @@ def decode(
     view: ValueVectorView,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
-    pick: Callable[[int, list[int], Tensor], Tensor],
+    pick: Pick,
     *,
     copies: int = 1,
     keeps: Sequence[Tensor | None] | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 64,
 ) -> list[list[Decoded]]:
-    """`decode(view, tokenizer, prompts, likeliest)`: the first line of each answer to each prompt.
+    """`decode(view, tokenizer, prompts, likeliest)`: `copies` answers to each prompt, of one line.
 
     Each needed token is computed once: the beginning that all prompts share for all of them (where
     none is masked), the rest of a prompt for all its copies, and nothing after an answer's end.
-
-    Args:
-        pick: given a prompt's number, those of its copies that go on, and fp32 logits `[copies
-            that go on, vocabulary]`, the tokens to go on with.
-        copies: answers to each prompt.
-        keeps: as in `generate_answers`.
-        batch_size: rows of a forward pass, `copies` to a prompt; at least one prompt's.
-
-    Raises:
-        InputError: if a prompt and its answer are longer than the model's context, if the
-            tokenizer cannot read a prompt, or if the model gives no numbers.
+    `pick` is given a prompt's number, those of its copies that go on, and fp32 logits `[copies that
+    go on, vocabulary]`, and says which tokens they go on with.
     """
     keeps = [None] * len(prompts) if keeps is None else keeps
     encoded = token_ids(tokenizer, prompts)
     longest = max(map(len, encoded), default=0) + max_new_tokens
-    refuse_too_long(view, longest)
+    hooks.refuse_too_long(view, longest)
     unmasked = all(keep is None for keep in keeps)
     beginning, shared = _read_beginning(view, encoded if unmasked else [])
-    pads = shared > 0 and _may_pad(view, longest)
+    # Rows of unlike length: only with positions of their own, and within the window.
+    window = attention_window(view.model.config)
+    takes_positions = "position_ids" in inspect.signature(view.model.forward).parameters
+    pads = shared > 0 and takes_positions and (window is None or longest <= window)
     answers = [[Decoded(index, copy) for copy in range(copies)] for index in range(len(prompts))]
     for part in _parts(encoded, max(1, batch_size // copies), equal=not pads):
         cache = deepcopy(beginning)
         tokens, seen = _pad_left([encoded[index] for index in part], shared)
         if shared:
             cache.batch_repeat_interleave(len(part))
-        with mask_rows(view, [keeps[index] for index in part]):
+        with hooks.mask_rows(view, [keeps[index] for index in part]):
             found = _extend(view, tokens, cache, seen, pads)
         cache.batch_repeat_interleave(copies)
         logits, states, seen = (each.repeat_interleave(copies, dim=0) for each in (*found, seen))
@@ -161,7 +154,7 @@ def decode(
                 going, seen = [going[place] for place in on], seen[on]
             seen = nn.functional.pad(seen, (0, 1), value=1)
             tokens = torch.tensor([answer.tokens[-1:] for answer in going])
-            with mask_rows(view, [keeps[answer.prompt] for answer in going]):
+            with hooks.mask_rows(view, [keeps[answer.prompt] for answer in going]):
                 logits, states = _extend(view, tokens, cache, seen, pads)
     return answers
 
@@ -172,19 +165,11 @@ def likeliest(index: int, copies: list[int], logits: Tensor) -> Tensor:
 
 
 def _take_tokens(
-    view: ValueVectorView,
-    going: Sequence[Decoded],
-    logits: Tensor,
-    states: Tensor,
-    pick: Callable[[int, list[int], Tensor], Tensor],
+    view: ValueVectorView, going: Sequence[Decoded], logits: Tensor, states: Tensor, pick: Pick
 ) -> None:
     """Let each answer go on with a token; `logits` and `states` have a row for each answer."""
     log_probabilities = logits.log_softmax(-1)
-    if log_probabilities.isnan().any():
-        raise InputError(
-            f"the logits of {type(view.model).__name__} are not numbers; the weights are damaged, "
-            "or their dtype overflows: try float32"
-        )
+    hooks.require_numbers(view, log_probabilities.amax(-1), "a log-probability")
     tokens: list[int] = []
     for prompt, group in itertools.groupby(going, key=lambda answer: answer.prompt):
         copies = [answer.copy for answer in group]
@@ -207,11 +192,13 @@ def _extend(
     last = torch.tensor([(row, rows.shape[1] - 1) for row in range(len(rows))])
     places = seen.cumsum(1).sub(1).clamp(min=0)[:, -rows.shape[1] :]
     states: list[Tensor] = []
-    with unembed_only(view.model, last), ExitStack() as stack:
-        hook = view.model.get_output_embeddings().register_forward_pre_hook(
+    unembedding = view.model.get_output_embeddings()
+    with (
+        hooks.unembed_only(view.model, last),
+        unembedding.register_forward_pre_hook(
             lambda _, args: states.append(args[0][0].float().cpu())
-        )
-        stack.callback(hook.remove)
+        ),
+    ):
         logits = view.model(
             input_ids=rows.to(device),
             attention_mask=seen.to(device),
@@ -236,21 +223,11 @@ def _read_beginning(
 
 
 def _pad_left(rows: Sequence[Sequence[int]], shared: int) -> tuple[Tensor, Tensor]:
-    """What follows the first `shared` tokens of each row, and the attention mask of it all.
-
-    Padding is behind the shared beginning.
-    """
+    """What follows the first `shared` tokens of each row, after padding; the mask of it all."""
     width = max(map(len, rows))
     rest = [[0] * (width - len(row)) + list(row[shared:]) for row in rows]
     seen = [[1] * shared + [0] * (width - len(row)) + [1] * (len(row) - shared) for row in rows]
     return torch.tensor(rest), torch.tensor(seen)
-
-
-def _may_pad(view: ValueVectorView, tokens: int) -> bool:
-    """Whether rows of up to so many tokens may be padded: with positions, and within the window."""
-    window = attention_window(view.model.config)
-    takes_positions = "position_ids" in inspect.signature(view.model.forward).parameters
-    return takes_positions and (window is None or tokens <= window)
 
 
 def _parts(rows: Sequence[Sequence[int]], most: int, *, equal: bool) -> Iterator[list[int]]:

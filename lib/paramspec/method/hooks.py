@@ -1,15 +1,7 @@
 """The value-vector view of a causal language model: find it, read it, record, mask, train it.
 
-    view = value_vector_view(model)
-    with record_coefficients(view, tokens.attention_mask) as recorded:
-        model(**tokens)
-    recorded.coefficients  # [batch, layers, width]
-    with mask_value_vectors(view, keep):  # keep: bool [layers, batch, width]
+    with mask_value_vectors(value_vector_view(model), keep):  # bool [layers, batch, width]
         logits = model(**tokens).logits
-    with train_value_vectors(view, vectors) as trained:  # vectors: int32 [n, 2]
-        optimizer = torch.optim.AdamW(trained.parameters())
-        ...
-        trained.merge()
 
 The output of an MLP is `sum_j m_j v_j` (plus a bias): `v_j`, a column of the down projection, is
 a *value vector*, and `m_j`, the j-th input of the down projection, is its *coefficient* (Geva et
@@ -19,17 +11,19 @@ gated first half of the MLP makes no difference, and are removed when the `with`
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, cast
+from functools import partial
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from paramspec.errors import InputError
+from paramspec.errors import InputError, naming
 
 Position = Literal["mean", "last"]
 
@@ -47,9 +41,8 @@ DOWN_PROJECTIONS = (
 
 @dataclass(frozen=True)
 class ValueVectorView:
-    """The down projections of a model, one a layer, found and verified.
+    """The down projections of a model, one a layer: modules and their dotted names.
 
-    `modules[l]` holds the value vectors of layer `l`; `names[l]` is its dotted name in the model;
     `width` is the number of value vectors in a layer, `hidden` the length of each.
     """
 
@@ -70,9 +63,12 @@ class ValueVectorView:
 
     def vectors(self, layer: int) -> Tensor:
         """`view.vectors(3)`: the value vectors of a layer, `[width, hidden]`, not a copy."""
-        module = self.modules[layer]
-        # A Linear keeps its inputs as columns, GPT-2's Conv1D as rows.
-        return module.weight if isinstance(module, Conv1D) else module.weight.T
+        return _vectors(self.modules[layer])
+
+
+def _vectors(module: nn.Linear | Conv1D) -> Tensor:
+    # A Linear keeps its inputs as columns, GPT-2's Conv1D as rows.
+    return module.weight if isinstance(module, Conv1D) else module.weight.T
 
 
 def value_vector_view(model: PreTrainedModel) -> ValueVectorView:
@@ -92,47 +88,106 @@ def value_vector_view(model: PreTrainedModel) -> ValueVectorView:
             known name, or if the forward pass contradicts the view.
     """
     view = unverified_view(model)
-    _verify(view)
+    with naming(type(model).__name__):
+        _verify(view)
     return view
 
 
 def unverified_view(model: PreTrainedModel) -> ValueVectorView:
     """`unverified_view(model)`: found by name and shape alone, also in a model without weights."""
-    names = down_projections(model)
-    modules = tuple(cast("nn.Linear | Conv1D", model.get_submodule(name)) for name in names)
-    shapes = {_shape(module) for module in modules}
-    if len(shapes) > 1:
+    with naming(type(model).__name__):
+        found = _find_down_projections(model)
+        shapes = {tuple(_vectors(module).shape) for module in found.values()}
+        if len(shapes) > 1:
+            raise InputError(f"layers differ in width ({sorted(shapes)}); use a model of one width")
+    return ValueVectorView(model, tuple(found.values()), tuple(found), *shapes.pop())
+
+
+def _find_down_projections(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    modules: dict[str, Any] = dict(model.named_modules())
+    for name in modules:
+        if name.rpartition(".")[2] == "experts":
+            raise InputError(
+                f"a mixture of experts is not supported: a token meets the value vectors in {name} "
+                "only where a router sends it there; use a dense model"
+            )
+    stacks = [
+        name
+        for name, module in modules.items()
+        if isinstance(module, nn.ModuleList) and len(module) == layers
+    ]
+    for stack, suffix in itertools.product(stacks, DOWN_PROJECTIONS):
+        names = [f"{stack}.{index}.{suffix}" for index in range(layers)]
+        if all(isinstance(modules.get(name), nn.Linear | Conv1D) for name in names):
+            return {name: modules[name] for name in names}
+    raise InputError(
+        f"no down projection found in its {layers} layers; add what the family calls it to "
+        "paramspec.method.hooks.DOWN_PROJECTIONS"
+    )
+
+
+@torch.no_grad()
+def _verify(view: ValueVectorView) -> None:
+    """Hold the view against one forward pass, on two short rows of tokens."""
+    with ExitStack() as stack:
+
+        def watch(module: nn.Module) -> list[tuple[list[Tensor], Tensor]]:
+            """Of each call, the tensors that go in, and the first that comes out."""
+            calls: list[tuple[list[Tensor], Tensor]] = []
+
+            def note(_: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+                given = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+                output = output if isinstance(output, Tensor) else output[0]
+                # A copy: Falcon adds its attention to the output of the MLP in place.
+                calls.append((given, output.clone()))
+
+            stack.enter_context(module.register_forward_hook(note, with_kwargs=True))
+            return calls
+
+        projections = [watch(module) for module in view.modules]
+        parents = [name.rpartition(".")[0] for name in view.names]
+        # OPT has no MLP module: its down projection is on the layer itself.
+        mlps = [
+            [] if parent.rpartition(".")[2].isdigit() else watch(view.model.get_submodule(parent))
+            for parent in parents
+        ]
+        places = torch.arange(10, device=view.embedding.device)
+        tokens = (places * 7 + 3).remainder(len(view.embedding)).reshape(2, 5)
+        view.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+
+    tolerance = 1e-4 if view.modules[0].weight.dtype == torch.float32 else 2e-2
+    for layer, name in enumerate(view.names):
+        if len(projections[layer]) != 1:
+            raise InputError(f"{name} does not run exactly once in a forward pass")
+        ((coefficients, *_), output) = projections[layer][0]
+        expected = coefficients.float() @ view.vectors(layer).float()
+        if (bias := getattr(view.modules[layer], "bias", None)) is not None:
+            expected += bias.float()
+        what = f"the output of {name} differs from"
+        sums = f"{what} the sum of coefficients times value vectors"
+        _expect_equal(sums, output, expected, tolerance)
+        for given, mlp_output in mlps[layer]:
+            ways = [output.reshape(mlp_output.shape)]
+            ways += [ways[0] + each for each in given if each.shape == mlp_output.shape]
+            best = min(ways, key=lambda way: float((mlp_output - way).abs().max()))
+            _expect_equal(f"{what} the output of its MLP", mlp_output, best, tolerance)
+
+
+def _expect_equal(what: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    actual, expected = actual.float(), expected.float()
+    error = float((actual - expected).norm() / expected.norm().clamp_min(1e-12))
+    if not error <= tolerance:  # also when it is nan
         raise InputError(
-            f"{_name(model)}: MLP widths differ between layers ({sorted(shapes)}); "
-            "only models with one width are supported"
+            f"{what} by {error:.1e} (relative); the value-vector view does not hold for this model"
         )
-    width, hidden = shapes.pop()
-    return ValueVectorView(model, modules, names, width, hidden)
-
-
-def down_projections(model: PreTrainedModel) -> tuple[str, ...]:
-    """`names = down_projections(model)`: by the names alone, also of a model without numbers.
-
-    Raises:
-        InputError: if the model is a mixture of experts, or if a layer has none of a known name.
-    """
-    _refuse_experts(model)
-    return _find_down_projections(model)
 
 
 @dataclass
 class Recorded:
-    """What `record_coefficients` fills in: `coefficients`, fp32 `[batch, layers, width]`."""
+    """What `record_coefficients` fills in: fp32 `[batch, layers, width]`, nan until then."""
 
-    layers: list[Tensor | None]
-
-    @property
-    def coefficients(self) -> Tensor:
-        reached = [layer for layer in self.layers if layer is not None]
-        if len(reached) < len(self.layers):
-            missing = [index for index, layer in enumerate(self.layers) if layer is None]
-            raise RuntimeError(f"no forward pass reached the down projections of layers {missing}")
-        return torch.stack(reached, dim=1)
+    coefficients: Tensor
 
 
 @contextmanager
@@ -160,31 +215,25 @@ def record_coefficients(
     if position not in ("mean", "last"):
         raise InputError(f"position {position!r}: expected 'mean' or 'last'")
     kept = tokens_kept.bool()
-    if not bool(kept.any(dim=1).all()):
+    if not kept.any(dim=1).all():
         raise InputError("a prompt has no token to record: every row needs at least one")
     if position == "last":
-        places = torch.arange(kept.shape[1], device=kept.device)
-        last = torch.where(kept, places, -1).amax(dim=1, keepdim=True)
-        kept = places == last
+        kept = kept & (kept.cumsum(dim=1) == kept.sum(dim=1, keepdim=True))
     weights = kept.float() / kept.sum(dim=1, keepdim=True)
-    recorded = Recorded([None] * view.layers)
+    shape = len(kept), view.layers, view.width
+    recorded = Recorded(torch.full(shape, torch.nan, device=kept.device))
 
-    def reduce(layer: int, inputs: Tensor) -> None:
-        inputs = inputs.reshape(*kept.shape, -1)  # OPT flattens batch and tokens
-        absolute = inputs.detach().float().abs()
-        here = kept.to(inputs.device)[..., None]
+    def reduce(layer: int, _: nn.Module, args: tuple[Tensor]) -> None:
+        inputs = args[0].reshape(*kept.shape, -1)  # OPT flattens batch and tokens
         # Padding may hold anything, even inf: leave it out before it is weighted.
-        absolute = absolute.masked_fill(~here, 0)
-        recorded.layers[layer] = torch.einsum("bt,btw->bw", weights.to(inputs.device), absolute).to(
-            kept.device
-        )
+        padding = ~kept.to(inputs.device)[..., None]
+        absolute = inputs.detach().float().abs().masked_fill(padding, 0)
+        means = torch.einsum("bt,btw->bw", weights.to(inputs.device), absolute)
+        recorded.coefficients[:, layer] = means
 
     with ExitStack() as stack:
         for layer, module in enumerate(view.modules):
-            hook = module.register_forward_pre_hook(
-                lambda _, args, layer=layer: reduce(layer, args[0])
-            )
-            stack.callback(hook.remove)
+            stack.enter_context(module.register_forward_pre_hook(partial(reduce, layer)))
         yield recorded
 
 
@@ -207,28 +256,23 @@ def mask_value_vectors(view: ValueVectorView, keep: Tensor) -> Iterator[None]:
 
     Masking is exact: it gives the bits that zeroing the value vectors themselves would give.
     """
-    if keep.dtype != torch.bool or keep.ndim != 3:
+    fits = keep.ndim == 3 and keep.shape[::2] == (view.layers, view.width)
+    if keep.dtype != torch.bool or not fits:
         raise InputError(
-            f"keep: expected bool [layers, batch, width], got {keep.dtype} {keep.ndim}-d"
-        )
-    if keep.shape[0] != view.layers or keep.shape[2] != view.width:
-        raise InputError(
-            f"keep: shape {tuple(keep.shape)} does not fit {view.layers} layers "
-            f"of {view.width} value vectors"
+            f"keep: {keep.dtype} {list(keep.shape)}; expected torch.bool "
+            f"[{view.layers}, batch, {view.width}]"
         )
     with ExitStack() as stack:
         for layer, module in enumerate(view.modules):
             if not keep[layer].all():
                 own = keep[layer, :, None].to(module.weight.device)  # [batch, 1, width]
-                hook = module.register_forward_pre_hook(
-                    lambda _, args, own=own: (_masked(args[0], own), *args[1:])
-                )
-                stack.callback(hook.remove)
+                stack.enter_context(module.register_forward_pre_hook(partial(_masked, own)))
         yield
 
 
-def _masked(inputs: Tensor, keep: Tensor) -> Tensor:
+def _masked(keep: Tensor, _: nn.Module, args: tuple[Tensor]) -> Tensor:
     """The inputs of a down projection, zero where `keep` `[batch, 1, width]` is False."""
+    (inputs,) = args
     # OPT flattens batch and tokens.
     rows = inputs if inputs.ndim == 3 else inputs.reshape(len(keep), -1, keep.shape[-1])
     # Zeros are written, not multiplied by: inf * 0 is nan.
@@ -239,11 +283,7 @@ def _masked(inputs: Tensor, keep: Tensor) -> Tensor:
 def mask_rows(
     view: ValueVectorView, keeps: Sequence[Tensor | None]
 ) -> AbstractContextManager[None]:
-    """`with mask_rows(view, [keep, None]): model(...)`: each row of a batch under its own mask.
-
-    Args:
-        keeps: for each row bool `[layers, width]`, False where masked, or None for no mask.
-    """
+    """`with mask_rows(view, [keep, None]): model(...)`: a `[layers, width]` for each row."""
     if all(keep is None for keep in keeps):
         return nullcontext()
     everything = torch.ones(view.layers, view.width, dtype=torch.bool)
@@ -254,8 +294,7 @@ def mask_rows(
 class TrainedVectors(nn.Module):
     """What `train_value_vectors` trains: how far each chosen value vector has moved.
 
-    `offsets[str(layer)]` is a parameter, fp32 `[n, hidden]`, zero at first; row i belongs to value
-    vector `chosen[layer][i]`. Layers without a chosen vector are in neither.
+    `offsets[str(layer)]` is a parameter, fp32 `[n, hidden]`; row i is of vector `chosen[layer][i]`.
     """
 
     def __init__(self, view: ValueVectorView, vectors: Tensor) -> None:
@@ -267,16 +306,12 @@ class TrainedVectors(nn.Module):
             device = view.modules[layer].weight.device
             chosen = vectors[vectors[:, 0] == layer, 1].long().sort().values.to(device)
             self.chosen[layer] = chosen
-            self.offsets[str(layer)] = nn.Parameter(
-                torch.zeros(len(chosen), view.hidden, device=device)
-            )
+            zeros = torch.zeros(len(chosen), view.hidden, device=device)
+            self.offsets[str(layer)] = nn.Parameter(zeros)
 
     @torch.no_grad()
     def merge(self) -> None:
-        """`trained.merge()`: add the offsets to the model's own weights, and start again at zero.
-
-        The sum is taken in fp32 and rounded once, to the weights' dtype.
-        """
+        """Add the offsets to the model's own weights, in fp32, and start again at zero."""
         (view,) = self._view
         for layer, chosen in self.chosen.items():
             vectors, offset = view.vectors(layer), self.offsets[str(layer)]
@@ -288,230 +323,79 @@ class TrainedVectors(nn.Module):
 def train_value_vectors(view: ValueVectorView, vectors: Tensor) -> Iterator[TrainedVectors]:
     """`with train_value_vectors(view, vectors) as trained: ...`: chosen vectors as parameters.
 
-    Within the block every forward pass adds, for each chosen vector, its coefficient times how far
-    it has moved. So only the chosen columns are parameters: gradients and optimizer states are
-    `[n, hidden]` a layer, and every other weight stays out of the optimizer's reach. With no
-    `merge`, the model leaves the block as it entered it.
-
-    Args:
-        view: the model's value vectors; none of its own parameters should ask for a gradient.
-        vectors: int32 `[n, 2]` of (layer, value vector), n > 0, each once.
-
-    Raises:
-        InputError: if there is no such vector, or one is given twice.
+    `vectors` is int32 `[n, 2]`. Every forward pass adds, for each, its coefficient times how far it
+    has moved, so that gradients and optimizer states are `[n, hidden]`; none of the model's own
+    parameters should ask for a gradient. With no `merge`, the model is afterwards as it was.
     """
     _require_vectors(view, vectors)
     trained = TrainedVectors(view, vectors)
 
-    def add(layer: int, inputs: Tensor, output: Tensor) -> Tensor:
+    def add(layer: int, _: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        (inputs,) = args
         chosen, offset = trained.chosen[layer], trained.offsets[str(layer)]
-        if len(chosen) < view.width:
-            inputs = inputs.index_select(-1, chosen)
+        inputs = inputs.index_select(-1, chosen) if len(chosen) < view.width else inputs
         return output + inputs @ offset.to(inputs.dtype)
 
     with ExitStack() as stack:
         for layer in trained.chosen:
-            hook = view.modules[layer].register_forward_hook(
-                lambda _, args, output, layer=layer: add(layer, args[0], output)
-            )
-            stack.callback(hook.remove)
+            stack.enter_context(view.modules[layer].register_forward_hook(partial(add, layer)))
         yield trained
 
 
 @contextmanager
 @torch.no_grad()
 def replace_value_vectors(view: ValueVectorView, vectors: Tensor, values: Tensor) -> Iterator[None]:
-    """`with replace_value_vectors(view, vectors, values): model(...)`: other vectors, for a while.
-
-    Args:
-        vectors: int32 `[n, 2]` of (layer, value vector), each once.
-        values: `[n, hidden]`, what stands there within the block.
-
-    Raises:
-        InputError: if there is no such vector, or one is given twice, or the values do not fit.
-    """
+    """`with replace_value_vectors(view, vectors, values): model(...)`: `values` `[n, hidden]`."""
     _require_vectors(view, vectors)
-    if values.shape != (len(vectors), view.hidden):
-        raise InputError(
-            f"values of shape {tuple(values.shape)} do not fit {len(vectors)} value vectors of "
-            f"length {view.hidden}"
-        )
-    places = [(layer, vectors[:, 0] == layer) for layer in vectors[:, 0].unique().tolist()]
-    before = {}
-    for layer, rows in places:
-        own, chosen = view.vectors(layer), vectors[rows, 1].long().to(view.vectors(layer).device)
-        before[layer] = (chosen, own[chosen].clone())
-        own[chosen] = values[rows].to(own.device, own.dtype)
+    before = []
+    for layer in vectors[:, 0].unique().tolist():
+        rows, own = vectors[:, 0] == layer, view.vectors(layer)
+        chosen = vectors[rows, 1].long().to(own.device)
+        before.append((own, chosen, own[chosen]))  # a copy
+        own[chosen] = values[rows].to(own)
     try:
         yield
     finally:
-        for layer, (chosen, own) in before.items():
-            view.vectors(layer)[chosen] = own
+        for own, chosen, values in before:
+            own[chosen] = values
 
 
 def _require_vectors(view: ValueVectorView, vectors: Tensor) -> None:
-    if len(vectors) == 0:
-        raise InputError("no value vector is chosen; take a larger share of them")
-    limits = torch.tensor([view.layers, view.width])
-    wrong = ((vectors < 0) | (vectors >= limits)).any(1)
-    if bool(wrong.any()):
-        layer, vector = vectors[wrong][0].tolist()
+    """InputError unless these are int32 `[n, 2]` of (layer, value vector), n > 0, each once."""
+    there = (vectors >= 0) & (vectors < torch.tensor([view.layers, view.width]))
+    if not len(vectors.unique(dim=0)) == len(vectors) > 0 or not there.all():
         raise InputError(
-            f"{_name(view.model)}: no value vector {vector} in layer {layer}; it has "
-            f"{view.layers} layers (from 0) of {view.width} value vectors"
+            f"value vectors {vectors.tolist()[:3]}...: expected at least one (layer, vector), each "
+            f"once, of {view.layers} layers (from 0) of {view.width} value vectors"
         )
-    if len(vectors.unique(dim=0)) < len(vectors):
-        raise InputError("a value vector is chosen twice; give each once")
 
 
 @contextmanager
 def unembed_only(model: PreTrainedModel, places: Tensor) -> Iterator[None]:
-    """`with unembed_only(model, places): logits = model(...).logits`: logits where needed.
-
-    Args:
-        places: `[n, 2]`, (row, token) of each hidden state to unembed; the logits are
-            `[1, n, vocabulary]` within the block.
-    """
+    """Within the block logits are `[1, n, vocabulary]`: at `places` `[n, 2]`, of (row, token)."""
 
     def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         rows, tokens = places.to(args[0].device).T
         return (args[0][rows, tokens][None], *args[1:])
 
-    hook = cast("nn.Module", model.get_output_embeddings()).register_forward_pre_hook(gather)
-    try:
+    with model.get_output_embeddings().register_forward_pre_hook(gather):
         yield
-    finally:
-        hook.remove()
 
 
-def refuse_too_long(
-    view: ValueVectorView,
-    tokens: int,
-    what: str = "a question",
-    remedy: str = "shorten its cloze or its options",
-) -> None:
+def refuse_too_long(view: ValueVectorView, tokens: int, what: str = "a question") -> None:
     """`refuse_too_long(view, 9000)`: InputError if the model has no position for so many tokens."""
     config = view.model.config.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and tokens > limit:
         raise InputError(
-            f"{what} of {tokens} tokens does not fit the model's context of {limit} tokens; "
-            f"{remedy}"
+            f"{what} of {tokens} tokens does not fit the model's context of {limit}; shorten it"
         )
 
 
-def _name(model: nn.Module) -> str:
-    return type(model).__name__
-
-
-def _shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
-    """(width, hidden) of a down projection."""
-    rows, columns = module.weight.shape
-    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
-
-
-def _refuse_experts(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 3 and "expert" in name:
-            raise InputError(
-                f"{_name(model)}: a mixture of experts is not supported: its value vectors lie in "
-                f"{name}, one 3-D parameter for all experts, which no hook can read or mask; "
-                "use a dense model"
-            )
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] == "experts" and isinstance(module, nn.ModuleList):
-            raise InputError(
-                f"{_name(model)}: a mixture of experts is not supported: {name} holds "
-                f"{len(module)} MLPs of which a router picks some a token; use a dense model"
-            )
-
-
-def _find_down_projections(model: PreTrainedModel) -> tuple[str, ...]:
-    config = model.config.get_text_config(decoder=True)
-    layers = config.num_hidden_layers
-    stacks = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == layers
-    ]
-    modules = dict(model.named_modules())
-    for stack, _ in stacks:
-        for suffix in DOWN_PROJECTIONS:
-            names = tuple(f"{stack}.{index}.{suffix}" for index in range(layers))
-            if all(isinstance(modules.get(name), nn.Linear | Conv1D) for name in names):
-                return names
-    raise InputError(
-        f"{_name(model)}: no down projection found in its {layers} layers under any of the names "
-        f"{', '.join(DOWN_PROJECTIONS)}; add the family's name to "
-        "paramspec.method.hooks.DOWN_PROJECTIONS"
-    )
-
-
-def _tensors(values: object) -> list[Tensor]:
-    if isinstance(values, Tensor):
-        return [values]
-    if isinstance(values, dict):
-        return [tensor for value in values.values() for tensor in _tensors(value)]
-    if isinstance(values, tuple | list):
-        return [tensor for value in values for tensor in _tensors(value)]
-    return []
-
-
-@torch.no_grad()
-def _verify(view: ValueVectorView) -> None:
-    """Hold the view against one forward pass, on two short rows of tokens.
-
-    Outputs are copied: Falcon adds its attention to the output of the MLP in place.
-    """
-    calls: list[list[tuple[Tensor, Tensor]]] = [[] for _ in view.modules]
-    mlps: list[list[tuple[list[Tensor], Tensor]]] = [[] for _ in view.modules]
-
-    with ExitStack() as stack:
-        for layer, (name, module) in enumerate(zip(view.names, view.modules, strict=True)):
-            hook = module.register_forward_hook(
-                lambda _, args, output, layer=layer: calls[layer].append((args[0], output.clone()))
-            )
-            stack.callback(hook.remove)
-            parent = name.rpartition(".")[0]
-            if not parent.rpartition(".")[2].isdigit():  # an MLP module, not the layer itself
-                hook = view.model.get_submodule(parent).register_forward_hook(
-                    lambda _, args, kwargs, output, layer=layer: mlps[layer].append(
-                        (_tensors([args, kwargs]), _tensors(output)[0].clone())
-                    ),
-                    with_kwargs=True,
-                )
-                stack.callback(hook.remove)
-        places = torch.arange(10, device=view.embedding.device)
-        tokens = (places * 7 + 3).remainder(len(view.embedding)).reshape(2, 5)
-        view.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
-
-    for layer, name in enumerate(view.names):
-        if len(calls[layer]) != 1:
-            raise InputError(
-                f"{_name(view.model)}: {name} ran {len(calls[layer])} times in one forward pass, "
-                "expected once; its value vectors cannot be trusted"
-            )
-        coefficients, output = calls[layer][0]
-        bias = getattr(view.modules[layer], "bias", None)
-        expected = coefficients.float() @ view.vectors(layer).float()
-        expected = expected if bias is None else expected + bias.float()
-        _expect_equal(view, name, "the sum of coefficients times value vectors", output, expected)
-        for inputs, mlp_output in mlps[layer]:
-            residuals = [tensor for tensor in inputs if tensor.shape == mlp_output.shape]
-            sums = [output.reshape(mlp_output.shape)]
-            sums += [sums[0] + residual for residual in residuals]
-            best = min(sums, key=lambda total: float((mlp_output - total).abs().max()))
-            _expect_equal(view, name, "the output of its MLP", mlp_output, best)
-
-
-def _expect_equal(
-    view: ValueVectorView, name: str, what: str, actual: Tensor, expected: Tensor
-) -> None:
-    actual, expected = actual.float(), expected.float()
-    error = float((actual - expected).norm() / expected.norm().clamp_min(1e-12))
-    tolerance = 1e-4 if view.modules[0].weight.dtype == torch.float32 else 2e-2
-    if not error <= tolerance:  # also when it is nan
+def require_numbers(view: ValueVectorView, values: Tensor, what: str) -> None:
+    """`require_numbers(view, scores, "a score")`: InputError if the model gave inf or nan."""
+    if not values.isfinite().all():
         raise InputError(
-            f"{_name(view.model)}: the output of {name} differs from {what} by {error:.1e} "
-            f"(relative); the value-vector view does not hold for this model"
+            f"{what} of {type(view.model).__name__} is not a finite number; the weights are "
+            "damaged, or their dtype overflows: try float32"
         )

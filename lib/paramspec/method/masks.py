@@ -1,9 +1,7 @@
 """Which value vectors belong to a concept, and which to mask beside them as controls.
 
     coefficients = record_concepts(view, tokenizer, questions)
-    scores = value_vector_scores(coefficients, "France")    # [layers, width]
-    vectors = top_vectors(scores, ratio=0.05)               # int32 [n, 2]: (layer, value vector)
-    keep = keep_tensor(vectors, layers, width)              # bool [layers, width]
+    vectors = top_vectors(value_vector_scores(coefficients, "France"), ratio=0.05)
 
 The score of a value vector is its mean absolute coefficient over a concept's questions minus its
 mean over unrelated ones; the k highest are the concept's (paper, section 3, knowledge-vector
@@ -28,20 +26,10 @@ from transformers import PreTrainedTokenizerBase
 
 from paramspec.errors import InputError
 from paramspec.execution.files import atomic
-from paramspec.method.batches import (
-    BATCH_TOKENS,
-    in_batches,
-    pad_right,
-    prompt_batches,
-    sorted_prompts,
-)
-from paramspec.method.hooks import (
-    Position,
-    ValueVectorView,
-    record_coefficients,
-    refuse_too_long,
-    unembed_only,
-)
+from paramspec.method import hooks
+from paramspec.method.batches import BATCH_TOKENS, in_batches, pad_right, prompt_batches
+from paramspec.method.hooks import Position, ValueVectorView
+from paramspec.models.tokens import token_ids
 from paramspec.specwiki import Question
 
 Scope = Literal["layer", "model"]
@@ -51,9 +39,8 @@ Scope = Literal["layer", "model"]
 class ConceptCoefficients:
     """Absolute coefficients, summed over the questions of each concept and fold.
 
-    `sums` is fp32 `[concepts, 2, layers, width]`, `counts` `[concepts, 2]`; `concepts` names the
-    first axis. Sums rather than questions are kept: a mask needs no more, and a model of 7
-    billion parameters would need 7 GB for the questions.
+    `sums` is fp32 `[concepts, 2, layers, width]`, `counts` `[concepts, 2]`. Those of each question
+    would be 7 GB of a model of 7 billion parameters.
     """
 
     concepts: tuple[str, ...]
@@ -62,21 +49,16 @@ class ConceptCoefficients:
 
     def related(self, concept: str, folds: Sequence[int] = (0, 1)) -> Tensor:
         """Mean over the concept's own questions of these folds, `[layers, width]`."""
-        row = self.concepts.index(concept)
-        folds = list(folds)
+        row, folds = self.concepts.index(concept), list(folds)
         return self.sums[row, folds].sum(0) / self.counts[row, folds].sum()
 
     def unrelated(self, concept: str, folds: Sequence[int] = (0, 1)) -> Tensor:
         """Mean over the questions of all other concepts in these folds, `[layers, width]`."""
-        others = [row for row, name in enumerate(self.concepts) if name != concept]
-        folds = list(folds)
-        count = self.counts[others][:, folds].sum()
+        row, folds = self.concepts.index(concept), list(folds)
+        count = self.counts[:, folds].sum() - self.counts[row, folds].sum()
         if count == 0:
             raise InputError(f"{concept}: no other concept to compare with; give at least two")
-        total = self.sums[:, folds].sum((0, 1)) - self.sums[
-            self.concepts.index(concept), folds
-        ].sum(0)
-        return total / count
+        return (self.sums[:, folds].sum((0, 1)) - self.sums[row, folds].sum(0)) / count
 
 
 def record_concepts(
@@ -108,39 +90,25 @@ def record_concepts(
     rows = {name: row for row, name in enumerate(concepts)}
     sums = torch.zeros(len(concepts), 2, view.layers, view.width)
     counts = torch.zeros(len(concepts), 2)
-    clozes = [question.cloze for question in questions]
+    texts = [question.cloze for question in questions]
     names = [question.id for question in questions]
-    batches = _record_texts(view, tokenizer, clozes, names, position, batch_tokens)
-    for indices, coefficients in batches:
-        for index, row in zip(indices, coefficients, strict=True):
+    for indices, found in _record_texts(view, tokenizer, texts, names, position, batch_tokens):
+        for index, coefficients in zip(indices, found, strict=True):
             question = questions[index]
-            sums[rows[question.concept], question.fold] += row
+            sums[rows[question.concept], question.fold] += coefficients
             counts[rows[question.concept], question.fold] += 1
         progress(len(indices))
     return ConceptCoefficients(concepts, sums, counts)
 
 
 def mean_coefficients(
-    view: ValueVectorView,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    *,
-    position: Position = "mean",
-    batch_tokens: int = BATCH_TOKENS,
+    view: ValueVectorView, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
 ) -> Tensor:
-    """`coefficients = mean_coefficients(view, tokenizer, statements)`: over any texts.
-
-    Args:
-        texts: at least one; the others are those of `record_concepts`.
-
-    Returns:
-        fp32 `[layers, width]`: absolute coefficients, averaged over each text's tokens, then over
-        the texts.
-    """
+    """`mean_coefficients(view, tokenizer, statements)`: fp32 `[layers, width]`, over any texts."""
     total = torch.zeros(view.layers, view.width)
     names = ["a text"] * len(texts)
-    for _, coefficients in _record_texts(view, tokenizer, texts, names, position, batch_tokens):
-        total += coefficients.sum(0)
+    for _, found in _record_texts(view, tokenizer, texts, names, "mean", BATCH_TOKENS):
+        total += found.sum(0)
     return total / len(texts)
 
 
@@ -152,42 +120,28 @@ def _record_texts(
     names: Sequence[str],
     position: Position,
     batch_tokens: int,
-) -> Iterator[tuple[list[int], Tensor]]:
+) -> Iterator[tuple[Sequence[int], Tensor]]:
     """Indices of some texts, and their coefficients `[texts, layers, width]`, batch by batch."""
-    prompts = sorted_prompts(tokenizer, texts)
-    for prompt, index in prompts[:1]:  # the longest
-        refuse_too_long(view, len(prompt), names[index])
+    rows = token_ids(tokenizer, texts)
+    batches = prompt_batches(rows, batch_tokens)
+    for longest, *_ in batches[:1]:
+        hooks.refuse_too_long(view, len(rows[longest]), names[longest])
 
-    whole = list(prompt_batches(prompts, batch_tokens))
-    # Halves of a batch keep its length: in bfloat16 padding is what moves a number.
-    lengths = {index: len(batch[0][0]) for batch in whole for _, index in batch}
-
-    def forward(batch: Sequence[tuple[list[int], int]]) -> Tensor:
-        length = lengths[batch[0][1]]
-        tokens, attention_mask = pad_right([prompt for prompt, _ in batch], length)
+    def forward(indices: Sequence[int], length: int) -> Tensor:
+        tokens, attention_mask = pad_right([rows[index] for index in indices], length)
         device = view.embedding.device
         tokens, attention_mask = tokens.to(device), attention_mask.to(device)
         with (
-            record_coefficients(view, attention_mask, position) as recorded,
-            unembed_only(view.model, torch.zeros(1, 2, dtype=torch.long)),
+            hooks.record_coefficients(view, attention_mask, position) as recorded,
+            hooks.unembed_only(view.model, torch.zeros(1, 2, dtype=torch.long)),
         ):
             view.model(input_ids=tokens, attention_mask=attention_mask, use_cache=False)
-        coefficients = recorded.coefficients.cpu()
-        for row, (_, index) in zip(coefficients, batch, strict=True):
-            if not row.isfinite().all():
-                raise InputError(
-                    f"{names[index]}: a coefficient of {type(view.model).__name__} is not a finite "
-                    "number; the weights are damaged, or their dtype overflows: try float32"
-                )
-        return coefficients
+        return recorded.coefficients.cpu()
 
-    batches = in_batches(
-        whole,
-        forward,
-        tokens=lambda rows: len(rows) * lengths[rows[0][1]],
-    )
-    for batch, coefficients in batches:
-        yield [index for _, index in batch], coefficients
+    for indices, found in in_batches(batches, forward, lambda indices: len(rows[indices[0]])):
+        for index, coefficients in zip(indices, found, strict=True):
+            hooks.require_numbers(view, coefficients, f"{names[index]}: a coefficient")
+        yield indices, found
 
 
 def value_vector_scores(
@@ -225,27 +179,24 @@ def top_vectors(scores: Tensor, ratio: float, scope: Scope = "layer") -> Tensor:
         ratio: the share of value vectors to take, from 0 to 1.
         scope: the highest of each `layer`, or of the whole `model`.
     """
+    if scope not in ("layer", "model"):
+        raise InputError(f"scope {scope!r}: expected 'layer' or 'model'")
     layers, width = scores.shape
     count = masked_per_layer(ratio, width)
-    if scope == "layer":
-        chosen = scores.topk(count, dim=1).indices
-        keep = torch.ones_like(scores, dtype=torch.bool).scatter(1, chosen, False)
-    elif scope == "model":
-        keep = torch.ones(layers * width, dtype=torch.bool)
-        keep[scores.flatten().topk(count * layers).indices] = False
-        keep = keep.reshape(layers, width)
-    else:
-        raise InputError(f"scope {scope!r}: expected 'layer' or 'model'")
-    return (~keep).nonzero().int()
+    if scope == "model":
+        scores, count = scores.reshape(1, -1), count * layers
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    chosen.scatter_(1, scores.topk(count, dim=1).indices, True)
+    return chosen.reshape(layers, width).nonzero().int()
 
 
 def random_vectors(like: Tensor, layers: int, width: int, generator: torch.Generator) -> Tensor:
     """`random_vectors(vectors, layers, width, generator)`: as many in each layer, at random."""
     counts = torch.bincount(like[:, 0].long(), minlength=layers)
-    keep = torch.ones(layers, width, dtype=torch.bool)
+    chosen = torch.zeros(layers, width, dtype=torch.bool)
     for layer, count in enumerate(counts.tolist()):
-        keep[layer, torch.randperm(width, generator=generator)[:count]] = False
-    return (~keep).nonzero().int()
+        chosen[layer, torch.randperm(width, generator=generator)[:count]] = True
+    return chosen.nonzero().int()
 
 
 def magnitude_matched_vectors(
@@ -253,13 +204,8 @@ def magnitude_matched_vectors(
 ) -> Tensor:
     """`magnitude_matched_vectors(vectors, magnitudes, generator)`: as active, but not the same.
 
-    For each vector of `like`, in random order, the vector of its layer that is nearest in
-    magnitude among those neither in `like` nor taken yet. Where `like` holds most of a layer, too
-    few are left to match: the rest of the layer is taken, and the control is smaller.
-
-    Args:
-        like: int32 `[n, 2]`.
-        magnitudes: `[layers, width]`, mean absolute coefficients on the concept's questions.
+    For each vector of `like`, in random order, that of its layer which is nearest in magnitude
+    (`[layers, width]`) among those neither in `like` nor taken yet; fewer where too few are left.
     """
     layers, width = magnitudes.shape
     keep = keep_tensor(like, layers, width)
@@ -292,13 +238,9 @@ def keep_tensor(vectors: Tensor, layers: int, width: int) -> Tensor:
 
 
 def save_masks(path: Path, masks: Mapping[str, Tensor], choices: Mapping[str, Any]) -> None:
-    """`save_masks(path, {"MODEL/CONCEPT/0.05/concept/0": vectors}, choices)`.
+    """`save_masks(path, {mask_name(...): vectors}, choices)`: replaced whole or not at all.
 
-    Args:
-        path: a `.safetensors` file; replaced whole or not at all.
-        masks: int32 `[n, 2]` tensors of (layer, value vector); `pss.mask_name` names them, and
-            `pss.read_mask_name` reads a name back.
-        choices: what they were chosen from and how: digests, protocol, scope, position, ...
+    `masks` are int32 `[n, 2]` of (layer, value vector); `choices` say how they were chosen.
     """
     metadata = {name: json.dumps(value) for name, value in choices.items()}
     tensors = {name: vectors.contiguous() for name, vectors in masks.items()}
@@ -308,11 +250,7 @@ def save_masks(path: Path, masks: Mapping[str, Tensor], choices: Mapping[str, An
 
 
 def load_masks(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """`masks, choices = load_masks(path)`: what `save_masks` saved.
-
-    Raises:
-        InputError: if the file is missing, damaged, or not one of masks.
-    """
+    """`masks, choices = load_masks(path)`: what `save_masks` saved."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             masks = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

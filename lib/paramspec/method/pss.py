@@ -1,18 +1,15 @@
 """The parameter specialization score (PSS) of a model: its masks, their nulls, and what they cost.
 
-    tables = measure_concepts(view, tokenizer, questions, concepts, choices, coefficients)
-    tables.pss          # a row per (model, concept, ratio, mask, seed), see `tables`
+    tables = measure_concepts(name, view, tokenizer, questions, concepts, choices, coefficients)
 
-What they say together is `stats.summary`'s. Names are the paper's (section 3): C(k) is the accuracy
-on a concept's own questions under its mask, G(k) on unrelated questions under the same mask,
-PSS(k) = |G(k) - C(k)| / G(0), and peak PSS its maximum over the mask ratios. Two readings of
-"accuracy" are kept apart: `pooled` over all concepts before the absolute value, and `per_concept`,
-the mean of each concept's own PSS. A headline accuracy is lm-evaluation-harness's `acc_norm`.
+Names are the paper's (section 3): C(k) is the accuracy on a concept's own questions under its mask,
+G(k) on unrelated questions under the same mask, PSS(k) = |G(k) - C(k)| / G(0), and peak PSS its
+maximum over the mask ratios; `stats.summary` computes them. A headline accuracy is
+lm-evaluation-harness's `acc_norm`.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -35,18 +32,15 @@ from paramspec.method.masks import (
     top_vectors,
     value_vector_scores,
 )
-from paramspec.method.rows import ROW_TOKENS, Engine, Item, Request
-from paramspec.method.scoring import (
-    SCORING_VERSION,
-    encode,
-    mark,
-    score_options,
-)
+from paramspec.method.rows import ROW_TOKENS, Engine, Request
+from paramspec.method.scoring import SCORING_VERSION, encode, mark, score_options
+from paramspec.seeds import by_hash
 from paramspec.specwiki import Question
 from paramspec.tables import DETAIL_COLUMNS, MASKS, PSS_COLUMNS
 
 Protocol = Literal["paper", "holdout"]
 Null = Literal["random", "magnitude", "other"]
+Role = Literal["concept", "general"]
 RATIOS = (0.01, 0.02, 0.05, 0.1, 0.2)
 
 
@@ -127,9 +121,8 @@ def general_questions(
 ) -> list[Question]:
     """`general_questions(questions, "France", choices)`: unrelated questions for its masks.
 
-    Drawn without replacement from the questions of all other concepts (in the folds that the
-    protocol scores on), by a seed of the concept's own, so that a concept keeps its general
-    questions whichever shard it is measured in.
+    Drawn without replacement from those of the other concepts, in the folds that are scored, by a
+    seed of the concept's own: a concept keeps its general questions in whichever shard it is.
     """
     others = [q for q in questions if q.concept != concept and q.fold in choices.score_on]
     if len(others) < choices.general:
@@ -137,7 +130,7 @@ def general_questions(
             f"general {choices.general}: only {len(others)} questions on other concepts than "
             f"{concept!r}; give more concepts or a smaller number"
         )
-    draw = _generator(choices.seed, "general", concept)
+    draw = generator_of((choices.seed, "general", concept))
     chosen = torch.randperm(len(others), generator=draw)[: choices.general].tolist()
     return [others[index] for index in sorted(chosen)]
 
@@ -147,11 +140,10 @@ def asked_questions(
     concept: str,
     choices: Choices,
     unrelated: Sequence[Question] | None = None,
-) -> list[tuple[Question, Literal["concept", "general"]]]:
+) -> list[tuple[Question, Role]]:
     """`asked_questions(questions, "France", choices)`: what each of its masks is scored on.
 
-    Args:
-        unrelated: what general questions are drawn from, if not from all `questions`.
+    General questions are drawn from those that are `unrelated`, if given, else from all.
     """
     own = [q for q in questions if q.concept == concept and q.fold in choices.score_on]
     general = general_questions(questions if unrelated is None else unrelated, concept, choices)
@@ -173,26 +165,21 @@ def concept_masks(coefficients: ConceptCoefficients, concept: str, choices: Choi
         own = top_vectors(scores, ratio, choices.scope)
         masks.append(_Mask("concept", ratio, choices.seed, own))
         for seed in range(choices.seed, choices.seed + choices.controls):
-            draw = _generator(seed, "control", concept, ratio)
-            chance = random_vectors(own, layers, width, draw)
-            masks.append(_Mask("random", ratio, seed, chance))
+            draw = generator_of((seed, "control", concept, ratio))
+            drawn = {"random": random_vectors(own, layers, width, draw)}
             if "magnitude" in choices.nulls:
-                matched = magnitude_matched_vectors(own, magnitudes, draw)
-                masks.append(_Mask("magnitude", ratio, seed, matched))
+                drawn["magnitude"] = magnitude_matched_vectors(own, magnitudes, draw)
             if "other" in choices.nulls:
                 partner = other_concept(coefficients.concepts, concept, seed)
                 theirs = value_vector_scores(coefficients, partner, choices.choose_on)
-                other = top_vectors(theirs, ratio, choices.scope)
-                masks.append(_Mask("other", ratio, seed, other))
-    return [mask for mask in masks if mask.kind in ("none", "concept", *choices.nulls)]
+                drawn["other"] = top_vectors(theirs, ratio, choices.scope)
+            masks += [_Mask(kind, ratio, seed, drawn[kind]) for kind in choices.nulls]
+    return masks
 
 
 def other_concept(concepts: Sequence[str], concept: str, seed: int) -> str:
-    """`other_concept(concepts, "France", 0)`: whose mask is the control; never its own.
-
-    Every concept is the partner of exactly one: the next on a circle shuffled by the seed.
-    """
-    circle = torch.randperm(len(concepts), generator=_generator(seed, "other")).tolist()
+    """Whose mask is the control `other`: the next concept on a circle shuffled by the seed."""
+    circle = torch.randperm(len(concepts), generator=generator_of((seed, "other"))).tolist()
     place = circle.index(list(concepts).index(concept))
     return concepts[circle[(place + 1) % len(circle)]]
 
@@ -213,65 +200,48 @@ def measure_concepts(
 ) -> Tables:
     """`tables = measure_concepts("smollm2-135m", view, tokenizer, questions, concepts, ...)`.
 
-    Args:
-        name: what the model is called in the tables.
-        questions: of all concepts of the study; general questions are drawn from them.
-        concepts: those to measure here.
-        choices: see `Choices`.
-        coefficients: of all concepts of the study, from `record_concepts`.
-        unrelated: what general questions are drawn from, if not from all `questions`.
-        unmasked: scores without a mask that are known, by question id, as `score_options` gives.
-        engine: see `score_options`.
-        progress: called with the number of question evaluations done.
+    `questions` and `coefficients`, from `record_concepts`, are of all concepts of the study,
+    `concepts` those to measure here. General questions are drawn from `unrelated`, if given.
+    `unmasked` are scores without a mask that are known, by question id, as `score_options` gives.
     """
-    items: dict[str, Item] = {}
+    asked = {one: asked_questions(questions, one, choices, unrelated) for one in concepts}
+    items = {q.id: encode(tokenizer, q) for own in asked.values() for q, _ in own}
+    masked = [(one, mask) for one in concepts for mask in concept_masks(coefficients, one, choices)]
     keeps: list[Tensor | None] = []
-    masks: dict[str, Tensor] = {}
-    asked: list[tuple[Request, Question, dict[str, Any]]] = []
-    for concept in concepts:
-        own = asked_questions(questions, concept, choices, unrelated)
-        for mask in concept_masks(coefficients, concept, choices):
-            if mask.kind == "none":
-                keeps.append(None)
-            else:
-                keeps.append(keep_tensor(mask.vectors, view.layers, view.width))
-                masks[mask_name(name, concept, mask.ratio, mask.kind, mask.seed)] = mask.vectors
-            for question, role in own:
-                if question.id not in items:
-                    items[question.id] = encode(tokenizer, question)
-                item = items[question.id]
-                row = {
-                    "model": name,
-                    "protocol": choices.protocol,
-                    "question_id": question.id,
-                    "role": role,
-                    "mask_concept": concept,
-                    "ratio": mask.ratio,
-                    "mask": mask.kind,
-                    "seed": mask.seed,
-                    "option_tokens": [len(option) for option in item.options],
-                }
-                asked.append((Request(item, len(keeps) - 1), question, row))
-    known = [
-        (unmasked or {}).get(question.id) if row["mask"] == "none" else None
-        for _, question, row in asked
-    ]
-    found = iter(
-        score_options(
-            view,
-            [request for (request, *_), score in zip(asked, known, strict=True) if score is None],
-            keeps,
-            engine=engine,
-            row_tokens=choices.row_tokens,
-            batch_tokens=choices.batch_tokens,
-            progress=progress,
-        )
-    )
+    requests: list[Request] = []
+    cells: list[tuple[str, _Mask, Question, Role, Tensor | None]] = []
+    for number, (concept, mask) in enumerate(masked):
+        bare = mask.kind == "none"
+        keeps.append(None if bare else keep_tensor(mask.vectors, view.layers, view.width))
+        for question, role in asked[concept]:
+            known = unmasked.get(question.id) if unmasked and bare else None
+            cells.append((concept, mask, question, role, known))
+            if known is None:
+                requests.append(Request(items[question.id], number))
+    budgets = {"row_tokens": choices.row_tokens, "batch_tokens": choices.batch_tokens}
+    found = iter(score_options(view, requests, keeps, engine=engine, progress=progress, **budgets))
     rows = []
-    for (_, question, row), score in zip(asked, known, strict=True):
-        logprobs = (next(found) if score is None else score).tolist()
-        rows.append(row | {"option_logprobs": logprobs} | mark(logprobs, question))
+    for concept, mask, question, role, known in cells:
+        logprobs = (next(found) if known is None else known).tolist()
+        row = {
+            "model": name,
+            "protocol": choices.protocol,
+            "question_id": question.id,
+            "role": role,
+            "mask_concept": concept,
+            "ratio": mask.ratio,
+            "mask": mask.kind,
+            "seed": mask.seed,
+            "option_logprobs": logprobs,
+            "option_tokens": [len(option) for option in items[question.id].options],
+        }
+        rows.append(row | mark(logprobs, question))
     details = pd.DataFrame(rows, columns=list(DETAIL_COLUMNS))
+    masks = {
+        mask_name(name, concept, mask.ratio, mask.kind, mask.seed): mask.vectors
+        for concept, mask in masked
+        if mask.kind != "none"
+    }
     return Tables(pss_rows(details, questions), details, masks)
 
 
@@ -290,43 +260,24 @@ def mask_name(model: str, concept: str, ratio: float, kind: str, seed: int) -> s
     return f"{model}/{concept}/{repr(float(ratio)).removesuffix('.0')}/{kind}/{seed}"
 
 
-def read_mask_name(name: str) -> tuple[str, str, float, str, int]:
-    """`model, concept, ratio, kind, seed = read_mask_name(name)`: what `mask_name` was given."""
-    model, concept, ratio, kind, seed = name.rsplit("/", 4)
-    concept = concept.replace("%2F", "/").replace("%25", "%")
-    return model, concept, float(ratio), kind, int(seed)
-
-
-def _generator(*key: object) -> torch.Generator:
+def generator_of(key: object) -> torch.Generator:
     """A generator seeded by what it is for, so that no draw depends on the order of another."""
-    return generator_of(repr(key))
-
-
-def generator_of(key: str) -> torch.Generator:
-    """`generator_of("0 France")`: seeded by the digest of a text."""
-    digest = hashlib.sha256(key.encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator().manual_seed(int.from_bytes(by_hash(key)[:8], "big") >> 1)
 
 
 def pss_rows(details: pd.DataFrame, questions: Sequence[Question]) -> pd.DataFrame:
-    """`pss_rows(study.details, questions)`: the rows of `PSS_COLUMNS`, from answers.
+    """`pss_rows(study.details, questions)`: rows of `PSS_COLUMNS`, from answers or some of them.
 
-    Args:
-        details: columns of `DETAIL_COLUMNS`; leave rows out to see what fewer questions give.
-        questions: of all concepts, for their domains and tiers.
+    `questions` are of all concepts, for their domains and tiers.
     """
     about = {q.concept: (q.domain, q.tier) for q in questions}
     keys = ["model", "mask_concept", "ratio", "mask", "seed", "protocol"]
     grouped = details.groupby([*keys, "role"], sort=False)["correct_norm"].agg(["mean", "size"])
-    wide = grouped.unstack("role").reset_index()
-    table = pd.DataFrame({key: wide[key] for key in keys}).rename(
-        columns={"mask_concept": "concept"}
-    )
+    wide = grouped.unstack("role")
+    wide.columns = [f"{role}_accuracy" if of == "mean" else f"n_{role}" for of, role in wide]
+    table = wide.reset_index().rename(columns={"mask_concept": "concept"})
     table["domain"] = [about[concept][0] for concept in table["concept"]]
     table["tier"] = [about[concept][1] for concept in table["concept"]]
-    for role in ("concept", "general"):
-        table[f"{role}_accuracy"] = wide["mean", role]
-        table[f"n_{role}"] = wide["size", role]
     return table[list(PSS_COLUMNS)]
 
 

@@ -104,7 +104,7 @@ def tokens_of(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> Tok
     passed = read = 0
     for concept in dict.fromkeys(question.concept for question in questions):
         asked = [Request(items[q.id], 0) for q, _ in asked_questions(questions, concept, choices)]
-        cells, _ = fill_rows(asked, PACKED, choices.row_tokens)
+        cells = fill_rows(asked, PACKED, choices.row_tokens)
         passed += sum(len(cell.row.tokens) for cell in cells)
         read += sum(len(cell.row.places) for cell in cells)
     recorded = sum(map(len, token_ids(tokenizer, [question.cloze for question in questions])))

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from paramspec.checked import Checked, Count
 from paramspec.errors import InputError
 from paramspec.execution.limits import release_memory
-from paramspec.method.batches import in_batches
+from paramspec.method.batches import in_batches, prompt_batches
 from paramspec.method.generation import (
     GENERATION_VERSION,
     MAX_NEW_TOKENS,
@@ -255,20 +255,13 @@ def _likelihoods(
     first = {text for q in questions if q.concept not in concepts for text in q.statements[:1]}
     stated = sorted(first, key=lambda text: by_hash(asked.seed, text))[: asked.stated]
     rows = [*token_ids(tokenizer, stated), *_passages(tokenizer, asked.prose)]
-    batches: list[list[int]] = []  # of places in `rows`, the longest of a batch first
-    for place in sorted(range(len(rows)), key=lambda place: -len(rows[place])):
-        last = batches[-1] if batches else []
-        if not last or (len(last) + 1) * len(rows[last[0]]) > LIKELIHOOD_TOKENS:
-            batches.append([])
-        batches[-1].append(place)
 
-    def forward(places: Sequence[int]) -> list[float]:
+    def forward(places: Sequence[int], _: int) -> list[float]:
         return next_token_nats(ready.view.model, [rows[place] for place in places]).sum(1).tolist()
 
     nats = np.zeros(len(rows))
-    for places, values in in_batches(
-        batches, forward, tokens=lambda places: len(places) * len(rows[places[0]])
-    ):
+    batches = prompt_batches(rows, LIKELIHOOD_TOKENS)
+    for places, values in in_batches(batches, forward, lambda places: len(rows[places[0]])):
         nats[places] = values
     if not np.isfinite(nats).all():
         raise InputError(

@@ -29,7 +29,7 @@ from paramspec.execution.files import writing_to
 from paramspec.execution.limits import release_memory
 from paramspec.execution.parallel import hand_out, on_this_machine, worker_count
 from paramspec.execution.store import Store
-from paramspec.method.hooks import ValueVectorView, down_projections, value_vector_view
+from paramspec.method.hooks import ValueVectorView, unverified_view, value_vector_view
 from paramspec.method.kernels import arithmetic
 from paramspec.method.rows import Engine
 from paramspec.method.scoring import SCORING_VERSION, choose_engine
@@ -275,7 +275,7 @@ def _weights(checkpoint: Checkpoint) -> int:
     network = check_checkpoint(checkpoint)
     if network is None:
         return checkpoint.path.stat().st_size  # of a GGUF file: a byte or less for each
-    down_projections(network)
+    unverified_view(network)
     return network.num_parameters()
 
 

@@ -153,7 +153,7 @@ def encode_texts(
     for text, row in zip(texts, rows, strict=True):
         if len(row) < 2:
             raise InputError(f"statement {text!r}: no token to predict; write a sentence")
-    refuse_too_long(view, max(map(len, rows)), "a statement", "shorten it")
+    refuse_too_long(view, max(map(len, rows)), "a statement")
     return rows
 
 
