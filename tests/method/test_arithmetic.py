@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,13 +19,11 @@ from paramspec.method.masks import record_concepts
 from paramspec.method.rows import Engine, Request
 from paramspec.method.scoring import choose_engine, encode, score_options
 from paramspec.models.checkpoints import Checkpoint
-from paramspec.models.load import LoadedModel
 from paramspec.studies import runner
-from toy_study import toy_questions, toy_tokenizer
+from toy_study import loaded, toy_questions, toy_tokenizer
 from toys import toy_model
 
 FAMILIES = ("llama", "gpt2", "gemma2", "bloom")  # decoder layers, linear layers, MLPs; plain rows
-ENGINES = {"packed": Engine("packed", "", branches=True), "plain": Engine("plain", "")}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -44,82 +41,53 @@ def scores(view, asked, keeps=(None,), **given):
     return torch.cat(score_options(view, asked, keeps, **given))
 
 
-def engines(view):
-    """The engine of the model, and the plain one."""
-    return {choose_engine(view).name: choose_engine(view), "plain": ENGINES["plain"]}
-
-
-def test_free_memory_moves_nothing(view, monkeypatch):
-    asked = requests(30)
+def test_free_memory_and_threads_move_nothing(view, monkeypatch):
+    asked, before = requests(30), torch.get_num_threads()
     expected = scores(view, asked)
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            assert torch.equal(scores(view, asked), expected)
+    finally:
+        torch.set_num_threads(before)
     monkeypatch.setattr(kernels, "available_memory", lambda: 0)
     assert torch.equal(scores(view, asked), expected)
 
 
-def test_how_fast_an_operator_is_moves_nothing(view, monkeypatch):
-    """Whatever clock it looks at: each reading is later than the last, or all are the same."""
-    asked = requests(30)
-    expected = scores(view, asked)
-    for name in ("perf_counter", "monotonic", "process_time", "time"):
-        for step in (0.0, 1.0):
-            readings = iter(range(10**9))
-            monkeypatch.setattr(f"time.{name}", lambda r=readings, s=step: s * next(r))
-            kernels.packs.cache_clear()
-            assert torch.equal(scores(view, asked), expected)
-    monkeypatch.undo()
-    kernels.packs.cache_clear()
-
-
 def test_few_tokens_are_computed_as_many_are(view):
     """Alone, a question has less than `WORTH_PACKING` tokens; the same row beside others, more."""
-    asked = requests(80)
-    given = {
-        "engine": replace(choose_engine(view), shares=False),
-        "row_tokens": 1,  # a question fills a row, whichever questions begin alike
-        "batch_tokens": 1,  # a batch is a row: padding is its own
-    }
-    together = asked * 3
+    items = [request.item for request in requests(80)]
+    # Under a mask of its own, a question fills a row; of so few tokens, a batch is a row.
+    given = {"engine": choose_engine(view), "batch_tokens": 1}
+    together = [Request(item, mask) for mask, item in enumerate(items * 3)]
     assert sum(request.item.longest for request in together) >= kernels.WORTH_PACKING
-    whole = score_options(view, together, [None], **given)
-    for number, request in enumerate(asked):
-        (alone,) = score_options(view, [request], [None], **given)
-        assert torch.equal(alone, whole[number])
+    whole = score_options(view, together, [None] * len(together), **given)
+    for item, score in zip(items, whole, strict=False):
+        (alone,) = score_options(view, [Request(item, 0)], [None], **given)
+        assert torch.equal(alone, score)
 
 
 @pytest.mark.parametrize("most", [500, 100, 20])
 def test_a_batch_in_halves_gives_the_same_bits(view, most, monkeypatch):
-    asked = requests(30, masks=4)
-    draw = torch.Generator().manual_seed(0)
+    asked, draw = requests(30, masks=4), torch.Generator().manual_seed(0)
     keeps = [None, *(torch.rand(3, view.layers, view.width, generator=draw) > 0.05)]
-    expected = {name: scores(view, asked, keeps, engine=e) for name, e in engines(view).items()}
-    recorded = record_concepts(view, toy_tokenizer(), toy_questions(30)).sums
+    engines = choose_engine(view), Engine("plain", "")
     attempt, failures = batches._attempt, []
 
-    def scarce(forward, rows):
-        sizes = [len(row.row.tokens) if hasattr(row, "row") else len(row[0]) for row in rows]
-        if len(rows) > 1 and sum(sizes) > most:
+    def measure():
+        recorded = record_concepts(view, toy_tokenizer(), toy_questions(30)).sums
+        return [recorded, *(scores(view, asked, keeps, engine=engine) for engine in engines)]
+
+    def scarce(forward, rows, length):
+        if len(rows) > 1 and len(rows) * length > most:
             failures.append(rows)
-            return False, None
-        return attempt(forward, rows)
+            return None
+        return attempt(forward, rows, length)
 
+    expected = measure()
     monkeypatch.setattr(batches, "_attempt", scarce)
-    for name, engine in engines(view).items():
-        assert torch.equal(scores(view, asked, keeps, engine=engine), expected[name])
-    assert torch.equal(record_concepts(view, toy_tokenizer(), toy_questions(30)).sums, recorded)
+    assert all(torch.equal(*pair) for pair in zip(measure(), expected, strict=True))
     assert failures
-
-
-def test_as_many_threads_as_one_likes(view):
-    asked, before = requests(30), torch.get_num_threads()
-    try:
-        found = []
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            found.append(scores(view, asked))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
 
 
 # --- keys ---------------------------------------------------------------------------------------
@@ -140,23 +108,14 @@ def test_arithmetic_that_differs_has_another_key(monkeypatch):
 
 
 def test_a_worker_of_another_kind_is_refused(monkeypatch):
-    model = toy_model("llama", dtype=torch.bfloat16)
-    loaded = LoadedModel(
-        model=model,
-        tokenizer=toy_tokenizer(),
-        spec=None,
-        name="toy",
-        digest="digest",
-        dtype=torch.bfloat16,
-        device=torch.device("cpu"),
-    )
-    monkeypatch.setattr(runner, "load_model", lambda *_, **__: loaded)
+    model = loaded(toy_model("llama", dtype=torch.bfloat16))
+    monkeypatch.setattr(runner, "load_model", lambda *_, **__: model)
     found = Checkpoint("toy", None, Path("toy"))
-    planned = replace(runner.target_of(loaded), model=found)
-    assert runner._load(planned) is loaded
+    planned = runner.target_of(model)
+    assert runner._load(planned, found) is model
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")
     with pytest.raises(InputError, match=r"this machine computes .*SVE256.* use float32"):
-        runner._load(planned)
+        runner._load(planned, found)
 
 
 def test_a_processor_without_bfloat16_says_so():
@@ -166,10 +125,10 @@ def test_a_processor_without_bfloat16_says_so():
         "print(arithmetic(torch.bfloat16, 'cpu'))"
     )
     switches = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
-    library = str(Path(kernels.__file__).parents[2])
+    library = {"PYTHONPATH": str(Path(kernels.__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env=os.environ | switches | {"PYTHONPATH": library},
+        env=os.environ | switches | library,
         capture_output=True,
         text=True,
         timeout=120,
@@ -179,22 +138,16 @@ def test_a_processor_without_bfloat16_says_so():
         assert done.stdout.split()[1] == "AVX2"
 
 
-def test_a_lack_of_memory_is_not_taken_for_a_fault_of_the_model(monkeypatch):
-    """The choice of an engine would be free memory's."""
+def test_a_lack_of_memory_is_not_taken_for_a_fault_of_model_or_operators(monkeypatch):
+    """The choice of an engine, or of operators, would be free memory's."""
     view = value_vector_view(toy_model("llama"))
 
-    def scarce(forward, rows):
-        return False, None
-
-    monkeypatch.setattr(batches, "_attempt", scarce)
-    with pytest.raises(OutOfMemory, match="out of memory with one row"):
-        choose_engine(view)
-
-
-def test_a_lack_of_memory_is_not_taken_for_a_lack_of_operators(monkeypatch):
     def scarce(weight):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
+    monkeypatch.setattr(batches, "_attempt", lambda *_: None)
+    with pytest.raises(OutOfMemory, match="out of memory with one row"):
+        choose_engine(view)
     monkeypatch.setattr(kernels, "_pack", scarce)
     with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
         kernels._packing_works(torch.float32)

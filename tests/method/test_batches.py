@@ -19,28 +19,26 @@ def run(batches, room, error=MemoryError):
     """What `in_batches` runs where `room` tokens fit: results, and the sizes attempted."""
     attempts = []
 
-    def forward(rows):
-        attempts.append(sum(rows))
-        if sum(rows) > room:
+    def forward(rows, length):
+        attempts.append(len(rows) * length)
+        if attempts[-1] > room:
             raise error("DefaultCPUAllocator: can't allocate memory")
         return [10 * row for row in rows]
 
-    done = list(in_batches(batches, forward, tokens=sum))
-    return done, attempts
+    return list(in_batches(batches, forward, max)), attempts
 
 
 def test_batches_that_fit_are_run_as_they_come():
     batches = [[4, 3, 3], [2, 2], [1]]
-    done, attempts = run(batches, 10)
+    done, attempts = run(batches, 12)
     assert [rows for rows, _ in done] == batches
-    assert attempts == [10, 4, 1]
+    assert attempts == [12, 4, 1]
 
 
 @pytest.mark.parametrize("error", [MemoryError, RuntimeError, torch.OutOfMemoryError])
 @pytest.mark.parametrize("room", [1, 2, 3, 5, 9])
 def test_every_row_is_run_once_and_in_order_whatever_fits(room, error):
-    batches = [[1] * 9, [1] * 6, [1] * 4, [1]]
-    done, attempts = run(batches, room, error)
+    done, attempts = run([[1] * 9, [1] * 6, [1] * 4, [1]], room, error)
     assert [row for rows, _ in done for row in rows] == [1] * 20
     assert all(result == [10 * row for row in rows] for rows, result in done)
     assert all(sum(rows) <= room for rows, _ in done)
@@ -49,18 +47,23 @@ def test_every_row_is_run_once_and_in_order_whatever_fits(room, error):
     assert len(failed) == len(set(failed))
 
 
+def test_halves_keep_the_length_of_their_batch():
+    done, attempts = run([[7, 1]], 7)
+    assert ([rows for rows, _ in done], attempts) == ([[7], [1]], [14, 7, 7])
+
+
 def test_a_row_that_does_not_fit_is_told_in_one_line():
-    with pytest.raises(InputError, match="out of memory with one row of 7 tokens; use") as caught:
+    with pytest.raises(InputError, match="out of memory with one row of 7 tokens") as caught:
         run([[7, 1]], 6)
     assert "\n" not in str(caught.value)
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory():
-    def fail(rows):
+    def fail(rows, length):
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        list(in_batches([[1, 1]], fail, tokens=sum))
+        list(in_batches([[1, 1]], fail, max))
 
 
 def test_torch_on_this_cpu_is_recognized():
@@ -97,10 +100,10 @@ under_masks = [Request(item, mask) for mask in range(4) for item in items]
 alone = [Request(item, number % 4) for number, item in enumerate(items)]
 
 failed, attempt = [], batches._attempt
-def watched(forward, rows):  # only looks on
-    done = attempt(forward, rows)
-    if not done[0]:
-        failed.append(sum(len(getattr(row[0], "tokens", row[0])) for row in rows))
+def watched(forward, rows, length):  # only looks on
+    done = attempt(forward, rows, length)
+    if done is None:
+        failed.append(len(rows) * length)
     return done
 batches._attempt = watched
 

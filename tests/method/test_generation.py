@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import re
 
 import pytest
 import torch
-from transformers.pytorch_utils import Conv1D
 
+from oracles import with_vectors_zeroed
 from paramspec.errors import InputError
-from paramspec.method.generation import OPEN_PROMPT, decode, generate_answers, likeliest
+from paramspec.method.generation import (
+    OPEN_PROMPT,
+    answer_matches,
+    decode,
+    generate_answers,
+    likeliest,
+)
 from paramspec.method.hooks import value_vector_view
 from paramspec.specwiki import load_questions
 from toy_study import toy_tokenizer
@@ -25,24 +30,18 @@ PROMPTS = [
     "the age of alpha the age of beta the age of",
     "old ash new bee",
 ]
+AS_IT_IS = {"prompt": "{question}", "max_new_tokens": 6}
 
 
-def random_masks(view, share=0.3):
-    draw = torch.Generator().manual_seed(1)
-    shape = (len(PROMPTS) - 1, view.layers, view.width)
-    return [None, *(torch.rand(shape, generator=draw) > share)]
+@pytest.fixture
+def llama():
+    return value_vector_view(toy_model("llama"))
 
 
 @torch.no_grad()
-def greedy(view, tokenizer, prompt, keep, steps):
+def greedy(view, tokenizer, prompt, keep=None, steps=6):
     """The oracle: no padding, no cache, no hooks; masked value vectors are zeroed in a copy."""
-    model = copy.deepcopy(view.model)
-    if keep is not None:
-        for layer, name in enumerate(view.names):
-            module = model.get_submodule(name)
-            weight = module.weight.data if isinstance(module, Conv1D) else module.weight.data.T
-            weight[~keep[layer]] = 0
-    tokens = tokenizer.encode(prompt)
+    model, tokens = with_vectors_zeroed(view, keep), tokenizer.encode(prompt)
     start = len(tokens)
     for _ in range(steps):
         logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits
@@ -55,25 +54,22 @@ def greedy(view, tokenizer, prompt, keep, steps):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_under_masks_equal_a_greedy_loop_on_edited_weights(family):
     view, tokenizer = value_vector_view(toy_model(family)), toy_tokenizer()
-    masks = random_masks(view)
-    expected = [
-        greedy(view, tokenizer, prompt, keep, 6)
-        for prompt, keep in zip(PROMPTS, masks, strict=True)
-    ]
-    options = {"prompt": "{question}", "max_new_tokens": 6}
-    assert generate_answers(view, tokenizer, PROMPTS, masks, **options) == expected
-    assert generate_answers(view, tokenizer, PROMPTS, masks, batch_size=2, **options) == expected
-    unmasked = [greedy(view, tokenizer, prompt, None, 6) for prompt in PROMPTS]
-    assert generate_answers(view, tokenizer, PROMPTS, **options) == unmasked
+    draw = torch.Generator().manual_seed(1)
+    masks = [None, *(torch.rand(4, view.layers, view.width, generator=draw) > 0.3)]
+    pairs = zip(PROMPTS, masks, strict=True)
+    expected = [greedy(view, tokenizer, prompt, keep) for prompt, keep in pairs]
+    assert generate_answers(view, tokenizer, PROMPTS, masks, **AS_IT_IS) == expected
+    assert generate_answers(view, tokenizer, PROMPTS, masks, batch_size=2, **AS_IT_IS) == expected
+    unmasked = [greedy(view, tokenizer, prompt) for prompt in PROMPTS]
+    assert generate_answers(view, tokenizer, PROMPTS, **AS_IT_IS) == unmasked
     assert unmasked[0] == expected[0]
     assert sum(one != other for one, other in zip(unmasked, expected, strict=True)) >= 2
 
 
 @pytest.mark.parametrize("front", ["", "<s> "])
-def test_a_tokenizer_that_ends_texts_answers_as_one_that_does_not(front):
-    view = value_vector_view(toy_model("llama"))
+def test_a_tokenizer_that_ends_texts_answers_as_one_that_does_not(front, llama):
     bare, ending = (
-        generate_answers(view, toy_tokenizer(f"{front}$A{end}"), PROMPTS, prompt="{question}")
+        generate_answers(llama, toy_tokenizer(f"{front}$A{end}"), PROMPTS, **AS_IT_IS)
         for end in ("", " </s>")
     )
     assert bare == ending
@@ -81,24 +77,23 @@ def test_a_tokenizer_that_ends_texts_answers_as_one_that_does_not(front):
 
 
 @pytest.mark.parametrize("several", [True, False])
-def test_an_answer_ends_with_any_of_the_model_s_end_tokens(several):
+def test_an_answer_ends_with_any_of_the_model_s_end_tokens(several, llama):
     """Of the generation config, as of Llama 3's, and of the tokenizer."""
-    view, tokenizer = value_vector_view(toy_model("llama")), toy_tokenizer()
-    ((whole,),) = decode(view, tokenizer, PROMPTS[:1], likeliest, max_new_tokens=6)
+    tokenizer = toy_tokenizer()
+    ((whole,),) = decode(llama, tokenizer, PROMPTS[:1], likeliest, max_new_tokens=6)
     end = whole.tokens[2]
     if several:
-        view.model.generation_config.eos_token_id = [2, end]
+        llama.model.generation_config.eos_token_id = [2, end]
     else:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
-    ((row,),) = decode(view, tokenizer, PROMPTS[:1], likeliest, max_new_tokens=6)
+    ((row,),) = decode(llama, tokenizer, PROMPTS[:1], likeliest, max_new_tokens=6)
     assert row.tokens == whole.tokens[: whole.tokens.index(end) + 1]
 
 
-def test_a_model_without_numbers_gives_no_answer():
-    model = toy_model("llama")
-    model.lm_head.weight[5] = torch.nan
-    with pytest.raises(InputError, match=r"^the logits of LlamaForCausalLM are not numbers"):
-        decode(value_vector_view(model), toy_tokenizer(), PROMPTS[:1], likeliest)
+def test_a_model_without_numbers_gives_no_answer(llama):
+    llama.model.lm_head.weight[5] = torch.nan
+    with pytest.raises(InputError, match=r"of LlamaForCausalLM is not a finite number"):
+        decode(llama, toy_tokenizer(), PROMPTS[:1], likeliest)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -114,23 +109,18 @@ def test_prompts_of_unlike_length_are_answered_together_as_alone(family):
         assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-4)
         torch.testing.assert_close(one.state, other.state, rtol=0, atol=1e-4)
     texts = [tokenizer.decode(row.tokens, skip_special_tokens=True).strip() for row, _ in alone]
-    assert texts == [greedy(view, tokenizer, prompt, None, 6) for prompt in prompts]
+    assert texts == [greedy(view, tokenizer, prompt) for prompt in prompts]
 
 
-def test_an_answer_is_the_first_line_without_space_around_it(monkeypatch):
-    view, tokenizer = value_vector_view(toy_model("llama")), toy_tokenizer()
-    texts = [" Paris\nQuestion: What", "\n\nthe Thames \n", "", "Big Ben"]
-    monkeypatch.setattr(type(tokenizer), "batch_decode", lambda *_, **__: texts)
-    answers = generate_answers(view, tokenizer, PROMPTS[:4], prompt="{question}")
-    assert answers == ["Paris", "the Thames", "", "Big Ben"]
-
-
-def test_questions_may_hold_braces():
-    view, tokenizer = value_vector_view(toy_model("llama")), toy_tokenizer()
-    answers = generate_answers(
-        view, tokenizer, ["king of {question} {0}"], prompt="{question} is", max_new_tokens=2
+def test_an_answer_is_the_first_line_without_space_around_it(monkeypatch, llama):
+    tokenizer, texts = (
+        toy_tokenizer(),
+        [" Paris\nQuestion: What", "\n\nthe Thames \n", "", "Big Ben"],
     )
-    assert len(answers) == 1
+    monkeypatch.setattr(type(tokenizer), "batch_decode", lambda *_, **__: texts)
+    # A question may hold braces.
+    answers = generate_answers(llama, tokenizer, [*PROMPTS[:3], "{question} {0}"], **AS_IT_IS)
+    assert answers == ["Paris", "the Thames", "", "Big Ben"]
 
 
 def test_the_examples_of_the_prompt_are_about_no_concept():
@@ -138,3 +128,15 @@ def test_the_examples_of_the_prompt_are_about_no_concept():
     assert OPEN_PROMPT.endswith("Question: {question}\nAnswer:")
     for concept in {question.concept for question in load_questions()}:
         assert not re.search(rf"\b{re.escape(concept)}\b", OPEN_PROMPT), concept
+
+
+def test_squad_exact_match():
+    assert answer_matches(" the  Paris.", ["paris"])
+    assert answer_matches("A U.S.", ["USA", "US"])
+    assert not answer_matches("Paris, France", ["Paris"])
+    assert not answer_matches("", ["Paris"])
+    # Of some aliases, normalisation leaves nothing, and nothing is no answer.
+    for alias in ("A", "The", "#"):
+        assert not answer_matches("", [alias])
+        assert not answer_matches("an", [alias])
+        assert answer_matches(f" {alias.lower()} ", ["Paris", alias])

@@ -192,8 +192,9 @@ def test_scores_are_the_concepts_mean_minus_the_others(view):
             own = [each[q.id] for q in questions if q.concept == concept and q.fold in folds]
             others = [each[q.id] for q in questions if q.concept != concept and q.fold in folds]
             expected = np.mean(own, axis=0), np.mean(own, axis=0) - np.mean(others, axis=0)
-            actual = coefficients.related(concept, folds), (
-                value_vector_scores(coefficients, concept, folds)
+            actual = (
+                coefficients.related(concept, folds),
+                (value_vector_scores(coefficients, concept, folds)),
             )
             np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
             found += [actual[1]] if concept == "beta" else []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,10 +12,8 @@ from test_scoring import PACKED, random_items
 from paramspec.method.rows import (
     BATCH_COST,
     ROW_MULTIPLE,
-    Engine,
     Item,
     Request,
-    branches_within,
     cell_batches,
     fill_rows,
     round_up,
@@ -33,36 +30,31 @@ def prefixes(items):
     }
 
 
-def test_a_row_holds_each_needed_token_once():
-    items = random_items(15)
-    cells, plain = fill_rows([Request(item, 0) for item in items], PACKED, row_tokens=10_000)
-    assert (len(cells), plain) == (1, [])
-    assert len(cells[0].row.tokens) == len(prefixes(items))
+def cells_of(items, row_tokens, masks=1):
+    """The items under each of the masks."""
+    return fill_rows([Request(item, m) for m in range(masks) for item in items], PACKED, row_tokens)
+
+
+def size(cell):
+    return len(cell.row.tokens)
 
 
 def test_rows_keep_to_their_budget_and_lose_no_request():
     items = random_items(40)
     requests = [Request(item, index % 2) for index, item in enumerate(items)]
-    cells, _ = fill_rows(requests, PACKED, row_tokens=40)
+    cells = fill_rows(requests, PACKED, row_tokens=40)
     assert len(cells) > 2
     longest = max(len(prefixes([item])) for item in items)
-    assert max(len(cell.row.tokens) for cell in cells) < 40 + longest
+    assert max(map(size, cells)) < 40 + longest
     asked = [(cell.requests[read.item], cell.mask) for cell in cells for read in cell.row.reads]
     assert {number for number, _ in asked} == set(range(40))
     assert all(requests[number].mask == mask for number, mask in asked)
 
 
-def test_questions_that_share_nothing_have_their_own_prefixes_each():
-    items = random_items(15)
-    apart = Engine("packed", "asked for", shares=False)
-    cells, _ = fill_rows([Request(item, 0) for item in items], apart, row_tokens=10_000)
-    assert len(cells[0].row.tokens) == sum(len(prefixes([item])) for item in items)
-
-
-def test_a_token_sees_its_own_prefix():
-    cells, _ = fill_rows([Request(item, 0) for item in random_items(6)], PACKED, 10_000)
-    row = cells[0].row
-    sees = row.sees()
+def test_a_token_is_there_once_and_sees_its_own_prefix():
+    (cell,) = cells_of(random_items(6), 10_000)
+    assert size(cell) == len(prefixes(random_items(6)))
+    row, sees = cell.row, cell.row.sees()
     for node, depth in enumerate(row.depths):
         seen = [row.tokens[other] for other in np.flatnonzero(sees[node])]
         assert len(seen) == depth + 1
@@ -73,34 +65,30 @@ def test_a_token_sees_its_own_prefix():
 
 def test_what_is_read_off_a_row_is_each_option_after_its_prefix():
     items = random_items(6)
-    cells, _ = fill_rows([Request(item, 0) for item in items], PACKED, 10_000)
-    row, found = cells[0].row, {}
-    sees = row.sees()
+    (cell,) = cells_of(items, 10_000)
+    row, sees, found = cell.row, cell.row.sees(), {}
     for read, which in zip(row.reads, row.which, strict=True):
         assert row.places[which] == read.place
         prefix = tuple(row.tokens[other] for other in np.flatnonzero(sees[read.place]))
         found.setdefault((read.item, read.option), []).append((prefix, read.token))
     for (item, option), reads in found.items():
-        path = items[item].context + items[item].options[option]
-        start = len(items[item].context)
-        expected = [(path[:place], path[place]) for place in range(start, len(path))]
-        assert reads == expected
+        path, start = items[item].context + items[item].options[option], len(items[item].context)
+        assert reads == [(path[:place], path[place]) for place in range(start, len(path))]
     assert len(found) == 24
 
 
 def test_rows_of_a_mask_are_of_about_the_same_size():
-    requests = [Request(item, 0) for item in random_items(60)]
-    sizes = [len(cell.row.tokens) for cell in fill_rows(requests, PACKED, row_tokens=100)[0]]
+    items = random_items(60)
+    sizes = list(map(size, cells_of(items, 100)))
     assert len(sizes) > 3
-    longest = max(len(prefixes([request.item])) for request in requests)
+    longest = max(len(prefixes([item])) for item in items)
     assert max(sizes) - min(sizes) <= longest  # one question decides on which side of a cut it is
 
 
 def test_masks_that_are_asked_the_same_share_their_rows():
     items = random_items(12)
     requests = [Request(item, mask) for mask in range(3) for item in items]
-    requests += [Request(item, 3) for item in items[:4]]
-    cells, _ = fill_rows(requests, PACKED, row_tokens=40)
+    cells = fill_rows([*requests, *(Request(item, 3) for item in items[:4])], PACKED, row_tokens=40)
     of = {mask: [cell.row for cell in cells if cell.mask == mask] for mask in range(4)}
     assert of[0] == of[1] == of[2] != of[3]
 
@@ -111,28 +99,22 @@ def test_batches_hold_every_cell_once_and_keep_to_their_budget(branches, budget)
     items = random_items(30)
     requests = [Request(item, mask) for mask in range(5) for item in items]
     requests += [Request(item, 5 + number) for number, item in enumerate(items)]
-    cells, _ = fill_rows(requests, PACKED, row_tokens=50)
+    cells = fill_rows(requests, PACKED, row_tokens=50)
     batches = cell_batches(cells, budget, branches)
     assert sorted(map(id, itertools.chain(*batches))) == sorted(map(id, cells))
-    sizes = [len(batch) * max(len(cell.row.tokens) for cell in batch) for batch in batches]
+    sizes = [len(batch) * max(map(size, batch)) for batch in batches]
     assert sizes == sorted(sizes, reverse=True)
-    for batch, size in zip(batches, sizes, strict=True):
-        assert size <= budget or len(batch) == 1
+    assert all(one <= budget or len(batch) == 1 for one, batch in zip(sizes, batches, strict=True))
 
 
 def test_a_long_beginning_is_computed_once():
     """Few-shot examples before every question: no row per question, though each is a row's size."""
     beginning = tuple(range(100, 160))
     items = [Item(beginning + item.context, item.options) for item in random_items(12)]
-    requests = [Request(item, 0) for item in items]
-    cells, _ = fill_rows(requests, PACKED, row_tokens=50)
-    assert sum(len(cell.row.tokens) for cell in cells) == len(prefixes(items))
-    apart, _ = fill_rows(requests, replace(PACKED, shares=False), row_tokens=50)
-    assert len(apart) == 12
+    assert sum(map(size, cells_of(items, 50))) == len(prefixes(items))
     # Not without end: attention over a row is quadratic where it is not by blocks.
     items = [Item((*beginning, 7, n), ((n, 1), (n, 2))) for n in range(1000)]
-    cells, _ = fill_rows([Request(item, 0) for item in items], PACKED, row_tokens=50)
-    assert max(len(cell.row.tokens) for cell in cells) <= 8 * 50 + 100
+    assert max(map(size, cells_of(items, 50))) <= 8 * 50 + 100
 
 
 def test_rows_of_unlike_length_are_batched_at_the_least_cost():
@@ -140,32 +122,25 @@ def test_rows_of_unlike_length_are_batched_at_the_least_cost():
     budget, items = 160, random_items(40)
     asked = [items[4 * mask : 4 * mask + 1 + mask % 4] for mask in range(10)]
     requests = [Request(item, mask) for mask, own in enumerate(asked) for item in own]
-    cells, _ = fill_rows(requests, PACKED, row_tokens=50)
-    lengths = sorted((round_up(len(cell.row.tokens), ROW_MULTIPLE) for cell in cells), reverse=True)
+    cells = fill_rows(requests, PACKED, row_tokens=50)
+    lengths = sorted((round_up(size(cell), ROW_MULTIPLE) for cell in cells), reverse=True)
 
     def cost(batches):
-        sizes = [len(batch) * max(batch) for batch in batches]
         fits = all(len(batch) == 1 or len(batch) * max(batch) <= budget for batch in batches)
-        return sum(sizes) + BATCH_COST * len(batches) if fits else math.inf
+        computed = sum(len(batch) * max(batch) + BATCH_COST for batch in batches)
+        return computed if fits else math.inf
 
-    cuts = itertools.product([False, True], repeat=len(lengths) - 1)
-    ends = [[i + 1 for i, cut in enumerate(way) if cut] for way in cuts]
-    ways = [
-        [lengths[start:end] for start, end in itertools.pairwise([0, *way, len(lengths)])]
-        for way in ends
-    ]
+    ways = []
+    for cuts in itertools.product([False, True], repeat=len(lengths) - 1):
+        ends = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), len(lengths)]
+        ways.append([lengths[start:end] for start, end in itertools.pairwise(ends)])
     found = [
-        [round_up(len(cell.row.tokens), ROW_MULTIPLE) for cell in batch]
+        [round_up(size(cell), ROW_MULTIPLE) for cell in batch]
         for batch in cell_batches(cells, budget, branches=False)
     ]
     assert cost(found) == min(map(cost, ways)) < cost([[length] for length in lengths])
 
 
 def test_several_masks_of_a_row_are_a_batch_without_padding():
-    items = random_items(30)
-    requests = [Request(item, mask) for mask in range(5) for item in items]
-    cells, _ = fill_rows(requests, PACKED, row_tokens=50)
-    engine = Engine("packed", "asked for", branches=True)
-    batches = cell_batches(cells, 300, branches=True)
-    assert all(branches_within(batch, engine) for batch in batches)
-    assert not any(branches_within(batch, PACKED) for batch in batches)
+    batches = cell_batches(cells_of(random_items(30), 50, masks=5), 300, branches=True)
+    assert all(len({cell.row for cell in batch}) == 1 < len(batch) for batch in batches)
