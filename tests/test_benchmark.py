@@ -41,8 +41,7 @@ def masked(loaded, view) -> peers.Work:
         for number, question in enumerate(questions)
     ]
     assert {len(option) for request in requests for option in request.item.options} == {1, 2}
-    options = [question.options for question in questions]
-    return peers.Work("masked", requests, [*keeps, None], [*vectors, None], options)
+    return peers.Work("masked", requests, [*keeps, None], [*vectors, None], questions)
 
 
 def agree(actual, expected):

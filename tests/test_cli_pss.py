@@ -327,7 +327,7 @@ def test_a_question_that_no_model_position_is_left_for(pss, tmp_path, family):
     last = error.rstrip("\n").split("\n")[-1]
     assert re.fullmatch(
         rf"paramspec: error: {model[0]}: [\w /-]+ of 7\d tokens does not fit the model's context "
-        r"of 64 tokens; shorten its cloze or its options",
+        r"of 64 tokens; shorten it",
         last,
     )
 

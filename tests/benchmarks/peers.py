@@ -30,6 +30,7 @@ from paramspec.method.hooks import ValueVectorView
 from paramspec.method.rows import Engine, Request
 from paramspec.method.scoring import score_options
 from paramspec.models.load import LoadedModel
+from paramspec.specwiki import Question
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
@@ -44,20 +45,20 @@ class Work:
         requests: `Request.mask` counts `keeps` and `vectors`.
         keeps: bool `[layers, width]` a mask, False where masked, or None for no mask.
         vectors: the same masks as int32 `[n, 2]` of (layer, value vector).
-        options: the texts of each request's options, to choose between them by characters.
+        questions: of each request, to choose between its options by characters.
     """
 
     name: str
     requests: Sequence[Request]
     keeps: Sequence[Tensor | None] = (None,)
     vectors: Sequence[Tensor | None] = (None,)
-    options: Sequence[Sequence[str]] = field(default=(), repr=False)
+    questions: Sequence[Question] = field(default=(), repr=False)
 
     def only(self, indices: Sequence[int]) -> Work:
         """`work.only(range(8))`: some of the requests, under the same masks."""
         requests = [self.requests[index] for index in indices]
-        options = [self.options[index] for index in indices] if self.options else ()
-        return Work(self.name, requests, self.keeps, self.vectors, options)
+        questions = [self.questions[index] for index in indices] if self.questions else ()
+        return Work(self.name, requests, self.keeps, self.vectors, questions)
 
 
 class Needed(NamedTuple):
@@ -106,6 +107,13 @@ def needed(requests: Sequence[Request]) -> Needed:
 def engine(view: ValueVectorView, chosen: Engine, work: Work) -> list[Tensor]:
     """`engine(view, choose_engine(view), work)`: what is measured."""
     return score_options(view, work.requests, work.keeps, engine=chosen)
+
+
+def unshared(view: ValueVectorView, chosen: Engine, work: Work) -> list[Tensor]:
+    """`unshared(view, choose_engine(view), work)`: each question under a mask of its own."""
+    requests = [Request(item, number) for number, (item, _) in enumerate(work.requests)]
+    keeps = [work.keeps[request.mask] for request in work.requests]
+    return score_options(view, requests, keeps, engine=chosen)
 
 
 def one_at_a_time(view: ValueVectorView, work: Work) -> list[Tensor]:

@@ -49,14 +49,15 @@ from paramspec.execution.provenance import hardware, versions
 from paramspec.method.hooks import ValueVectorView, value_vector_view
 from paramspec.method.masks import keep_tensor, record_concepts, top_vectors, value_vector_scores
 from paramspec.method.pss import Choices, asked_questions
-from paramspec.method.rows import Engine, Request
-from paramspec.method.scoring import choose, choose_engine, encode
+from paramspec.method.rows import Request
+from paramspec.method.scoring import choose_engine, encode, mark
 from paramspec.models.load import LoadedModel, load_model
 from paramspec.specwiki import load_questions
 from turns import measure_peak, products, report, timed, times
 
 ENGINE, HOOKS, LM_EVAL, NNSIGHT = "paramspec", "hooks", "lm-eval", "nnsight"
 SHARED, UNSHARED, STOCK = "as is", "nothing shared between questions", "stock linear layers"
+WAYS = {SHARED: peers.engine, UNSHARED: peers.unshared}
 PACKAGES = ("torch", "transformers", "lm-eval", "nnsight")
 MEASURED = ("seconds", "low", "high", "ratio", "ratio_unshared", "ratio_stock", "share")
 MEASURED += ("differing", "difference")
@@ -108,7 +109,7 @@ def unmasked_work(loaded: LoadedModel, count: int) -> peers.Work:
     every = load_questions()
     questions = every[:: len(every) // count][:count]
     requests = [Request(encode(loaded.tokenizer, question), 0) for question in questions]
-    return peers.Work("unmasked", requests, options=[question.options for question in questions])
+    return peers.Work("unmasked", requests, questions=questions)
 
 
 def masked_work(loaded: LoadedModel, given: argparse.Namespace) -> peers.Work:
@@ -117,22 +118,23 @@ def masked_work(loaded: LoadedModel, given: argparse.Namespace) -> peers.Work:
     choices = Choices(ratios=(growth.RATIO,), general=given.general)
     coefficients = record_concepts(view, loaded.tokenizer, questions)
     items = {question.id: encode(loaded.tokenizer, question) for question in questions}
-    requests, options, vectors = [], [], []
+    requests, asked, vectors = [], [], []
     for mask, concept in enumerate(coefficients.concepts):
         scores = value_vector_scores(coefficients, concept)
         vectors.append(top_vectors(scores, growth.RATIO))
         for question, _ in asked_questions(questions, concept, choices):
             requests.append(Request(items[question.id], mask))
-            options.append(question.options)
+            asked.append(question)
     keeps = [keep_tensor(chosen, view.layers, view.width) for chosen in vectors]
-    return peers.Work("masked", requests, keeps, vectors, options)
+    return peers.Work("masked", requests, keeps, vectors, asked)
 
 
-def variants(engine: Engine, dtype: str) -> dict[str, Engine]:
-    """`variants(choose_engine(view), "float32")`: what is the algorithm's, what the library's."""
-    found = {SHARED: engine, UNSHARED: replace(engine, shares=False)}
+def variants(view: ValueVectorView, dtype: str) -> dict[str, Callable[[peers.Work], list[Tensor]]]:
+    """`variants(view, "float32")`: what is the algorithm's, what the library's."""
+    engine = choose_engine(view)
+    found = {way: partial(run, view, engine) for way, run in WAYS.items()}
     if dtype == "float32":
-        found[STOCK] = replace(engine, prepacked=False)
+        found[STOCK] = partial(peers.engine, view, replace(engine, prepacked=False))
     return found
 
 
@@ -141,10 +143,7 @@ def contenders(
 ) -> list[Runner]:
     """`contenders(work, loaded, view, given)`: ready to be timed, the engine first."""
     dtype = str(loaded.dtype).removeprefix("torch.")
-    runners = [
-        Runner(ENGINE, variant, partial(peers.engine, view, engine))
-        for variant, engine in variants(choose_engine(view), dtype).items()
-    ]
+    runners = [Runner(ENGINE, variant, run) for variant, run in variants(view, dtype).items()]
     slow = f"one option a pass, 1/{given.rounds} of the questions a round"
     runners.append(Runner(HOOKS, slow, partial(peers.one_at_a_time, view), given.rounds))
     name, package = {"unmasked": (LM_EVAL, "lm_eval"), "masked": (NNSIGHT, "nnsight")}[work.name]
@@ -239,9 +238,9 @@ def compare(
     differing, difference = 0, 0.0
     for index, score in scores.items():
         ours, theirs = (
-            choose(each.tolist(), work.options[index]) for each in (score, reference[index])
+            mark(each.tolist(), work.questions[index]) for each in (score, reference[index])
         )
-        differing += ours != theirs
+        differing += any(ours[name] != theirs[name] for name in ("predicted", "predicted_norm"))
         difference = max(difference, float((score - reference[index]).abs().max()))
     return {"differing": differing, "difference": difference}
 

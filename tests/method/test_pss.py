@@ -32,11 +32,9 @@ from paramspec.tables import DETAIL_COLUMNS, PSS_COLUMNS
 from toy_study import CONCEPTS, measured, toy_questions, toy_tokenizer
 from toys import toy_model
 
-KINDS = {"none", "concept", "random", "magnitude", "other"}
-
-
 GENERAL = 4
 CHOICES = Choices(ratios=(0.1, 0.5), controls=2, general=GENERAL, seed=3)
+THREE = CONCEPTS[:3]
 
 
 @pytest.fixture(scope="module", params=["llama", "bloom"])  # a packed and a plain engine
@@ -46,28 +44,38 @@ def study(request):
     return model, questions, measured(model, questions, CHOICES)
 
 
+@pytest.fixture
+def llama():
+    return toy_model("llama")
+
+
+def same_but_for_rounding(one, other):
+    """Two tables of the same questions and masks; log-likelihoods may differ by rounding."""
+    if "option_logprobs" in one:
+        given = np.stack(one["option_logprobs"]), np.stack(other["option_logprobs"])
+        np.testing.assert_allclose(*given, rtol=0, atol=1e-3)
+        one, other = one.drop(columns="option_logprobs"), other.drop(columns="option_logprobs")
+    pd.testing.assert_frame_equal(one.reset_index(drop=True), other.reset_index(drop=True))
+
+
+def same_masks(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_scores_that_are_known_without_a_mask_are_taken_as_they_are(study):
     model, questions, tables = study
-    none = tables.details[tables.details["mask"] == "none"]
-    known = {
-        name: torch.tensor(scores)
-        for name, scores in none[["question_id", "option_logprobs"]].values
-    }
-    pd.testing.assert_frame_equal(
-        measured(model, questions, CHOICES, unmasked=known).pss, tables.pss
-    )
+    own = tables.details["mask"] == "none"
+    scored = tables.details[own][["question_id", "option_logprobs"]].values
+    known = {name: torch.tensor(scores) for name, scores in scored}
+    again = measured(model, questions, CHOICES, unmasked=known).pss
+    pd.testing.assert_frame_equal(again, tables.pss)
     moved = {name: scores.flip(0) for name, scores in known.items()}
     other = measured(model, questions, CHOICES, unmasked=moved).details
-    own = other["mask"] == "none"
-    assert other["option_logprobs"][own].map(list).tolist() == [
+    assert other["option_logprobs"][own].tolist() == [
         moved[name].tolist() for name in other["question_id"][own]
     ]
-    np.testing.assert_allclose(
-        np.stack(other["option_logprobs"][~own]),
-        np.stack(tables.details["option_logprobs"][~own]),
-        rtol=0,
-        atol=1e-4,
-    )
+    same_but_for_rounding(other[~own], tables.details[~own])
 
 
 # What is written
@@ -88,21 +96,18 @@ def test_columns_and_types_are_those_of_the_schema(study):
 
 def test_there_is_a_row_for_every_concept_ratio_mask_and_seed(study):
     _, questions, tables = study
-    expected = {(concept, 0.0, "none", 3) for concept in CONCEPTS[:3]}
-    expected |= {(concept, ratio, "concept", 3) for concept in CONCEPTS[:3] for ratio in (0.1, 0.5)}
-    expected |= set(
-        itertools.product(CONCEPTS[:3], (0.1, 0.5), ("random", "magnitude", "other"), (3, 4))
-    )
+    expected = {(concept, 0.0, "none", 3) for concept in THREE}
+    expected |= {(concept, ratio, "concept", 3) for concept in THREE for ratio in (0.1, 0.5)}
+    expected |= set(itertools.product(THREE, (0.1, 0.5), ("random", "magnitude", "other"), (3, 4)))
     keys = list(tables.pss[["concept", "ratio", "mask", "seed"]].itertuples(index=False, name=None))
     assert len(keys) == len(set(keys))
     assert set(keys) == expected
-    assert set(tables.pss["n_concept"]) == {10}
-    assert set(tables.pss["n_general"]) == {GENERAL}
     assert len(tables.details) == (10 + GENERAL) * len(expected)
-    assert evaluations(CHOICES, questions, CONCEPTS[:3]) == len(tables.details)
+    assert evaluations(CHOICES, questions, THREE) == len(tables.details)
     about = {question.concept: (question.domain, question.tier) for question in questions}
     for row in tables.pss.itertuples():
         assert (row.domain, row.tier) == about[row.concept]
+        assert (row.n_concept, row.n_general) == (10, GENERAL)
 
 
 def test_every_detail_equals_scoring_one_option_at_a_time(study):
@@ -111,21 +116,16 @@ def test_every_detail_equals_scoring_one_option_at_a_time(study):
     by_id = {question.id: question for question in questions}
     every = 1 if type(model).__name__ == "LlamaForCausalLM" else 3
     for row in tables.details.iloc[::every].itertuples():
-        question = by_id[row.question_id]
-        name = mask_name("toy", row.mask_concept, row.ratio, row.mask, row.seed)
-        keep = None
+        question, keep = by_id[row.question_id], None
         if row.mask != "none":
+            name = mask_name("toy", row.mask_concept, row.ratio, row.mask, row.seed)
             keep = keep_tensor(tables.masks[name], view.layers, view.width)
-        item = encode(tokenizer, question)
-        expected = score_one_at_a_time(view, item, keep).numpy()
+        expected = score_one_at_a_time(view, encode(tokenizer, question), keep).numpy()
         np.testing.assert_allclose(row.option_logprobs, expected, rtol=0, atol=1e-3)
         assert row.option_tokens == [len(option.split()) for option in question.options]
-        per_character = [
-            value / len(option)
-            for value, option in zip(row.option_logprobs, question.options, strict=True)
-        ]
-        assert row.predicted == max(range(4), key=lambda i, v=row.option_logprobs: v[i])
-        assert row.predicted_norm == max(range(4), key=lambda i, v=per_character: v[i])
+        per_character = np.divide(row.option_logprobs, list(map(len, question.options)))
+        assert row.predicted == np.argmax(row.option_logprobs)
+        assert row.predicted_norm == np.argmax(per_character)
         assert row.correct == (row.predicted == question.answer)
         assert row.correct_norm == (row.predicted_norm == question.answer)
 
@@ -136,22 +136,18 @@ def test_details_hold_all_outcomes(study):
     assert set(zip(details["correct"], details["correct_norm"], strict=True)) == set(
         itertools.product((False, True), repeat=2)
     )
-    unmasked = details[details["mask"] == "none"].set_index(["mask_concept", "question_id"])
-    for kind in KINDS - {"none"}:
-        moved = [
-            np.max(np.abs(np.subtract(row.option_logprobs, unmasked.loc[key, "option_logprobs"])))
-            for row in details[details["mask"] == kind].itertuples()
-            for key in [(row.mask_concept, row.question_id)]
-        ]
-        assert min(moved) > 1e-2
+    keys = ["mask_concept", "question_id"]
+    unmasked = details[details["mask"] == "none"].set_index(keys)["option_logprobs"]
+    masked = details[details["mask"] != "none"].set_index(keys)["option_logprobs"]
+    moved = np.stack(masked) - np.stack(unmasked.loc[masked.index])
+    assert abs(moved).max(axis=1).min() > 1e-2
 
 
-def test_what_a_model_cannot_decide_is_shared_by_the_options(study):
+def test_what_a_model_cannot_decide_is_shared_by_the_options(llama):
     """Every word is equally likely: sums tie where options have as many words."""
     questions = toy_questions(3)
-    model = toy_model("llama")
-    model.lm_head.weight.zero_()
-    tables = measured(model, questions, Choices(ratios=(0.1,), general=5))
+    llama.lm_head.weight.zero_()
+    tables = measured(llama, questions, Choices(ratios=(0.1,), general=5))
     share = {}
     for question in questions:
         lengths = [len(option) for option in question.options]
@@ -159,9 +155,8 @@ def test_what_a_model_cannot_decide_is_shared_by_the_options(study):
         share[question.id] = (question.answer in longest) / len(longest)
     assert {0, 0.5, 1} < set(share.values()) | {0.25}
     for row in tables.details.itertuples():
-        assert (row.correct, row.correct_norm) == (0.25, share[row.question_id])
-        assert row.predicted == 0
-    own = [np.mean([share[q.id] for q in questions if q.concept == c]) for c in CONCEPTS[:3]]
+        assert (row.predicted, row.correct, row.correct_norm) == (0, 0.25, share[row.question_id])
+    own = [np.mean([share[q.id] for q in questions if q.concept == c]) for c in THREE]
     none = tables.pss[tables.pss["mask"] == "none"]
     np.testing.assert_allclose(none["concept_accuracy"], own)
     summary = summarize(tables.pss).set_index(["mask", "ratio"])
@@ -182,10 +177,9 @@ def test_accuracies_are_shares_of_the_details(study):
         assert row.role == ("concept" if own else "general")
         right[row.mask_concept, row.ratio, row.mask, row.seed, own].append(row.correct_norm)
     for row in tables.pss.itertuples():
-        own = right[row.concept, row.ratio, row.mask, row.seed, True]
-        general = right[row.concept, row.ratio, row.mask, row.seed, False]
-        assert row.concept_accuracy == pytest.approx(sum(own) / 10)
-        assert row.general_accuracy == pytest.approx(sum(general) / GENERAL)
+        key = row.concept, row.ratio, row.mask, row.seed
+        assert row.concept_accuracy == pytest.approx(sum(right[*key, True]) / 10)
+        assert row.general_accuracy == pytest.approx(sum(right[*key, False]) / GENERAL)
 
 
 def test_masks_are_those_that_the_rows_name(study):
@@ -210,17 +204,11 @@ def test_masks_are_those_that_the_rows_name(study):
 
 
 def test_the_other_mask_is_another_concepts_own(study):
-    tables = study[2]
-    for ratio, seed in itertools.product(("0.1", "0.5"), (3, 4)):
-        for concept in CONCEPTS[:3]:
-            theirs = tables.masks[f"toy/{concept}/{ratio}/other/{seed}"]
-            owners = [
-                owner
-                for owner in CONCEPTS[:3]
-                if torch.equal(theirs, tables.masks[f"toy/{owner}/{ratio}/concept/3"])
-            ]
-            assert owners == [other_concept(CONCEPTS[:3], concept, seed)]
-            assert owners != [concept]
+    masks = study[2].masks
+    for ratio, seed, concept in itertools.product(("0.1", "0.5"), (3, 4), THREE):
+        theirs = masks[f"toy/{concept}/{ratio}/other/{seed}"]
+        owners = [o for o in THREE if torch.equal(theirs, masks[f"toy/{o}/{ratio}/concept/3"])]
+        assert owners == [other_concept(THREE, concept, seed)] != [concept]
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -244,35 +232,24 @@ def test_partners_stand_on_a_circle(count):
 def test_shards_give_what_the_whole_gives(study):
     """A concept's masks, general questions and scores do not depend on who is measured beside."""
     model, questions, whole = study
-    parts = [measured(model, questions, CHOICES, [concept]) for concept in CONCEPTS[:3]]
-    pd.testing.assert_frame_equal(
-        pd.concat([part.pss for part in parts], ignore_index=True).sort_values(
-            ["concept", "ratio", "mask", "seed"], ignore_index=True
-        ),
-        whole.pss.sort_values(["concept", "ratio", "mask", "seed"], ignore_index=True),
-    )
-    details = pd.concat([part.details for part in parts], ignore_index=True)
-    pd.testing.assert_frame_equal(
-        details.drop(columns="option_logprobs"), whole.details.drop(columns="option_logprobs")
-    )
-    np.testing.assert_allclose(
-        details["option_logprobs"].tolist(), whole.details["option_logprobs"].tolist(), atol=1e-3
-    )
-    for name, vectors in itertools.chain(*(part.masks.items() for part in parts)):
-        assert torch.equal(vectors, whole.masks[name])
+    parts = [measured(model, questions, CHOICES, [concept]) for concept in THREE]
+    same_but_for_rounding(pd.concat([part.details for part in parts]), whole.details)
+    keys = ["concept", "ratio", "mask", "seed"]
+    together = pd.concat([part.pss for part in parts])
+    same_but_for_rounding(together.sort_values(keys), whole.pss.sort_values(keys))
+    same_masks({name: mask for part in parts for name, mask in part.masks.items()}, whole.masks)
 
 
-def test_the_same_seed_gives_the_same_study_and_another_seed_another():
-    model, questions = toy_model("llama"), toy_questions(3)
-    choices = Choices(ratios=(0.2,), general=5)
-    first, again = (measured(model, questions, choices) for _ in range(2))
+def test_the_same_seed_gives_the_same_study_and_another_seed_another(llama):
+    questions, choices = toy_questions(3), Choices(ratios=(0.2,), general=5)
+    first, again = (measured(llama, questions, choices) for _ in range(2))
     pd.testing.assert_frame_equal(first.details, again.details)
-    other = measured(model, questions, choices.model_copy(update={"seed": 1}))
-    for concept in CONCEPTS[:3]:
-        own = f"toy/{concept}/0.2/concept"
-        assert torch.equal(first.masks[f"{own}/0"], other.masks[f"{own}/1"])
-        chance = f"toy/{concept}/0.2/random"
-        assert not torch.equal(first.masks[f"{chance}/0"], other.masks[f"{chance}/1"])
+    other = measured(llama, questions, choices.model_copy(update={"seed": 1}))
+    for concept in THREE:
+        for kind in ("concept", "random"):
+            name = f"toy/{concept}/0.2/{kind}"
+            same = torch.equal(first.masks[f"{name}/0"], other.masks[f"{name}/1"])
+            assert same == (kind == "concept")
     asked = [set(tables.details["question_id"].iloc[10:15]) for tables in (first, other)]
     assert asked[0] != asked[1]
 
@@ -317,35 +294,32 @@ def with_other_clozes(questions, fold):
     ]
 
 
-def test_holdout_scores_on_fold_1_and_chooses_on_fold_0():
-    model, questions = toy_model("llama"), toy_questions(4)
+def test_holdout_scores_on_fold_1_and_chooses_on_fold_0(llama):
+    questions = toy_questions(4)
     choices = Choices(ratios=(0.2,), general=5, protocol="holdout")
-    tables = measured(model, questions, choices)
+    tables = measured(llama, questions, choices)
     fold = {question.id: question.fold for question in questions}
     assert {fold[name] for name in tables.details["question_id"]} == {1}
     assert set(tables.pss["n_concept"]) == {5}
     assert set(tables.pss["protocol"]) == {"holdout"}
 
-    scored_otherwise = measured(model, with_other_clozes(questions, 1), choices)
-    assert tables.masks.keys() == scored_otherwise.masks.keys()
-    for name, vectors in tables.masks.items():
-        assert torch.equal(vectors, scored_otherwise.masks[name]), name
+    scored_otherwise = measured(llama, with_other_clozes(questions, 1), choices)
+    same_masks(tables.masks, scored_otherwise.masks)
     assert tables.details["option_logprobs"].tolist() != (
         scored_otherwise.details["option_logprobs"].tolist()
     )
-    chosen_otherwise = measured(model, with_other_clozes(questions, 0), choices)
+    chosen_otherwise = measured(llama, with_other_clozes(questions, 0), choices)
     for kind in ("concept", "magnitude", "other"):
         name = f"toy/alpha/0.2/{kind}/0"
         assert not torch.equal(tables.masks[name], chosen_otherwise.masks[name])
 
 
-def test_the_papers_protocol_chooses_and_scores_on_both_folds():
-    model, questions = toy_model("llama"), toy_questions(4)
-    choices = Choices(ratios=(0.2,), general=5)
-    tables = measured(model, questions, choices)
+def test_the_papers_protocol_chooses_and_scores_on_both_folds(llama):
+    questions, choices = toy_questions(4), Choices(ratios=(0.2,), general=5)
+    tables = measured(llama, questions, choices)
     assert set(tables.pss["n_concept"]) == {10}
     for fold in (0, 1):
-        otherwise = measured(model, with_other_clozes(questions, fold), choices)
+        otherwise = measured(llama, with_other_clozes(questions, fold), choices)
         name = "toy/alpha/0.2/concept/0"
         assert not torch.equal(tables.masks[name], otherwise.masks[name])
 
@@ -359,65 +333,61 @@ def test_ratios_are_sorted_unique_and_without_zero():
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("given", "place"),
     [
-        ({"ratios": (0.1, 1.5)}, r"ratios\[1\] 1\.5: input should be less than or equal to 1"),
+        ({"ratios": (0.1, 1.5)}, r"ratios\[1\] 1\.5: "),
         ({"ratios": (float("nan"),)}, r"ratios\[0\] nan: "),
-        ({"ratios": (0.1, "a")}, r"ratios\[1\] 'a': input should be a valid number"),
-        ({"position": "first"}, r"position 'first': input should be 'mean' or 'last'"),
+        ({"ratios": (0.1, "a")}, r"ratios\[1\] 'a': "),
+        ({"position": "first"}, r"position 'first': "),
         ({"controls": -1}, r"controls -1: "),
         ({"general": 0}, r"general 0: "),
         ({"seed": 2**70}, r"seed 1180591620717411303424: "),
-        ({"ratio": 0.1}, r"ratio 0\.1: extra inputs are not permitted"),
+        ({"ratio": 0.1}, r"ratio 0\.1: "),
         ({"folds": ()}, r"folds \(\): "),
-        ({"folds": (0, -1)}, r"folds\[1\] -1: input should be 0 or 1"),
-        ({"nulls": ("random", "none")}, r"nulls\[1\] 'none': .*'random', 'magnitude' or 'other'"),
+        ({"nulls": ("random", "none")}, r"nulls\[1\] 'none': "),
     ],
 )
-def test_a_choice_that_is_none_is_one_line(given, message):
-    with pytest.raises(InputError, match=message) as caught:
+def test_a_choice_that_is_none_is_one_line(given, place):
+    with pytest.raises(InputError, match=rf"^{place}") as caught:
         Choices.parse(**given)
     assert "\n" not in str(caught.value)
 
 
-def test_without_controls_or_ratios_there_are_fewer_masks():
-    model, questions = toy_model("llama"), toy_questions(3)
-    tables = measured(model, questions, Choices(ratios=(0.2,), controls=0, general=5))
+def test_without_controls_or_ratios_there_are_fewer_masks(llama):
+    questions = toy_questions(3)
+    tables = measured(llama, questions, Choices(ratios=(0.2,), controls=0, general=5))
     assert set(tables.pss["mask"]) == {"none", "concept"}
-    tables = measured(model, questions, Choices(ratios=(0.0,), general=5))
+    tables = measured(llama, questions, Choices(ratios=(0.0,), general=5))
     assert set(tables.pss["mask"]) == {"none"}
     assert tables.masks == {}
     assert len(summarize(tables.pss)) == 1
     assert peak_pss(tables.pss).empty
 
 
-def test_the_concept_mask_grows_with_the_ratio():
+def test_the_concept_mask_grows_with_the_ratio(llama):
     """Masks of a concept are nested: a larger ratio adds to a smaller one's."""
-    view = value_vector_view(toy_model("llama"))
-    coefficients = record_concepts(view, toy_tokenizer(), toy_questions(3))
+    coefficients = record_concepts(value_vector_view(llama), toy_tokenizer(), toy_questions(3))
     choices = Choices(ratios=(0.1, 0.2, 0.5, 1.0), controls=0)
-    masks = concept_masks(coefficients, "beta", choices)
-    for smaller, larger in itertools.pairwise(masks):
-        assert set(map(tuple, smaller.vectors.tolist())) < set(map(tuple, larger.vectors.tolist()))
-    assert len(masks[-1].vectors) == view.layers * view.width
+    masks = [
+        set(map(tuple, m.vectors.tolist())) for m in concept_masks(coefficients, "beta", choices)
+    ]
+    assert all(smaller < larger for smaller, larger in itertools.pairwise(masks))
 
 
 # The folds and the kinds of controls that a study takes
 
 
-def test_a_study_of_one_fold_is_that_of_its_questions_alone():
+def test_a_study_of_one_fold_is_that_of_its_questions_alone(llama):
     """Of the other fold, neither the questions nor their coefficients are used."""
-    model, questions = toy_model("llama"), toy_questions(4)
-    both = Choices(ratios=(0.2,), controls=2, general=5)
+    questions, both = toy_questions(4), Choices(ratios=(0.2,), controls=2, general=5)
     for fold in (0, 1):
         choices = both.model_copy(update={"folds": (fold,)})
-        part = measured(model, questions, choices)
-        alone = measured(model, [q for q in questions if q.fold == fold], both)
+        part = measured(llama, questions, choices)
+        alone = measured(llama, [q for q in questions if q.fold == fold], both)
         pd.testing.assert_frame_equal(part.details, alone.details)
         pd.testing.assert_frame_equal(part.pss, alone.pss)
-        assert part.masks.keys() == alone.masks.keys()
-        assert all(torch.equal(part.masks[name], alone.masks[name]) for name in part.masks)
-        otherwise = measured(model, with_other_clozes(questions, 1 - fold), choices)
+        same_masks(part.masks, alone.masks)
+        otherwise = measured(llama, with_other_clozes(questions, 1 - fold), choices)
         pd.testing.assert_frame_equal(part.details, otherwise.details)
         assert evaluations(choices, questions, CONCEPTS[:4]) == len(part.details)
 
@@ -429,19 +399,12 @@ def test_fewer_kinds_of_controls_are_those_rows_of_a_full_study(study, nulls):
     """A kind's draws do not depend on which other kinds are drawn beside it."""
     model, questions, whole = study
     choices = CHOICES.model_copy(update={"nulls": nulls})
-    part = measured(model, questions, choices)
-    kinds = {"none", "concept", *nulls}
+    part, kinds = measured(model, questions, choices), {"none", "concept", *nulls}
     for one, other in ((part.pss, whole.pss), (part.details, whole.details)):
         assert set(one["mask"]) == kinds
-        expected = other[other["mask"].isin(kinds)].reset_index(drop=True)
-        pd.testing.assert_frame_equal(
-            one.drop(columns="option_logprobs", errors="ignore"),
-            expected.drop(columns="option_logprobs", errors="ignore"),
-        )
-    expected = {name for name in whole.masks if name.split("/")[3] in kinds}
-    assert set(part.masks) == expected
-    assert all(torch.equal(part.masks[name], whole.masks[name]) for name in expected)
-    assert evaluations(choices, questions, CONCEPTS[:3]) == len(part.details)
+        same_but_for_rounding(one, other[other["mask"].isin(kinds)])
+    same_masks(part.masks, {n: m for n, m in whole.masks.items() if n.split("/")[3] in kinds})
+    assert evaluations(choices, questions, THREE) == len(part.details)
 
 
 def test_folds_and_kinds_of_controls_are_part_of_the_key():
@@ -457,6 +420,3 @@ def test_folds_and_kinds_of_controls_are_part_of_the_key():
     # Said otherwise, the same: nothing is measured twice.
     again = Choices(folds=(1, 0, 1), nulls=("other", "random", "magnitude", "random"))
     assert method_key(again) == method_key(both)
-    assert evaluations(again, toy_questions(3), CONCEPTS[:3]) == (
-        evaluations(Choices(), toy_questions(3), CONCEPTS[:3])
-    )

@@ -23,12 +23,7 @@ from paramspec.method.masks import (
     value_vector_scores,
 )
 from paramspec.method.rows import Request
-from paramspec.method.scoring import (
-    choose,
-    choose_engine,
-    encode,
-    score_options,
-)
+from paramspec.method.scoring import choose_engine, encode, mark, score_options
 from paramspec.models.load import load_model
 from paramspec.models.tokens import token_ids, tokenizer_facts
 from paramspec.specwiki import load_questions
@@ -85,8 +80,9 @@ def test_log_likelihoods_are_those_of_lm_evaluation_harness(smollm2, view):
     assert len(questions) >= 25
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-3)
     for question, ours, theirs in zip(questions, actual, expected, strict=True):
-        lengths = np.array([len(option) for option in question.options])
-        assert choose(ours, question.options) == (theirs.argmax(), (theirs / lengths).argmax())
+        lengths, marked = list(map(len, question.options)), mark(ours, question)
+        assert marked["predicted"] == theirs.argmax()
+        assert marked["predicted_norm"] == (theirs / lengths).argmax()
 
 
 def test_questions_are_read_as_the_tokenizer_reads_them(smollm2):
@@ -157,9 +153,9 @@ def answers(smollm2, view):
     scores = score_options(view, requests, keeps, engine=choose_engine(view))
     found = {}
     for (mask, role, question), score in zip(about, scores, strict=True):
-        chosen = choose(score.tolist(), question.options).by_characters
+        right = mark(score.tolist(), question)["correct_norm"]
         share = float(score.log_softmax(0)[question.answer])
-        found.setdefault((mask, role), []).append((chosen == question.answer, share))
+        found.setdefault((mask, role), []).append((right, share))
     return {
         key: np.array(rows, dtype=float).reshape(MEASURED, 10, 2) for key, rows in found.items()
     }

@@ -978,17 +978,8 @@ def test_replaced_vectors_come_back_bit_by_bit(model, raises):
     assert not torch.allclose(inside, output, atol=0.1)
 
 
-@pytest.mark.parametrize(
-    ("vectors", "message"),
-    [
-        ([], "no value vector is chosen"),
-        ([[3, 0]], "no value vector 0 in layer 3; it has 3 layers"),
-        ([[0, 48]], "no value vector 48 in layer 0"),
-        ([[-1, 0]], "no value vector 0 in layer -1"),
-        ([[1, 5], [1, 5]], "chosen twice"),
-    ],
-)
-def test_vectors_that_are_none_are_refused(vectors, message):
+@pytest.mark.parametrize("vectors", [[], [[3, 0]], [[0, 48]], [[-1, 0]], [[1, 5], [1, 5]]], ids=str)
+def test_vectors_that_are_none_are_refused(vectors):
     view = value_vector_view(toy_model("llama"))
     vectors = torch.tensor(vectors, dtype=torch.int32).reshape(-1, 2)
     before = weights(view.model)
@@ -997,12 +988,6 @@ def test_vectors_that_are_none_are_refused(vectors, message):
         train_value_vectors(view, vectors),
         replace_value_vectors(view, vectors, values),
     ):
-        with pytest.raises(InputError, match=message), block:
+        with pytest.raises(InputError, match=r"^value vectors .* of 3 layers"), block:
             pass
-    same_bits(before, weights(view.model))
-    with (
-        pytest.raises(InputError, match=r"values of shape \(18, 1\) do not fit 18 value vectors"),
-        replace_value_vectors(view, choose(view), torch.zeros(18, 1)),
-    ):
-        pass
     same_bits(before, weights(view.model))

@@ -388,7 +388,8 @@ def refuse_too_long(view: ValueVectorView, tokens: int, what: str = "a question"
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and tokens > limit:
         raise InputError(
-            f"{what} of {tokens} tokens does not fit the model's context of {limit}; shorten it"
+            f"{what} of {tokens} tokens does not fit the model's context of {limit} tokens; "
+            "shorten it"
         )
 
 
