@@ -6,16 +6,15 @@ import torch
 import transformers
 from torch import nn
 
+_SMALL = {"vocab_size": 97, "hidden_size": 32, "pad_token_id": 0}
+_HEADS = {"num_hidden_layers": 3, "num_attention_heads": 4}
 _COMMON = {
-    "vocab_size": 97,
-    "hidden_size": 32,
+    **_SMALL,
+    **_HEADS,
     "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
     "max_position_embeddings": 64,
-    "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
@@ -50,33 +49,11 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "gpt2": ("GPT2Config", _GPT),
     "gptj": ("GPTJConfig", _GPT | {"rotary_dim": 4}),
     "gpt_neox": ("GPTNeoXConfig", _COMMON),
-    "bloom": (
-        "BloomConfig",
-        {"vocab_size": 97, "hidden_size": 32, "n_layer": 3, "n_head": 4, "pad_token_id": 0},
-    ),
-    "falcon": (
-        "FalconConfig",
-        {
-            "vocab_size": 97,
-            "hidden_size": 32,
-            "ffn_hidden_size": 48,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "pad_token_id": 0,
-        },
-    ),
+    "bloom": ("BloomConfig", _SMALL | {"n_layer": 3, "n_head": 4}),
+    "falcon": ("FalconConfig", _SMALL | _HEADS | {"ffn_hidden_size": 48}),
     "opt": (
         "OPTConfig",
-        {
-            "vocab_size": 97,
-            "hidden_size": 32,
-            "ffn_dim": 48,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 64,
-            "word_embed_proj_dim": 32,
-            "pad_token_id": 0,
-        },
+        _SMALL | _HEADS | {"ffn_dim": 48, "max_position_embeddings": 64, "word_embed_proj_dim": 32},
     ),
     "mpt": (
         "MptConfig",

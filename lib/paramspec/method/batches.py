@@ -1,8 +1,4 @@
-"""Batches that fit into memory: what does not is halved, and the work goes on.
-
-for rows, logits in in_batches(batches, forward, length):
-    ...
-"""
+"""Batches that fit into memory: what does not is halved, and the work goes on."""
 
 from __future__ import annotations
 
