@@ -27,7 +27,7 @@ from paramspec.method.masks import (
     top_vectors,
     value_vector_scores,
 )
-from toy_study import CONCEPTS, planted_model, toy_questions, toy_tokenizer
+from toy_study import CONCEPTS, toy_questions, toy_tokenizer
 from toys import toy_model
 
 LAYERS, WIDTH = 4, 50
@@ -80,15 +80,6 @@ def test_the_highest_of_each_layer_or_of_the_model(scores, ratio):
 def test_the_ratio_is_rounded_to_a_number_of_vectors(ratio, width, count):
     assert masked_per_layer(ratio, width) == count
     assert len(top_vectors(torch.randn(1, width), ratio)) == count
-
-
-def test_ties_are_cut_to_the_same_vectors_each_time():
-    tied = torch.zeros(LAYERS, 20)
-    tied[:, :3] = 1
-    chosen = [top_vectors(tied, 0.25) for _ in range(3)]
-    assert all(torch.equal(chosen[0], again) for again in chosen)
-    assert sizes(chosen[0]) == [5] * LAYERS
-    assert all({0, 1, 2} < in_layer(chosen[0], layer) for layer in range(LAYERS))
 
 
 def test_a_ratio_that_is_no_share_and_an_unknown_scope_are_refused(scores):
@@ -231,27 +222,6 @@ def test_a_single_concept_has_nothing_to_be_compared_with(view):
     coefficients = record_concepts(view, toy_tokenizer(), toy_questions(1))
     with pytest.raises(InputError, match="alpha: no other concept to compare with"):
         value_vector_scores(coefficients, "alpha")
-
-
-def test_planted_facts_are_found_among_vectors_that_are_always_on():
-    """Each fact is one value vector; the distractors are more active, but for every concept."""
-    questions = toy_questions()
-    model, home = planted_model(questions)
-    view = value_vector_view(model)
-    for position in ("mean", "last"):
-        coefficients = record_concepts(view, toy_tokenizer(), questions, position=position)
-        for concept in CONCEPTS:
-            scores = value_vector_scores(coefficients, concept)
-            planted = {home[q.id] for q in questions if q.concept == concept}
-            assert len(planted) == 10
-            # Ten vectors over two layers are 5 % of the model; a layer holds six at most.
-            assert pairs(top_vectors(scores, 0.05, "model")) == planted
-            assert planted < pairs(top_vectors(scores, 0.06, "layer"))
-            # Chosen on one fold, they are that fold's facts: each is stored by itself.
-            fold = {home[q.id] for q in questions if q.concept == concept and q.fold == 0}
-            scores = value_vector_scores(coefficients, concept, (0,))
-            highest = scores.flatten().topk(5).indices.tolist()
-            assert {divmod(place, view.width) for place in highest} == fold
 
 
 # Files

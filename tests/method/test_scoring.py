@@ -71,17 +71,9 @@ def test_scores_equal_one_option_at_a_time(family):
     engine = choose_engine(view)
     assert engine.name == ("plain" if family in PLAIN_FAMILIES else "packed"), engine.reason
     requests = [Request(item, index % 3) for index, item in enumerate(random_items(12))]
-    for batch_tokens in (16, 200):
-        budgets = {"row_tokens": 24, "batch_tokens": batch_tokens}
-        require_right(view, requests, random_masks(view, 3), **budgets)
-
-
-def test_order_and_budget_do_not_move_scores():
-    view = value_vector_view(toy_model("gemma2"))
-    requests = [Request(item, i % 3) for i, item in enumerate(random_items(20))]
-    for row_tokens, batch_tokens in ((1, 1), (7, 50), (64, 64), (400, 4000)):
+    for row_tokens, batch_tokens in ((1, 1), (24, 200), (400, 4000)):
         budgets = {"row_tokens": row_tokens, "batch_tokens": batch_tokens}
-        require_right(view, requests[::-1], random_masks(view, 3), **budgets)
+        require_right(view, requests, random_masks(view, 3), **budgets)
 
 
 def longer_than_the_window(family):
@@ -99,7 +91,6 @@ def test_paths_longer_than_the_sliding_window_are_packed_and_right(family, atten
     view, requests = longer_than_the_window(family)
     view.model.set_attn_implementation(attention)
     assert choose_engine(view).name == "packed"
-    assert view.model.config.sliding_window == 32
     require_right(view, requests)
 
 
@@ -115,7 +106,6 @@ def test_a_model_that_lets_a_tree_out_of_its_window_is_scored_plainly(family, mo
 
     monkeypatch.setattr(scoring, "_inputs", without_window)
     assert choose_engine(view).name == "plain"
-    assert view.model.config.sliding_window == 32
     require_right(view, requests)
 
 
@@ -188,11 +178,6 @@ def test_a_model_that_does_not_take_the_tree_is_scored_plainly(llama):
     assert (engine.name, "flash_attention_2" in engine.reason) == ("plain", True)
 
 
-def test_eager_attention_gets_an_additive_mask(llama):
-    llama.model.set_attn_implementation("eager")
-    require_right(llama, asking(random_items(1)), engine=PACKED)
-
-
 def test_progress_counts_every_request_once(llama):
     for engine in (PACKED, Engine("plain", "")):
         done, options = [], {"engine": engine, "batch_tokens": 60}
@@ -201,13 +186,10 @@ def test_progress_counts_every_request_once(llama):
         assert len(done) > 1
 
 
-def test_a_question_longer_than_the_context_is_refused(llama):
+def test_too_long_a_question_and_a_model_without_numbers_are_told_with_the_question(llama):
     item = Item(tuple(range(3, 68)), ((5,), (6,)), "france/capital")
     with pytest.raises(InputError, match=r"^france/capital of 65 tokens .*context of 64"):
         score_options(llama, asking([item]), [None])
-
-
-def test_a_model_without_numbers_is_told_with_the_question(llama):
     item = replace(random_items(1)[0], name="france/capital")
     llama.model.lm_head.weight[item.options[2][0]] = torch.inf
     with pytest.raises(InputError, match=r"^france/capital: a log-likelihood of LlamaForCausalLM"):
@@ -271,11 +253,6 @@ def test_a_tokenizer_that_ends_texts_gives_the_tokens_of_one_that_does_not(templ
 def test_what_the_tokenizer_cannot_read_or_tell_apart_is_refused(changed, message):
     with pytest.raises(InputError, match=rf"^alpha/age: .*{message}"):
         encode(toy_tokenizer(), question(**changed))
-
-
-def test_one_unknown_word_differs_from_all_others():
-    item = encode(toy_tokenizer(), question(options=("ash", "Łódź", "old Gdańsk", "bee")))
-    assert len(set(item.options)) == 4
 
 
 def spelling(*merges):

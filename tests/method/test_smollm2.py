@@ -125,10 +125,8 @@ def answers(smollm2, view):
     The share is the answer's log-probability among the options, in nats: under a mask, it moves for
     every question, and a choice for few.
 
-    The most frequent countries stand in pairs. Under a country's mask, C(k) is the accuracy on its
-    own questions and G(k) that on its partner's: over all pairs, C and G are of the same questions,
-    each once under the mask of its own country and once under the other's, so that questions
-    being easy or hard does not blur the comparison.
+    Countries stand in pairs: C(k) is of a country's own questions, G(k) of its partner's, under the
+    same mask, so that over all pairs both are of the same questions, easy or hard.
     """
     questions = load_questions(domains="country", tiers="high")
     names = list(dict.fromkeys(question.concept for question in questions))[:COUNTRIES]
@@ -208,14 +206,6 @@ def test_famous_capitals_are_answered_in_words(smollm2, view):
     assert sum(right) >= 4, answers
     alone = [generate_answers(view, smollm2.tokenizer, [question])[0] for question in questions[:3]]
     assert alone == answers[:3]
-
-
-def test_an_answer_is_lost_under_a_mask_of_everything_and_its_neighbour_is_not(smollm2, view):
-    questions = ["What is the capital of France?"] * 2
-    keeps = [torch.zeros(view.layers, view.width, dtype=torch.bool), None]
-    masked, kept = generate_answers(view, smollm2.tokenizer, questions, keeps)
-    assert not answer_matches(masked, ["Paris"])
-    assert answer_matches(kept, ["Paris"])
 
 
 def test_a_fine_tuned_copy_is_an_ordinary_model(smollm2, tmp_path):

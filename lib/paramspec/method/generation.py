@@ -1,7 +1,6 @@
 """Open-ended answers: generated, greedily or by a rule of one's own, with or without masks.
 
 generate_answers(view, tokenizer, ["What is the capital of France?"])      # ["Paris"]
-decode(view, tokenizer, prompts, likeliest, copies=3)                      # token by token
 """
 
 from __future__ import annotations

@@ -361,7 +361,6 @@ def replace_value_vectors(view: ValueVectorView, vectors: Tensor, values: Tensor
 
 
 def _require_vectors(view: ValueVectorView, vectors: Tensor) -> None:
-    """InputError unless these are int32 `[n, 2]` of (layer, value vector), n > 0, each once."""
     there = (vectors >= 0) & (vectors < torch.tensor([view.layers, view.width]))
     if not len(vectors.unique(dim=0)) == len(vectors) > 0 or not there.all():
         raise InputError(

@@ -87,16 +87,15 @@ def record_concepts(
         InputError: if a cloze is longer than the model's context, or too long for memory.
     """
     concepts = tuple(dict.fromkeys(question.concept for question in questions))
-    rows = {name: row for row, name in enumerate(concepts)}
     sums = torch.zeros(len(concepts), 2, view.layers, view.width)
     counts = torch.zeros(len(concepts), 2)
     texts = [question.cloze for question in questions]
     names = [question.id for question in questions]
     for indices, found in _record_texts(view, tokenizer, texts, names, position, batch_tokens):
         for index, coefficients in zip(indices, found, strict=True):
-            question = questions[index]
-            sums[rows[question.concept], question.fold] += coefficients
-            counts[rows[question.concept], question.fold] += 1
+            place = concepts.index(questions[index].concept), questions[index].fold
+            sums[place] += coefficients
+            counts[place] += 1
         progress(len(indices))
     return ConceptCoefficients(concepts, sums, counts)
 

@@ -121,8 +121,8 @@ def general_questions(
 ) -> list[Question]:
     """`general_questions(questions, "France", choices)`: unrelated questions for its masks.
 
-    Drawn without replacement from those of the other concepts, in the folds that are scored, by a
-    seed of the concept's own: a concept keeps its general questions in whichever shard it is.
+    Drawn from those of the other concepts, in the folds that are scored, by a seed of the concept's
+    own: it keeps its general questions in whichever shard it is.
     """
     others = [q for q in questions if q.concept != concept and q.fold in choices.score_on]
     if len(others) < choices.general:
@@ -141,10 +141,7 @@ def asked_questions(
     choices: Choices,
     unrelated: Sequence[Question] | None = None,
 ) -> list[tuple[Question, Role]]:
-    """`asked_questions(questions, "France", choices)`: what each of its masks is scored on.
-
-    General questions are drawn from those that are `unrelated`, if given, else from all.
-    """
+    """`asked_questions(questions, "France", choices)`: what each of its masks is scored on."""
     own = [q for q in questions if q.concept == concept and q.fold in choices.score_on]
     general = general_questions(questions if unrelated is None else unrelated, concept, choices)
     return [(q, "concept") for q in own] + [(q, "general") for q in general]
@@ -266,10 +263,7 @@ def generator_of(key: object) -> torch.Generator:
 
 
 def pss_rows(details: pd.DataFrame, questions: Sequence[Question]) -> pd.DataFrame:
-    """`pss_rows(study.details, questions)`: rows of `PSS_COLUMNS`, from answers or some of them.
-
-    `questions` are of all concepts, for their domains and tiers.
-    """
+    """`pss_rows(study.details, questions)`: rows of `PSS_COLUMNS`, from answers or some of them."""
     about = {q.concept: (q.domain, q.tier) for q in questions}
     keys = ["model", "mask_concept", "ratio", "mask", "seed", "protocol"]
     grouped = details.groupby([*keys, "role"], sort=False)["correct_norm"].agg(["mean", "size"])

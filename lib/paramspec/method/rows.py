@@ -20,8 +20,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-# Tokens of a packed row, about: longer ones share more, and attend to more in vain where attention
-# is not by blocks, see `kernels`.
+# Tokens of a packed row, about: longer ones share more, and attend to more in vain.
 ROW_TOKENS = 160
 # oneDNN compiles code for each number of rows that it multiplies: let there be few of them. So
 # rows are padded to a multiple of the first, and places that are unembedded to one of the second.

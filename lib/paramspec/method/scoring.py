@@ -17,7 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from paramspec.errors import InputError, naming
 from paramspec.execution.limits import OutOfMemory, is_out_of_memory
@@ -39,6 +44,7 @@ from paramspec.method.rows import (
     longest_row,
     round_up,
 )
+from paramspec.models.registry import toy_config
 from paramspec.models.tokens import token_ids
 from paramspec.specwiki import Question
 
@@ -105,11 +111,10 @@ def mark(log_likelihoods: Sequence[float], question: Question) -> dict[str, floa
         name: np.flatnonzero(values >= values.max() - TIE * abs(values.max())).tolist()
         for name, values in each.items()
     }
-    answer = question.answer
-    return {
-        **{f"predicted{name}": found[0] for name, found in best.items()},
-        **{f"correct{name}": (answer in found) / len(found) for name, found in best.items()},
-    }
+    marked: dict[str, float] = {f"predicted{name}": found[0] for name, found in best.items()}
+    for name, found in best.items():
+        marked[f"correct{name}"] = (question.answer in found) / len(found)
+    return marked
 
 
 @torch.inference_mode()
@@ -178,25 +183,24 @@ def _packed_forward(
     keeps: Sequence[Tensor | None],
     engine: Engine,
     faster: Faster,
-    head: Head,
+    head: Callable[[Tensor, Tensor, Tensor], Tensor],
     batch: Sequence[Cell],
     length: int,
 ) -> Tensor:
     """One forward pass over a batch of forests; the log-probability of each read, in order."""
     rows = [cell.row for cell in batch]
     rows = rows[:1] if engine.branches and len(set(rows)) == 1 else rows
-    sizes = np.array([len(cell.row.places) for cell in batch])
-    places = np.zeros((len(rows), round_up(sizes.max(), READ_MULTIPLE)), dtype=np.int64)
-    for row, own in zip(rows, places, strict=True):
-        own[: len(row.places)] = row.places
-    only = faster.read_only(torch.from_numpy(places))
+    sizes = torch.tensor([len(cell.row.places) for cell in batch])
+    most = round_up(int(sizes.max()), READ_MULTIPLE)
+    places, _ = pad_right([row.places.tolist() for row in rows], most)
+    only = faster.read_only(places)
     with hooks.mask_rows(view, [keeps[cell.mask] for cell in batch]):
         states = view.model.base_model(**_inputs(view, rows, length), use_cache=False)[0]
     if not only:
-        states = states[np.arange(len(states))[:, None], places]
+        states = states[torch.arange(len(states))[:, None], places]
     states = states.expand(len(batch), -1, -1)  # one row still, if no mask parted it
-    read = states[torch.from_numpy(np.arange(places.shape[1]) < sizes[:, None])]
-    starts = np.cumsum(sizes) - sizes
+    read = states[torch.arange(most) < sizes[:, None]]
+    starts = (sizes.cumsum(0) - sizes).tolist()
     which = [start + cell.row.which for start, cell in zip(starts, batch, strict=True)]
     targets = torch.tensor([read.token for cell in batch for read in cell.row.reads])
     return head(read, torch.from_numpy(np.concatenate(which)), targets).cpu()
@@ -238,10 +242,7 @@ def attention_window(config: PreTrainedConfig) -> int | None:
     return getattr(config.get_text_config(decoder=True), "sliding_window", None)
 
 
-Head = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def _head(model: PreTrainedModel, prepacked: bool) -> Head:
+def _head(model: PreTrainedModel, prepacked: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The model's last step, from hidden states to log-probabilities."""
     module, config = model.get_output_embeddings(), model.config.get_text_config(decoder=True)
     weight, bias = module.weight, getattr(module, "bias", None)
@@ -305,10 +306,10 @@ def choose_engine(view: ValueVectorView) -> Engine:
 
     Decided by a test: a forest that branches at every depth, under three masks, is scored packed
     and plain. Models whose attention is biased by distances that position ids do not set (BLOOM,
-    MPT) fail it, and those of a sliding window if they do not keep a short one, within a forest.
+    MPT) fail it, as do those that do not keep a sliding window within a forest.
     """
-    config = view.model.config.get_text_config(decoder=True)
-    attention, window = view.model.config._attn_implementation, attention_window(config)
+    config = view.model.config
+    attention = config._attn_implementation
     if attention not in ("eager", "sdpa"):
         return Engine("plain", f"attention implementation {attention!r} takes no tree mask")
     for branches in (True, False):
@@ -316,13 +317,23 @@ def choose_engine(view: ValueVectorView) -> Engine:
         failure = _failure(view, engine)
         if failure is None:
             break
-    if failure is None and window is not None:
-        config.sliding_window = 3
-        try:
-            failure = _failure(view, engine)
-        finally:
-            config.sliding_window = window
+    if failure is None and attention_window(config) is not None:
+        failure = _failure(_short_sighted(config), engine)
     return engine if failure is None else Engine("plain", failure)
+
+
+@torch.no_grad()
+def _short_sighted(config: PreTrainedConfig) -> ValueVectorView:
+    """A toy of the model's class, whose sliding window is shorter than what is tested with."""
+    small = toy_config(config.get_text_config(decoder=True))
+    small.sliding_window = 3
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        toy = AutoModelForCausalLM.from_config(small).eval()
+        for weight in toy.parameters():
+            weight.normal_(std=0.5)  # large enough for what is out of the window to be missed
+    toy.set_attn_implementation(config._attn_implementation)
+    return hooks.unverified_view(toy)
 
 
 def _failure(view: ValueVectorView, engine: Engine) -> str | None:
