@@ -5,7 +5,7 @@
     parse_assignments(["seed=7"])                           # as typed behind -p
 
 A chapter is a MyST notebook `book/X.md` (jupytext). Its cell tagged `parameters` declares them,
-`name: type = default`. Imports are light: the Sphinx extension imports this module on every build.
+`name: type = default`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ import contextlib
 import difflib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Optional, Union
+from typing import Any, Literal
 
-from paramspec.errors import InputError
+from pydantic import ConfigDict, create_model
+
+from paramspec.checked import Checked
+from paramspec.errors import InputError, naming
 from paramspec.plain import read_value, read_yaml
 
 
-class Parameter(NamedTuple):
-    """A parameter as its chapter declares it: `name: annotation = default`."""
+class Parameters(Checked):
+    """A chapter's parameters: `3` is a float and an int, `3.0` and `"3"` no int, `1` no bool."""
 
-    annotation: str
-    default: Any
+    model_config = ConfigDict(strict=True)
 
 
 class Typed(str):
@@ -89,17 +91,16 @@ def load_profile(profile: str, root: Path) -> dict[str, dict[str, Any]]:
     try:
         text = (Path(profile) if is_file else folder / f"{profile}.yaml").read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        known = _choices(profile, sorted(path.stem for path in folder.glob("*.yaml")))
         reason = getattr(error, "strerror", None) or error
-        names = sorted(path.stem for path in folder.glob("*.yaml"))
-        raise InputError(
-            f"unknown profile {profile!r} ({reason}); {_choices(profile, names)}"
-        ) from error
+        raise InputError(f"unknown profile {profile!r} ({reason}); {known}") from error
     table = read_yaml(text, f"profile {profile}") or {}
-    if not isinstance(table, dict) or not all(isinstance(v, dict) for v in table.values()):
-        raise InputError(f"profile {profile}: must map chapters to their parameters and values")
-    for name in table:
-        if find_chapter(str(name), root).stem != name:
-            raise InputError(f"profile {profile}: write the chapter's full name, not {name!r}")
+    with naming(f"profile {profile}"):
+        if not isinstance(table, dict) or not all(isinstance(v, dict) for v in table.values()):
+            raise InputError("must map chapters to their parameters and values")
+        for name in table:
+            if find_chapter(str(name), root).stem != name:
+                raise InputError(f"write the chapter's full name, not {name!r}")
     return table
 
 
@@ -110,7 +111,7 @@ def read_notebook(chapter: Path) -> Any:
     return jupytext.read(chapter, fmt="md:myst")
 
 
-def declared_parameters(chapter: Path) -> dict[str, Parameter]:
+def declared_parameters(chapter: Path) -> type[Parameters]:
     """Return the parameters that a chapter declares in its cell tagged `parameters`.
 
     Papermill's own inspection reads annotations by a pattern that knows no `int | None`. Raises
@@ -118,51 +119,32 @@ def declared_parameters(chapter: Path) -> dict[str, Parameter]:
     """
     cells = read_notebook(chapter).cells
     source = next((c.source for c in cells if "parameters" in c.metadata.get("tags", [])), "")
-    found = {}
+    fields: dict[str, Any] = {}
     try:
         for node in ast.parse(source).body:
             if not isinstance(node, ast.AnnAssign) or node.value is None:
                 raise ValueError(f"`{ast.unparse(node)}` is not `name: type = value`")
-            annotation = ast.unparse(node.annotation).strip("'\"")
-            default = ast.literal_eval(node.value)
-            found[ast.unparse(node.target)] = Parameter(annotation, default)
-    except (SyntaxError, ValueError) as error:
+            # The chapter is code that is to be run.
+            annotation = eval(ast.unparse(node.annotation), {"Literal": Literal})
+            fields[ast.unparse(node.target)] = (annotation, ast.literal_eval(node.value))
+    except (SyntaxError, ValueError, NameError, TypeError) as error:
         raise InputError(f"{chapter.name}: parameters cell: {error}") from error
-    return found
+    return create_model("Parameters", __base__=Parameters, **fields)
 
 
-def check_value(name: str, parameter: Parameter, value: Any, place: str) -> Any:
-    """Return a value of the parameter's type, or raise InputError, which names the place.
+def check_value(declared: type[Parameters], name: str, value: Any) -> Any:
+    """Return a parameter's value as its type has it; what is not of the type is an InputError.
 
-    Types are strict: `3` is a float and an int, `3.0` and `"3"` are no int, `1` is no bool. What a
-    parameter of texts is given as `Typed` stays as it was typed.
+    What a parameter of texts is given as `Typed` stays as it was typed.
     """
     if not isinstance(value, Typed):
-        return _validated(name, parameter, value, place)
+        return getattr(declared.parse(**{name: value}), name)
     try:
-        read = read_value(value, f"{place}: parameter {name}")
-        return _validated(name, parameter, read, place)
+        return check_value(declared, name, read_value(value, name))
     except InputError:
         with contextlib.suppress(InputError):  # a model called 2024, or [x]
-            return _validated(name, parameter, str(value), place)
+            return check_value(declared, name, str(value))
         raise
-
-
-def _validated(name: str, parameter: Parameter, value: Any, place: str) -> Any:
-    from pydantic import TypeAdapter, ValidationError
-
-    names = {"Literal": Literal, "Optional": Optional, "Union": Union}
-    annotation = eval(parameter.annotation, names)  # the chapter is code that is to be run
-    try:
-        return TypeAdapter(annotation).validate_python(value, strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        hint = "; quote a text" if first["type"] == "string_type" else ""
-        at = "".join(f"[{step}]" for step in first["loc"] if isinstance(step, int))
-        raise InputError(
-            f"{place}: parameter {name}{at} must be {parameter.annotation}, "
-            f"not {value!r} ({first['msg'].lower()}{hint})"
-        ) from error
 
 
 def chapter_values(
@@ -173,47 +155,45 @@ def chapter_values(
     Raises InputError for an unknown profile or parameter, and for a value of another type.
     """
     declared = declared_parameters(chapter)
-    values = {name: parameter.default for name, parameter in declared.items()}
     profiled = load_profile(profile, root).get(chapter.stem, {})
+    values = {}
     for place, table in ((f"profile {profile}", profiled), ("-p", given)):
-        place = f"{place}: chapter {chapter.stem}"
-        for name, value in table.items():
-            if name not in declared:
-                raise InputError(
-                    f"{place} has no parameter {name!r}; {_choices(str(name), declared)}"
-                )
-            values[name] = check_value(name, declared[name], value, place)
-    return values
+        with naming(f"{place}: chapter {chapter.stem}"):
+            for name, value in table.items():
+                if name not in declared.model_fields:
+                    known = _choices(str(name), declared.model_fields)
+                    raise InputError(f"no parameter {name!r}; {known}")
+                values[name] = check_value(declared, name, value)
+    return declared(**values).model_dump()
 
 
 def planned_values(
     profile: str, names: Sequence[str], given: Mapping[str, Any], among: Collection[str]
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """`values, others = planned_values("paper", [], {}, CHAPTERS)`: of several chapters.
+    """Return the values of each named chapter (or of all) that is `among` some, and the others.
 
-    Args:
-        names: of chapters; all of the book's if none is given.
-        given: values that go before the profile's, in each chapter that declares them.
-        among: the chapters to return values of; the others are listed.
-
-    Raises:
-        InputError: if none is left, or if no chapter declares a given parameter.
+    A chapter takes those of the given values that it declares. Raises InputError if there is no
+    such chapter, or if none declares a given parameter.
     """
     root = find_root()
     found = [find_chapter(name, root) for name in names] or chapters(root)
-    declared = {page: declared_parameters(page) for page in found if page.stem in among}
+    declared = {
+        page: declared_parameters(page).model_fields for page in found if page.stem in among
+    }
     if not declared:
         raise InputError(
             f"profile {profile}: {', '.join(names) or 'the book'} has no chapter that measures "
             f"models; name one of {', '.join(among)}"
         )
     for name in given:
-        if not any(name in parameters for parameters in declared.values()):
+        if not any(name in fields for fields in declared.values()):
             raise InputError(f"-p {name}: no chapter planned here has such a parameter; correct it")
-    values = {}
-    for page, parameters in declared.items():
-        own = {name: value for name, value in given.items() if name in parameters}
-        values[page.stem] = chapter_values(page, profile, own, root)
+    values = {
+        page.stem: chapter_values(
+            page, profile, {name: given[name] for name in given if name in fields}, root
+        )
+        for page, fields in declared.items()
+    }
     return values, [page.stem for page in found if page not in declared]
 
 
