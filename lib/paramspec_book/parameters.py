@@ -140,7 +140,7 @@ def check_value(declared: type[Parameters], name: str, value: Any) -> Any:
     if not isinstance(value, Typed):
         return getattr(declared.parse(**{name: value}), name)
     try:
-        return check_value(declared, name, read_value(value, name))
+        return check_value(declared, name, read_value(str(value), name))
     except InputError:
         with contextlib.suppress(InputError):  # a model called 2024, or [x]
             return check_value(declared, name, str(value))
