@@ -318,7 +318,9 @@ def main() -> int:
     for name in ("machine", "versions", "commit", "peak", "notes"):
         print(f"{name}: {found[name]}")
     for name in ("table", "growth", "memory"):
-        print("", pd.DataFrame(found[name]).to_string(index=False), sep="\n")
+        if found[name]:
+            rows = pd.DataFrame(found[name])
+            print("", rows.to_string(index=False, float_format="{:.3g}".format), sep="\n")
     for problem in found["problems"]:
         print(f"benchmark: {problem}", file=sys.stderr)
     return bool(found["problems"])
