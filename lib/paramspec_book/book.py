@@ -245,7 +245,7 @@ def build(
 def build_site(root: Path, executed: Path, folder: Path) -> Path:
     """Build the site from executed copies into `folder/html`, warnings being errors; return it.
 
-    The site is built aside and takes the old one's place only when it is whole. Raises SiteFailed.
+    It is built aside, and takes the old one's place only when it is whole.
     """
     start = time.monotonic()
     html, aside = folder / "html", folder / "aside"

@@ -35,9 +35,7 @@ class Typed(str):
 
 
 def find_root() -> Path:
-    """Return the nearest folder at or above this one with a table of contents, `_toc.yml`, else
-    the checkout that this package runs from; InputError when there is none.
-    """
+    """Return the nearest folder at or above this one with a `_toc.yml`, else this checkout."""
     here = Path.cwd()
     for folder in [here, *here.parents, Path(__file__).resolve().parents[2]]:
         if (folder / "_toc.yml").is_file():
@@ -52,9 +50,8 @@ def toc_pages(root: Path) -> list[Path]:
     pages = [root / f"{name}.md" for name in parse_toc_yaml(root / "_toc.yml")]
     for page in pages:
         if not page.is_file():
-            raise InputError(
-                f"_toc.yml: page {page.relative_to(root)} does not exist; add or drop it"
-            )
+            name = page.relative_to(root)
+            raise InputError(f"_toc.yml: page {name} does not exist; add or drop it")
     return pages
 
 
@@ -69,10 +66,7 @@ def chapters(root: Path) -> list[Path]:
 
 
 def find_chapter(name: str, root: Path) -> Path:
-    """Return the source of the chapter called `3-masking`, `3` or `book/3-masking.md`.
-
-    Raises InputError, with the closest names, for one that is not there.
-    """
+    """Return the source of the chapter called `3-masking`, `3` or `book/3-masking.md`."""
     known = {page.stem: page for page in sorted((root / "book").glob("*.md")) if is_chapter(page)}
     asked = Path(name).stem if name.endswith(".md") else name
     matches = [stem for stem in known if asked in (stem, stem.split("-")[0])]
@@ -82,10 +76,7 @@ def find_chapter(name: str, root: Path) -> Path:
 
 
 def load_profile(profile: str, root: Path) -> dict[str, dict[str, Any]]:
-    """Return a profile, chapter name -> parameter -> value, by its name or the path of a YAML file.
-
-    Raises InputError for an unknown profile and for one of another form.
-    """
+    """Return a profile by its name or file: chapter name -> parameter -> value."""
     folder = root / "book" / "profiles"
     is_file = profile.endswith((".yaml", ".yml"))
     try:
@@ -114,8 +105,7 @@ def read_notebook(chapter: Path) -> Any:
 def declared_parameters(chapter: Path) -> type[Parameters]:
     """Return the parameters that a chapter declares in its cell tagged `parameters`.
 
-    Papermill's own inspection reads annotations by a pattern that knows no `int | None`. Raises
-    InputError for a parameter without a type, or with a default that is no literal.
+    Papermill's own inspection reads annotations by a pattern that knows no `int | None`.
     """
     cells = read_notebook(chapter).cells
     source = next((c.source for c in cells if "parameters" in c.metadata.get("tags", [])), "")
@@ -133,10 +123,7 @@ def declared_parameters(chapter: Path) -> type[Parameters]:
 
 
 def check_value(declared: type[Parameters], name: str, value: Any) -> Any:
-    """Return a parameter's value as its type has it; what is not of the type is an InputError.
-
-    What a parameter of texts is given as `Typed` stays as it was typed.
-    """
+    """Return a parameter's value as its type has it; for a text, what is `Typed` as it stands."""
     if not isinstance(value, Typed):
         return getattr(declared.parse(**{name: value}), name)
     try:
@@ -150,10 +137,7 @@ def check_value(declared: type[Parameters], name: str, value: Any) -> Any:
 def chapter_values(
     chapter: Path, profile: str, given: Mapping[str, Any], root: Path
 ) -> dict[str, Any]:
-    """Return the value of every parameter of a chapter: given, else the profile's, else its own.
-
-    Raises InputError for an unknown profile or parameter, and for a value of another type.
-    """
+    """Return the value of every parameter of a chapter: given, else the profile's, else its own."""
     declared = declared_parameters(chapter)
     profiled = load_profile(profile, root).get(chapter.stem, {})
     values = {}
@@ -172,36 +156,26 @@ def planned_values(
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Return the values of each named chapter (or of all) that is `among` some, and the others.
 
-    A chapter takes those of the given values that it declares. Raises InputError if there is no
-    such chapter, or if none declares a given parameter.
+    A chapter takes those of the given values that it declares.
     """
     root = find_root()
-    found = [find_chapter(name, root) for name in names] or chapters(root)
-    declared = {
-        page: declared_parameters(page).model_fields for page in found if page.stem in among
-    }
-    if not declared:
-        raise InputError(
-            f"profile {profile}: {', '.join(names) or 'the book'} has no chapter that measures "
-            f"models; name one of {', '.join(among)}"
-        )
+    pages = [find_chapter(name, root) for name in names] or chapters(root)
+    fields = {page: declared_parameters(page).model_fields for page in pages if page.stem in among}
+    if not fields:
+        known = f"has no chapter that measures models; name one of {', '.join(among)}"
+        raise InputError(f"{', '.join(names) or 'the book'} {known}")
     for name in given:
-        if not any(name in fields for fields in declared.values()):
+        if not any(name in own for own in fields.values()):
             raise InputError(f"-p {name}: no chapter planned here has such a parameter; correct it")
-    values = {
-        page.stem: chapter_values(
-            page, profile, {name: given[name] for name in given if name in fields}, root
-        )
-        for page, fields in declared.items()
-    }
-    return values, [page.stem for page in found if page not in declared]
+    values = {}
+    for page, own in fields.items():
+        declared = {name: value for name, value in given.items() if name in own}
+        values[page.stem] = chapter_values(page, profile, declared, root)
+    return values, [page.stem for page in pages if page not in fields]
 
 
 def parse_assignments(pairs: Sequence[str]) -> dict[str, Typed]:
-    """Return `["seed=3", "ratios=[0, 0.1]"]` as names and values, for `chapter_values` to read.
-
-    Raises InputError for what is not `NAME=VALUE`, and for a name that is given twice.
-    """
+    """Return `["seed=3", "ratios=[0, 0.1]"]` as names and values, for `chapter_values` to read."""
     values: dict[str, Typed] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")

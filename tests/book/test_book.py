@@ -6,10 +6,8 @@ import html
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -86,12 +84,6 @@ def runs(root: Path) -> int:
     """Return how often the chapter's cells ran in this checkout."""
     log = root / "runs.txt"
     return len(log.read_text().splitlines()) if log.exists() else 0
-
-
-def paramspec(root: Path, *arguments: str, **options: object) -> subprocess.Popen:
-    """Start `paramspec` as a user would, from a checkout."""
-    line = [sys.executable, "-m", "paramspec.cli", *arguments]
-    return subprocess.Popen(line, cwd=root, text=True, stdin=subprocess.DEVNULL, **options)
 
 
 def test_a_run_executes_once_and_records_where_it_came_from(root: Path) -> None:
@@ -250,14 +242,16 @@ def test_declared_inputs_are_in_the_key(root: Path, chapter: Path) -> None:
     assert seen[-1] == seen[-2]
 
 
-def test_a_failing_chapter_keeps_its_last_good_copy(root: Path, chapter: Path) -> None:
+def test_a_failing_chapter_keeps_its_last_good_copy(
+    root: Path, chapter: Path, monkeypatch, command
+) -> None:
     copy = book.run_chapter("a-small", root=root)
     before = copy.read_bytes()
     chapter.write_text(CHAPTER.replace("seed == 13", "seed == 0"))
-    process = paramspec(root, "build", stderr=subprocess.PIPE)
-    lines = process.communicate()[1].strip().splitlines()
-    assert copy.read_bytes() == before
-    assert process.returncode == 3
+    monkeypatch.chdir(root)
+    status, _, error = command("build")
+    assert (status, copy.read_bytes()) == (3, before)
+    lines = error.strip().splitlines()
     # the first line of the failing cell, counted here from the text itself
     line = chapter.read_text().split("if seed ==")[0].count("\n") + 1
     (told,) = [x for x in lines if x.startswith("chapter a-small")]
@@ -265,20 +259,6 @@ def test_a_failing_chapter_keeps_its_last_good_copy(root: Path, chapter: Path) -
     assert "a-small failed" in lines[-1]
     assert "ValueError" in (root / told.rsplit(" ", 1)[1]).read_text()  # the unfinished notebook
     assert not (root / "_build" / "html").exists()
-
-
-def test_a_killed_run_leaves_the_last_good_copy(root: Path, chapter: Path) -> None:
-    copy = book.run_chapter("a-small", root=root)
-    before = copy.read_bytes()
-    chapter.write_text(CHAPTER + "\n```{code-cell} ipython3\nimport time; time.sleep(600)\n```\n")
-    with paramspec(root, "run", "a-small", start_new_session=True) as process:
-        deadline = time.monotonic() + 600
-        while runs(root) < 2 and time.monotonic() < deadline:
-            time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGKILL)  # the run alone: its kernel is in its session too
-    assert runs(root) == 2
-    assert copy.read_bytes() == before
-    assert [p.name for p in copy.parent.iterdir()] == [copy.name]
 
 
 BAD = [
@@ -495,14 +475,9 @@ REAL = {chapter.stem: chapter for chapter in parameters.chapters(REPOSITORY)}
 def test_real_chapters_declare_kernel_and_typed_parameters(name: str) -> None:
     notebook = parameters.read_notebook(REAL[name])
     assert notebook.metadata["kernelspec"]["name"] == "python3"
-    assert parameters.declared_parameters(REAL[name])().model_dump()
+    declared = parameters.declared_parameters(REAL[name])
+    for profile in ("smoke", "default", "paper"):
+        values = parameters.chapter_values(REAL[name], profile, {}, REPOSITORY)
+        assert declared.parse(**values).model_dump() == values
     myst = read_myst_markdown_notebook(REAL[name].read_text(), add_source_map=True)
     assert len(myst.cells) == len(notebook.cells)  # so that warnings name the right lines
-
-
-@pytest.mark.parametrize("profile", ["smoke", "default", "paper"])
-def test_real_profiles_fit_their_chapters(profile: str) -> None:
-    for chapter in REAL.values():
-        values = parameters.chapter_values(chapter, profile, {}, REPOSITORY)
-        declared = parameters.declared_parameters(chapter)
-        assert declared.parse(**values) == declared(**values)
