@@ -100,7 +100,7 @@ def groups(
     apart: float = 0,
     **style: Any,
 ) -> None:
-    """Draw each named group of rows that has some; `apart` is how far one is beside the next.
+    """Draw each named group of rows that has some; `apart` is how far each is from the next.
 
     matplotlib leaves labels that begin with an underscore out of a legend: a hair space goes first.
     """

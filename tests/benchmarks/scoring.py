@@ -144,14 +144,12 @@ def race(
 
 
 def table_row(
-    runner: Runner, engines: Mapping[str, Runner], reference: Sequence[Tensor], least: float
+    runner: Runner, runners: Sequence[Runner], reference: Sequence[Tensor], least: float
 ) -> dict[str, object]:
-    """`table_row(runner, engines, reference, least)`: of speed.json's table, see the top.
+    """`table_row(runner, runners, reference, least)`: of speed.json's table, see the top.
 
-    Args:
-        engines: the engine's runners at the same work, by variant.
-        reference: log-likelihoods of each request.
-        least: seconds that the needed FLOPs take at the peak.
+    `reference` has the log-likelihoods of each request, and `least` are the seconds that the needed
+    FLOPs take at the peak.
     """
     work, seconds = runner.work, runner.seconds
     row = {"work": work.name, "contender": runner.contender, "variant": runner.variant}
@@ -162,10 +160,10 @@ def table_row(
         return row
     row |= {"seconds": statistics.median(seconds), "low": min(seconds), "high": max(seconds)}
     row["share"] = least / row["seconds"]
-    names = {"ratio": SHARED, "ratio_unshared": UNSHARED, "ratio_stock": STOCK}
-    for name, variant in names.items():
-        if variant in engines:
-            row[name] = times(seconds, engines[variant].seconds)
+    names = {SHARED: "ratio", UNSHARED: "ratio_unshared", STOCK: "ratio_stock"}
+    for other in runners:
+        if other.work is work and other.contender == ENGINE:
+            row[names[other.variant]] = times(seconds, other.seconds)
     pairs = [(score, reference[i], work.options[i]) for i, score in runner.scores.items()]
     row["differing"] = sum(
         choose(ours.tolist(), options) != choose(theirs.tolist(), options)
@@ -173,27 +171,6 @@ def table_row(
     )
     row["difference"] = max(float((ours - theirs).abs().max()) for ours, theirs, _ in pairs)
     return row
-
-
-def measure_dtype(
-    works: Sequence[Work],
-    loaded: LoadedModel,
-    given: argparse.Namespace,
-    references: dict[str, list[Tensor]],
-) -> tuple[list[dict[str, object]], dict[str, object]]:
-    """`rows, peak = measure_dtype(...)`: the first call's answers are the `references` of all."""
-    runners, (rate, way) = race(works, loaded, given)
-    rows = []
-    for work in works:
-        own = [runner for runner in runners if runner.work is work]
-        (slow,) = [runner for runner in own if runner.contender == HOOKS]
-        reference = [slow.scores[index] for index in range(len(work.requests))]
-        reference = references.setdefault(work.name, reference)
-        engines = {runner.variant: runner for runner in own if runner.contender == ENGINE}
-        least = needed(work.requests).flops(loaded.model) / rate
-        dtype = {"dtype": str(loaded.dtype).removeprefix("torch.")}
-        rows += [dtype | table_row(runner, engines, reference, least) for runner in own]
-    return rows, {"flops": rate, "way": way}
 
 
 def measure(given: argparse.Namespace) -> dict[str, object]:
@@ -213,8 +190,15 @@ def measure(given: argparse.Namespace) -> dict[str, object]:
         notes += [] if has_bf16() else ["no bf16 rows: this CPU has no bf16 instructions"]
     for dtype in dtypes:  # fp32 first: its loop of hooks is the reference
         loaded = load_model(given.model, dtype=dtype, device="cpu")
-        rows, peaks[dtype] = measure_dtype(works, loaded, given, references)
-        table += rows
+        runners, (rate, way) = race(works, loaded, given)
+        peaks[dtype] = {"flops": rate, "way": way}
+        for work, slow in ((one.work, one) for one in runners if one.contender == HOOKS):
+            scores = [slow.scores[index] for index in range(len(work.requests))]
+            references.setdefault(work.name, scores)
+        for one in runners:
+            least = needed(one.work.requests).flops(loaded.model) / rate
+            row = table_row(one, runners, references[one.work.name], least)
+            table.append({"dtype": dtype} | row)
     grown = growth.measure_time(loaded, given.axes, given.growth_rounds)
     remembered = growth.measure_memory(given.model, dtypes[-1], given.memory)
     problems = [*growth.superlinear(grown), *growth.growing(remembered)]
