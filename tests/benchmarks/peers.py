@@ -17,11 +17,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from oracles import score_one_at_a_time
+from paramspec.method import kernels
 from paramspec.method.batches import pad_right
 from paramspec.method.hooks import ValueVectorView
 from paramspec.method.rows import Engine
@@ -36,6 +38,12 @@ if TYPE_CHECKING:
 def engine(view: ValueVectorView, chosen: Engine, work: Work) -> list[Tensor]:
     """`engine(view, choose_engine(view), work)`: what is measured."""
     return score_options(view, work.requests, work.keeps, engine=chosen)
+
+
+def stock_engine(view: ValueVectorView, chosen: Engine, work: Work) -> list[Tensor]:
+    """`stock_engine(view, choose_engine(view), work)`: on torch's own linear layers."""
+    with mock.patch.object(kernels, "packs", return_value=False):
+        return engine(view, chosen, work)
 
 
 def one_at_a_time(view: ValueVectorView, work: Work) -> list[Tensor]:

@@ -97,13 +97,13 @@ def contenders(work: Work, loaded: LoadedModel, given: argparse.Namespace) -> li
     """`contenders(work, loaded, given)`: ready to be timed, the engine first."""
     view = value_vector_view(loaded.model)
     engine = choose_engine(view)
-    engines = {SHARED: engine, UNSHARED: replace(engine, shares=False)}
-    if loaded.dtype == torch.float32:
-        engines[STOCK] = replace(engine, prepacked=False)
+    apart = replace(engine, shares=False)
     runners = [
-        Runner(work, ENGINE, variant, partial(peers.engine, view, one))
-        for variant, one in engines.items()
+        Runner(work, ENGINE, SHARED, partial(peers.engine, view, engine)),
+        Runner(work, ENGINE, UNSHARED, partial(peers.engine, view, apart)),
     ]
+    if loaded.dtype == torch.float32:  # in others, linear layers are torch's own
+        runners.append(Runner(work, ENGINE, STOCK, partial(peers.stock_engine, view, engine)))
     slow = f"one option a pass, 1/{given.rounds} of the questions a round"
     runners.append(Runner(work, HOOKS, slow, partial(peers.one_at_a_time, view), given.rounds))
     name, package = {"unmasked": (LM_EVAL, "lm_eval"), "masked": (NNSIGHT, "nnsight")}[work.name]

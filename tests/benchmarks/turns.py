@@ -15,6 +15,8 @@ from functools import partial
 
 import torch
 
+from paramspec.method import kernels
+
 
 def timed(work: Callable[[], object]) -> float:
     """`timed(work)`: the seconds that it takes."""
@@ -41,9 +43,7 @@ def products(dtype: torch.dtype) -> Products:
         ways[f"torch.mm, {shape}"] = flops, partial(torch.mm, left, right)
         # oneDNN's own layout of a weight. Its operators are private to torch, and may go.
         with suppress(RuntimeError, AttributeError, NotImplementedError):
-            packed = torch.ops.mkldnn._reorder_linear_weight(right, rows)
-            linear = torch.ops.mkldnn._linear_pointwise
-            linear = partial(linear, left, packed, None, "none", [], "")
+            linear = partial(kernels._run_packed, kernels._pack(right), None, left)
             linear()
             ways[f"oneDNN, prepacked, {shape}"] = flops, linear
     return ways
