@@ -51,11 +51,10 @@ def describe_models(names: Sequence[str]) -> pd.DataFrame:
 def _facts(name: str) -> dict[str, Any]:
     """A row of `describe_models`; `place` sorts the generations of a family."""
     spec = find_spec(name)
-    micro = spec and spec.micro
-    row = {"model": name, "micro": taught(name) is not None}
+    micro = spec.micro if spec else None
+    row: dict[str, Any] = {"model": name, "micro": taught(name) is not None}
     if row["micro"]:
-        path = trained(micro, train=False) if micro else Path(name).expanduser()
-        record = read_record(path)
+        record = read_record(trained(micro, train=False) if micro else Path(name).expanduser())
         row |= record.model_dump(include={"tokens", "step"}) if record else {}
     if spec is None:
         return row
@@ -140,7 +139,7 @@ def taught(model: str | LoadedModel) -> tuple[str, ...] | None:
     if spec is not None:
         return spec.micro.recipe.taught if spec.micro else None
     record = read_record(Path(model).expanduser())
-    return record and record.concepts
+    return record.concepts if record else None
 
 
 def folds_asked(models: Sequence[str | LoadedModel]) -> tuple[int, ...]:

@@ -105,7 +105,7 @@ def load_model(
         dtype=kind,
         device=embedding.device,
         commit=checkpoint.commit,
-        taught=record and record.concepts,
+        taught=record.concepts if record else None,
     )
 
 

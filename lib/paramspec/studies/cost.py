@@ -143,7 +143,7 @@ def subject(name: str) -> Subject:
         InputError: if there is no model of that name.
     """
     spec = find_spec(name)
-    micro = spec and spec.micro
+    micro = spec.micro if spec else None
     try:
         checkpoint = find_checkpoint(name, fetch=())
     except InputError:
