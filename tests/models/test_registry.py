@@ -100,24 +100,17 @@ ENTRY = """
     ("content", "told"),
     [
         (ENTRY + "  colour: red\n", "model 'toy': colour "),
-        (ENTRY.replace("layers: 2", "layers: two"), "model 'toy': layers 'two': "),
         (ENTRY.replace("  layers: 2\n", ""), "model 'toy': layers: missing"),
-        (ENTRY.replace("kind: hub", "kind: ftp"), "model 'toy': source "),
         (ENTRY.replace("org/toy", "toy"), "model 'toy': source.hub.repo 'toy': "),
-        (ENTRY + "  sets: [forty]\n", "model 'toy': sets[0] 'forty': "),
-        (ENTRY.replace("mmlu: null", "mmlu: {score: 101.5, source: x}"), "mmlu.score 101.5: "),
         (ENTRY + ENTRY, "model 'toy': the id is used twice"),
         ("id: toy\n", "expected a list"),
-        ("- [", "not YAML"),
     ],
 )
 def test_registry_errors_name_the_entry_and_the_field(tmp_path, content, told):
     path = tmp_path / "models.yaml"
     path.write_text(content)
-    with pytest.raises(InputError, match=re.escape(told)) as caught:
+    with pytest.raises(InputError, match=f"{re.escape(str(path))}: {re.escape(told)}"):
         load_registry(path)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 # --- the command --------------------------------------------------------------------------------
@@ -135,14 +128,6 @@ def test_command_lists_the_registry():
     assert [row["id"] for row in rows] == [spec.id for spec in models_in("scale")]
     assert rows[0]["mmlu"]["score"] == 39.2
     assert rows[0]["on_disk"] in (True, False)
-
-
-def test_command_refuses_an_unknown_set(command):
-    told = (
-        "paramspec: error: set 'ten': no such set in models.yaml; "
-        "use twenty, scale, pretraining, causal, zoo, zoo-scale, zoo-pretraining, zoo-frequency\n"
-    )
-    assert command("models", "--set", "ten") == (2, "", told)
 
 
 def test_listing_the_registry_imports_nothing_heavy():

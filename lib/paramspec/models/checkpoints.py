@@ -8,6 +8,7 @@ Weights are read from safetensors or GGUF alone; pickled weights are never read.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -92,9 +93,7 @@ def find_checkpoint(model: str, *, fetch: Sequence[str] = HUB_FILES) -> Checkpoi
 
 
 def find_checkpoints(models: Sequence[str]) -> list[Checkpoint]:
-    """`find_checkpoints(["zoo-llama-1", "smollm2-135m"])`: all of them, or one line on the first
-    that cannot be found; micro models that are not there yet are trained side by side.
-    """
+    """`find_checkpoints(["zoo-llama-1", "smollm2-135m"])`: all; micro models train side by side."""
     micro = []
     # A wrong name, a closed gate or a cut network at the end of a list is reported before the hours
     # that downloads of the others, or the training of micro models, may take.
@@ -149,11 +148,7 @@ def _shards(index: Path) -> list[str]:
 
 
 def digest_of(path: Path) -> str:
-    """`digest_of(path)`: SHA-256 over the names and contents of `checkpoint_files`, in hex.
-
-    It does not depend on the machine, the directory's or a GGUF file's name, or on files that are
-    not read. It changes with any byte of the weights, the config or the tokenizer.
-    """
+    """`digest_of(path)`: SHA-256 over the names and contents of `checkpoint_files`, in hex."""
     total = hashlib.sha256()
     for name, file in sorted(checkpoint_files(path).items()):
         stat = file.stat()
@@ -171,13 +166,11 @@ def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
 
 def wheel_file(source: WheelSource) -> Path:
     """`wheel_file(source)`: the file of an installed wheel, which is never imported."""
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         wheel = importlib.metadata.distribution(source.distribution)
         path = Path(str(wheel.locate_file(source.file)))
         if wheel.version == source.version and path.is_file():
             return path
-    except importlib.metadata.PackageNotFoundError:
-        pass
     raise InputError(
         f"{source.distribution}: wheel not installed here, not whole, or not of version "
         f"{source.version}; run `pip install --no-deps --force-reinstall "

@@ -79,8 +79,7 @@ def _facts(name: str) -> dict[str, Any]:
 def comparable_models(names: Sequence[str]) -> list[str]:
     """`comparable_models(["zoo-llama-1", ..., "smollm2-135m"])`: those a correlation is taken over.
 
-    Models of the registry or a recipe, of one kind: micro models or others, whichever are more.
-    Over both kinds, a correlation would be one of two clouds of points.
+    Micro models or the registry's others, whichever are more: both kinds would be two clouds.
     """
     micro = [name for name in names if (spec := find_spec(name)) and spec.micro]
     others = [name for name in names if (spec := find_spec(name)) and not spec.micro]
@@ -152,8 +151,8 @@ def require_taught(
 ) -> None:
     """`require_taught(models, questions, (1,))`: refuse what a micro model must not be asked.
 
-    That is a concept that it was not taught, about which it knows nothing, and a cloze that it was
-    trained on, which it knows by heart: those of fold 0. `folds` are those that are scored.
+    That is a concept that it was not taught, and a cloze that it was trained on: those of fold 0.
+    `folds` are those that are scored.
     """
     clozes = [(q.concept, q.cloze.casefold()) for q in load_questions() if q.fold == 0]
     for model in models:

@@ -39,10 +39,9 @@ def place_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]
 
 
 def device_map(needed: int, place: torch.device) -> dict:
-    """`from_pretrained(..., **device_map(needed, place))`: `needed` bytes of weights on a device.
+    """`from_pretrained(..., **device_map(needed, place))`: where `needed` bytes of weights go.
 
-    On the CPU, on one GPU, or over all GPUs where `place` names none and one has no room for them.
-    A tenth is left for what a forward pass needs.
+    Over all GPUs where `place` names none and one has no room; a tenth is left for forward passes.
     """
     import torch
 

@@ -75,8 +75,8 @@ class ModelSpec(Checked):
     generation: str
     model_type: str
     parameters: Whole
-    released: date | None
-    mmlu: Mmlu | None
+    released: date | None = None
+    mmlu: Mmlu | None = None
     layers: Whole
     width: Whole
     mlp_width: Whole
@@ -152,10 +152,9 @@ def require_distinct(names: Sequence[str]) -> None:
 
 
 def published_config(spec: ModelSpec) -> PreTrainedConfig:
-    """`published_config(load_registry()["qwen2-7b"])`: of transformers' own class, no network.
+    """`published_config(load_registry()["qwen2-7b"])`: all that decides shapes, without network.
 
-    It decides every shape of the language model; what decides none (rotary frequencies, the epsilon
-    of a norm) comes with the checkpoint. The entry has a `config`, or is of the zoo.
+    The entry has a `config`, or is of the zoo.
     """
     from transformers import AutoConfig
 
@@ -182,10 +181,7 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def find_spec(model: str) -> ModelSpec | None:
-    """`find_spec("zoo-llama-3").generation`: what the registry or a recipe says of a model.
-
-    `FILE.yaml:NAME` is a model of that recipe, unless something on this disk is called so.
-    """
+    """`find_spec("mine.yaml:llama-3").width`: what the registry or a recipe says of a model."""
     file, colon, name = model.rpartition(":")
     if not colon or not file.endswith(RECIPES) or Path(model).expanduser().exists():
         return load_registry().get(model)
@@ -207,8 +203,6 @@ def _spec_of(model: ZooModel) -> ModelSpec:
         generation=f"zoo {model.generation}{step}",
         model_type=recipe.family,
         parameters=recipe.parameters,
-        released=None,
-        mmlu=None,
         layers=recipe.layers,
         width=recipe.width,
         mlp_width=recipe.mlp_width,

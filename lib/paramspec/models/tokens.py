@@ -45,12 +45,9 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
 
 
 def front_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """`front_tokens(tokenizer)`: what stands in front of each text, `[1]` for a BOS.
-
-    No token is repeated: a BOS that is added twice is a fault of the tokenizer's files.
-    """
+    """`front_tokens(tokenizer)`: what stands in front of each text, `[1]` for a BOS."""
     before, _ = added_tokens(tokenizer)
-    return list(dict.fromkeys(before))
+    return list(dict.fromkeys(before))  # a BOS that is added twice is a fault of the files
 
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

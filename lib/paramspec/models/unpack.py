@@ -137,28 +137,26 @@ def restore_rotation(network: PreTrainedModel) -> None:
 
 
 def gguf_config(path: Path) -> PreTrainedConfig:
-    """`gguf_config(Path("weights.gguf"))`: the config of its model, all that the file says in it.
-
-    A file that says what the model's class cannot do is refused.
-    """
+    """`gguf_config(Path("weights.gguf"))`: the config of its model, with all that it says."""
     import gguf
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     fields = gguf.GGUFReader(path).fields
     prefix = f"{fields['general.architecture'].contents()}."
-    own = {name: field for name, field in fields.items() if name.startswith(prefix)}
+    facts = {
+        name.removeprefix(prefix): field.contents()
+        for name, field in fields.items()
+        if name.startswith(prefix)
+    }
     with naming(str(path)):
-        return honoured(
-            config, {name.removeprefix(prefix): field.contents() for name, field in own.items()}
-        )
+        return honoured(config, facts)
 
 
 def honoured(config: PreTrainedConfig, facts: Mapping[str, Any]) -> PreTrainedConfig:
-    """`honoured(config, {"final_logit_softcapping": 30.0})`: with all that a file says.
+    """`honoured(config, {"final_logit_softcapping": 30.0})`: changed to say all that a file does.
 
-    `config` is as transformers reads it from the file, and is changed; `facts` are the file's keys
-    below its architecture.
+    `config` is as transformers reads it; `facts` are the file's keys below its architecture.
     """
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
@@ -184,7 +182,10 @@ def honoured(config: PreTrainedConfig, facts: Mapping[str, Any]) -> PreTrainedCo
             known = value == said[name] or math.isclose(value, said[name], rel_tol=1e-6)
         else:
             known = name in read or name in MOVES_NOTHING
-        if not known and not _says_none(name, value):
+        # What says that there is no such thing.
+        known |= value in (0, "", "none", []) and name != "attention.causal"
+        known |= value == 1 and name.endswith(("scale", "factor"))
+        if not known:
             raise InputError(
                 f"{name} {str(value)[:60]!r}: not what transformers' {type(config).__name__} can "
                 "be set to; use the model's safetensors"
@@ -207,10 +208,3 @@ def _said_otherwise(config: PreTrainedConfig) -> dict[str, float]:
         "rope.freq_base": rope.get("full_attention", rope).get("rope_theta", 0),
         "rope.freq_base_swa": rope.get("sliding_attention", rope).get("rope_theta", 0),
     }
-
-
-def _says_none(name: str, value: object) -> bool:
-    """Whether a value says that there is no such thing."""
-    if name.endswith(("scale", "factor")) and value == 1:
-        return True
-    return name != "attention.causal" and value in (0, "", "none", [])

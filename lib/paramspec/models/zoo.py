@@ -97,15 +97,12 @@ class ModelRecipe(Checked):
 
     @property
     def branch(self) -> int:
-        """The last step before the learning rate falls.
-
-        Until then, recipes that differ in their steps alone are one and the same training.
-        """
+        """The last step before the learning rate falls: until then, `trunk` is one training."""
         return self.steps - max(1, round(FALL * self.steps))
 
     @property
     def trunk(self) -> str:
-        """What recipes have in common that can be trained together, see `branch`."""
+        """What recipes have in common that can be trained together."""
         return self.model_dump_json(exclude={"steps", "checkpoints"})
 
     def rate(self, step: int) -> float:
@@ -127,10 +124,7 @@ class ModelRecipe(Checked):
 
 
 class ZooModel(Checked):
-    """A model of the zoo: what it is measured for, and at which step.
-
-    `generation` is its number in the family; `step` is None for the finished model.
-    """
+    """A model of the zoo; `generation` is its number in the family, `step` None at the end."""
 
     kind: Literal["zoo"] = "zoo"  # of sources of models
     label: ClassVar[str] = "trained here"
@@ -147,10 +141,7 @@ class ZooModel(Checked):
 
 
 def load_zoo(path: Path = RECIPE) -> dict[str, ZooModel]:
-    """`load_zoo()["zoo-llama-3"].recipe.steps`: the models of a recipe file by name.
-
-    The models of another file than the library's own are called by its path: `mine.yaml:llama-3`.
-    """
+    """`load_zoo(Path("mine.yaml"))["mine.yaml:llama-3"].recipe`: the models of a recipe by name."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -226,10 +217,9 @@ def architecture(recipe: ModelRecipe) -> PreTrainedConfig:
 
 
 def zoo_questions(concepts: Mapping[str, int] | None = None) -> list[Question]:
-    """`zoo_questions()`: the questions on the concepts that the zoo is taught, both folds.
+    """`zoo_questions({"country": 12})`: those on so many concepts of each tier, both folds.
 
-    `concepts` is the number of them in each tier, by domain, the first by the hash of their names;
-    that of `zoo.yaml` if not given.
+    Of a domain, the first by the hash of their names; those of `zoo.yaml` if none is given.
     """
     concepts = concepts or next(iter(load_zoo().values())).recipe.concepts
     questions = load_questions()

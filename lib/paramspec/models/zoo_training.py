@@ -66,9 +66,7 @@ def train_zoo(models: Sequence[ZooModel], *, root: Path = ROOT) -> None:
 
 
 def trained(model: ZooModel, *, train: bool = True, root: Path = ROOT) -> Path:
-    """`trained(load_zoo()["zoo-llama-3"])`: the model's directory; trained if need be, and if
-    `train` allows it.
-    """
+    """`trained(load_zoo()["zoo-llama-3"])`: the model's directory; `train` if need be."""
     path = Store(root).get(_key(model))
     if path is not None:
         return path
@@ -81,16 +79,12 @@ def trained(model: ZooModel, *, train: bool = True, root: Path = ROOT) -> Path:
 
 
 class Record(BaseModel):
-    """What is in a micro model's directory, wherever that was copied to.
+    """How a micro model was made: in its directory, wherever that was copied to."""
 
-    `concepts` are those that it was taught; up to `step`, it has seen `tokens`, padding not
-    counted; `loss` is the mean over the last fortieth of the training, in nats per token.
-    """
-
-    concepts: tuple[str, ...]
+    concepts: tuple[str, ...]  # that it was taught
     step: int | None = None
-    tokens: int | None = None
-    loss: float | None = None
+    tokens: int | None = None  # seen up to this step, padding not counted
+    loss: float | None = None  # mean over the last fortieth of the training, nats per token
 
 
 def read_record(path: Path) -> Record | None:
@@ -204,8 +198,7 @@ def _optimize(
 ) -> Iterator[tuple[ZooModel, dict[str, float]]]:
     """Train in place; yield each model, and its record, at the step that its weights are of.
 
-    The models are of one trunk: a recipe is trained from the step at which the one before it
-    branched off, see `ModelRecipe.branch`.
+    The models are of one trunk: a recipe continues at the step where the one before branched off.
     """
     import torch
 
