@@ -152,10 +152,10 @@ def test_a_worker_of_another_kind_is_refused(monkeypatch):
     monkeypatch.setattr(runner, "load_model", lambda *_, **__: loaded)
     found = Checkpoint("toy", Path("toy"))
     planned = replace(runner.target_of(loaded), model=found)
-    assert runner._load(planned) is loaded
+    assert runner._load(planned, found) is loaded
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")
     with pytest.raises(InputError, match=r"this machine computes .*SVE256.* use float32"):
-        runner._load(planned)
+        runner._load(planned, found)
 
 
 def test_a_processor_without_bfloat16_says_so():

@@ -159,17 +159,14 @@ def toy_bert() -> transformers.PreTrainedModel:
 
 CAUSAL = "not a causal language model; use a decoder-only model"
 MISFIT = "toy: the weights do not fit the config: "
-T5 = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
 GPTQ = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
 BROKEN = {
-    "no config": (lambda p: (p / "config.json").unlink(), "config.json"),
     "unknown type": (lambda p: edit_config(p, model_type="llamma"), "llamma"),
     "classifier": (
         lambda p: edit_config(p, architectures=["LlamaForSequenceClassification"]),
         CAUSAL,
     ),
     "encoder": (lambda p: toy_bert().save_pretrained(p), CAUSAL),
-    "seq2seq": (lambda p: edit_config(p, **T5), "T5Config"),
     "quantized": (lambda p: edit_config(p, **GPTQ), "toy: quantization_config in config.json"),
     "weights of another name": (
         lambda p: edit_config(p, transformers_weights="other.safetensors"),
@@ -177,13 +174,8 @@ BROKEN = {
     ),
     "adapter": (lambda p: (p / "adapter_config.json").write_text("{}"), "toy: an adapter; merge"),
     "weights cut": (lambda p: truncate(p / "model.safetensors"), "SafetensorError"),
-    "git-lfs": (
-        lambda p: (p / "model.safetensors").write_text("version https://git-lfs.github.com/spec"),
-        "SafetensorError",
-    ),
     "pickle": (only_pickle, "toy: no model.safetensors, and pickled weights, which can run code"),
     "shard gone": (lambda p: shard(p)[1].unlink(), "shards missing, the first is model-00002-of"),
-    "shard cut": (lambda p: truncate(shard(p)[1]), "SafetensorError"),
     "index cut": (break_the_index, "model.safetensors.index.json: cannot be loaded (JSON"),
     "weight missing": (
         lambda p: change_weights(p, lambda weights: weights.pop(DOWN)),

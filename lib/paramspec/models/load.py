@@ -39,7 +39,7 @@ class LoadedModel:
         model: in eval mode; no parameter asks for a gradient.
         tokenizer: of the model's own directory or file.
         name: the registry id, the hub id, or the path as it was given.
-        digest: SHA-256 of the files the model was read from; see `digest_files`.
+        digest: SHA-256 of the files the model was read from; see `digest_of`.
         dtype: of the weights.
         device: where token ids go; the first of them when the model is spread over several.
         commit: of the hub's repository, or None of a model that is not from there.
