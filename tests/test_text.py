@@ -207,10 +207,6 @@ def drawn_figures() -> dict[str, tuple[object, list[str]]]:
     groups = pd.DataFrame({"by": "domain", "group": NAMES, "n": 4} | with_interval("accuracy"))
     groups = groups.rename(columns={"accuracy_low": "low", "accuracy_high": "high"})
     square = pd.DataFrame(np.eye(len(NAMES)), index=NAMES, columns=NAMES)
-    tiers = pd.concat(
-        [models.assign(group=models["model"], tier=t) for t in ("high", "medium", "low")]
-    )
-    tiers = tiers.assign(**{f"peak_did{end}": 0.1 for end in ("", "_low", "_high")})
     methods = pd.DataFrame(
         {"model": NAMES, "method": "FT-PV", "measure": "m", "value": 0.5, "low": 0.4, "high": 0.6}
     )
@@ -219,7 +215,6 @@ def drawn_figures() -> dict[str, tuple[object, list[str]]]:
         "overlap": (figures.overlap(square, NAMES, 0.1), NAMES),
         "along": (figures.along(models, "x", "x"), NAMES),
         "against_accuracy": (figures.against_accuracy(models), NAMES),
-        "tiers": (figures.tiers(tiers), NAMES),
         "by_method": (figures.by_method(methods, {"m": "m"}), NAMES),
     }
 

@@ -208,7 +208,7 @@ def test_a_model_larger_than_a_gpu_takes_several(offline):
         (["9-nothing"], "unknown chapter '9-nothing'"),
         (["1-value-vectors"], "1-value-vectors has no chapter that measures models; name one of"),
         (["--profile", "none.yaml"], "unknown chapter 'chapter'"),
-        (["--profile", "typed.yaml", "6-scale"], "parameter concepts must be int | None"),
+        (["--profile", "typed.yaml", "6-scale"], "6-scale: concepts 'many'"),
         (["6-scale", "-p", "modles", "[]"], "-p modles: no chapter planned here has such"),
         (["6-scale", "-p", "models", "[lama]"], "model 'lama': not in models.yaml"),
         (["6-scale", "-p", "models", "[]"], "models: none given"),

@@ -38,8 +38,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-# Tokens of a packed row, about: longer ones share more, and attend to more in vain where attention
-# is not by blocks, see `kernels`.
+# Tokens of a packed row, about: longer ones share more prefixes, and waste more attention.
 ROW_TOKENS = 160
 # oneDNN compiles code for each number of rows that it multiplies: let there be few of them. So
 # rows are padded to a multiple of the first, and places that are unembedded to one of the second.
@@ -84,9 +83,7 @@ class Engine:
         longest: tokens of the longest path that is packed, if there is a limit; others are plain.
         branches: masks over one row part where the first of them masks, see `mask_value_vectors`;
             otherwise the row is repeated for each.
-        shares: questions share their beginnings. False, as `prepacked=False`, is for measuring
-            what that wins.
-        prepacked: see `faster_layers`.
+        shares: questions share their beginnings. False is for measuring what that wins.
     """
 
     name: Literal["packed", "plain"]
@@ -94,7 +91,6 @@ class Engine:
     longest: int | None = None
     branches: bool = False
     shares: bool = True
-    prepacked: bool = True
 
 
 class Read(NamedTuple):

@@ -33,7 +33,7 @@ from paramspec.method.hooks import (
     refuse_too_long,
     unembed_only,
 )
-from paramspec.method.kernels import Faster, Linear, faster_layers, linear_of
+from paramspec.method.kernels import packed_layers
 from paramspec.method.rows import (
     READ_MULTIPLE,
     ROW_MULTIPLE,
@@ -228,12 +228,12 @@ def score_options(
     packed, plain = fill_rows(requests, engine, row_tokens)
     run(plain, False, lambda batch, length: _plain_forward(view, batch, length, keeps))
     tokens = sum(len(cell.row.tokens) for cell in packed)
-    with faster_layers(view.model, tokens=tokens, prepacked=engine.prepacked) as faster:
-        head = _Head.of(view.model, faster.packs)
+    with packed_layers(view.model, tokens=tokens):
+        head = _Head.of(view.model)
         run(
             packed,
             engine.branches,
-            lambda batch, length: _forward(view, faster, head, batch, length, keeps, engine),
+            lambda batch, length: _forward(view, head, batch, length, keeps, engine),
         )
     for request, score in zip(requests, scores, strict=True):
         if not np.isfinite(score).all():
@@ -247,7 +247,6 @@ def score_options(
 
 def _forward(
     view: ValueVectorView,
-    faster: Faster,
     head: _Head,
     batch: Sequence[Cell],
     length: int,
@@ -262,20 +261,13 @@ def _forward(
     rows = [cell.row for cell in batch]
     rows = rows[:1] if branches_within(batch, engine) else rows
     sizes = [len(cell.row.places) for cell in batch]
-    places = np.zeros((len(rows), round_up(max(sizes), READ_MULTIPLE)), dtype=np.int64)
-    for row, own in zip(rows, places, strict=True):
-        own[: len(row.places)] = row.places
-    only = faster.read_only(torch.from_numpy(places))
     with mask_rows(view, [keeps[cell.mask] for cell in batch]):
         states = view.model.base_model(**_inputs(view, rows, length), use_cache=False)[0]
     states = states.expand(len(batch), -1, -1)  # one row still, if no mask parted it
     starts = np.cumsum(sizes) - sizes
     which = [start + cell.row.which for start, cell in zip(starts, batch, strict=True)]
-    found = [
-        np.arange(size) if only else cell.row.places
-        for size, cell in zip(sizes, batch, strict=True)
-    ]
-    read = states[np.repeat(np.arange(len(batch)), sizes), np.concatenate(found)]
+    places = np.concatenate([cell.row.places for cell in batch])
+    read = states[np.repeat(np.arange(len(batch)), sizes), places]
     targets = [read.token for cell in batch for read in cell.row.reads]
     return head.log_probabilities(
         read, torch.from_numpy(np.concatenate(which)), torch.tensor(targets)
@@ -326,27 +318,17 @@ def attention_window(config: PreTrainedConfig) -> int | None:
 class _Head:
     """The model's last step, from hidden states to log-probabilities.
 
-    `blocks` are linear layers onto parts of the vocabulary, `weight` and `bias` those of all;
     `finish` is what the family does to logits.
     """
 
-    blocks: tuple[Linear, ...]
     weight: Tensor
     bias: Tensor | None
     finish: Callable[[Tensor], Tensor]
 
     @classmethod
-    def of(cls, model: PreTrainedModel, prepacked: bool) -> _Head:
+    def of(cls, model: PreTrainedModel) -> _Head:
         module = model.get_output_embeddings()
-        weight, bias = module.weight, getattr(module, "bias", None)
-        parts = weight.split(VOCABULARY_BLOCK)
-        biases = [None] * len(parts) if bias is None else bias.split(VOCABULARY_BLOCK)
-        # A fifth of a small model's weights, for a few states: a copy would save 1 % of the time.
-        blocks = [
-            linear_of(*part, prepacked=prepacked, copied=False)
-            for part in zip(parts, biases, strict=True)
-        ]
-        return cls(tuple(blocks), weight, bias, _finish(model.config))
+        return cls(module.weight, getattr(module, "bias", None), _finish(model.config))
 
     def log_probabilities(self, states: Tensor, which: Tensor, targets: Tensor) -> Tensor:
         """fp32 `[reads]`: of token `targets[i]` after state `which[i]` of `states` `[n, hidden]`.
@@ -358,7 +340,12 @@ class _Head:
         states, which, targets = states.to(device), which.to(device), targets.to(device)
         padding = round_up(len(states), READ_MULTIPLE) - len(states)
         padded = torch.nn.functional.pad(states, (0, 0, 0, padding))
-        sums = [_log_sum(self.finish(block(padded)).float()) for block in self.blocks]
+        sums = []
+        for start in range(0, len(self.weight), VOCABULARY_BLOCK):
+            block = slice(start, start + VOCABULARY_BLOCK)
+            bias = None if self.bias is None else self.bias[block]
+            logits = torch.nn.functional.linear(padded, self.weight[block], bias)
+            sums.append(_log_sum(self.finish(logits).float()))
         logits = (states[which].float() * self.weight[targets].float()).sum(-1)
         if self.bias is not None:
             logits += self.bias[targets].float()
