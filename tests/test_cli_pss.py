@@ -231,7 +231,7 @@ def refused(pss, first, tmp_path):
         ("--seed 99999999999999999999", "seed 99999999999999999999: "),
         ("--concepts 5", "5 concepts asked for; choose from 1 to 4"),
         ("--concepts 1", "questions on 1 concept(s): at least 2 are needed"),
-        ("--device tpu", "device 'tpu': unknown; use auto, cpu, cuda"),
+        ("--device tpu", "device 'tpu': not on this machine; use auto, cpu"),
         ("--color red", "No such option: --color"),
     ],
 )

@@ -108,7 +108,6 @@ def loaded(model: nn.Module, *, name: str = "toy", digest: str = "0" * 64) -> Lo
     return LoadedModel(
         model=model,
         tokenizer=toy_tokenizer(),
-        spec=None,
         name=name,
         digest=digest,
         dtype=next(model.parameters()).dtype,

@@ -125,14 +125,13 @@ def test_a_worker_of_another_kind_is_refused(monkeypatch):
     loaded = LoadedModel(
         model=model,
         tokenizer=toy_tokenizer(),
-        spec=None,
         name="toy",
         digest="digest",
         dtype=torch.bfloat16,
         device=torch.device("cpu"),
     )
     monkeypatch.setattr(runner, "load_model", lambda *_, **__: loaded)
-    found = Checkpoint("toy", None, Path("toy"))
+    found = Checkpoint("toy", Path("toy"))
     planned = replace(runner.target_of(loaded), model=found)
     assert runner._load(planned, found) is loaded
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")

@@ -22,12 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from paramspec.errors import InputError, naming
 from paramspec.execution.limits import OutOfMemory, is_out_of_memory
@@ -37,7 +32,6 @@ from paramspec.method.hooks import (
     mask_rows,
     refuse_too_long,
     unembed_only,
-    unverified_view,
 )
 from paramspec.method.kernels import packed_layers
 from paramspec.method.rows import (
@@ -54,7 +48,6 @@ from paramspec.method.rows import (
     fill_rows,
     round_up,
 )
-from paramspec.models.registry import toy_config
 from paramspec.models.tokens import token_ids
 from paramspec.specwiki import Question
 
@@ -411,8 +404,8 @@ def choose_engine(view: ValueVectorView) -> Engine:
 
     Decided by a test: a forest that branches at every depth, under three masks, is scored packed
     and plain. Models whose attention is biased by distances that position ids do not set (BLOOM,
-    MPT) fail it. Whether a sliding window is kept is tested on a toy of the model's class, whose
-    window is short; if it is not, paths longer than the model's window are scored plainly.
+    MPT) fail it. Whether a sliding window is kept is tested with a short one; if it is not, paths
+    longer than the model's window are scored plainly.
     """
     attention = getattr(view.model.config, "_attn_implementation", None)
     if attention not in ("eager", "sdpa"):
@@ -425,22 +418,14 @@ def choose_engine(view: ValueVectorView) -> Engine:
     else:
         return Engine("plain", str(failure))
     window = attention_window(view.model.config)
-    if window is None or _keeps_windows(view.model.config, engine):
+    if window is None:
         return engine
-    return replace(engine, longest=window)
-
-
-@torch.no_grad()
-def _keeps_windows(config: PreTrainedConfig, engine: Engine) -> bool:
-    small = toy_config(config.get_text_config(decoder=True))
-    small.sliding_window = 3
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        toy = AutoModelForCausalLM.from_config(small).eval()
-        for weight in toy.parameters():
-            weight.normal_(std=0.5)  # large enough for what is out of the window to be missed
-    toy.set_attn_implementation(config._attn_implementation)
-    return _failure(unverified_view(toy), engine) is None
+    config: Any = view.model.config.get_text_config(decoder=True)
+    try:
+        config.sliding_window = 3  # from which each forward pass makes its masks
+        return engine if _failure(view, engine) is None else replace(engine, longest=window)
+    finally:
+        config.sliding_window = window
 
 
 def _failure(view: ValueVectorView, engine: Engine) -> str | None:
