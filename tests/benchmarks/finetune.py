@@ -87,7 +87,7 @@ def main() -> int:
     loaded = load_model(given.model, dtype="float32")
     view, questions = value_vector_view(loaded.model), load_questions()
     training = Training.parse(method="FT-FV", concepts=CONCEPTS)
-    rows = encode_texts(view, loaded.tokenizer, training_texts(questions, CONCEPTS, 4))
+    rows = encode_texts(view, loaded.tokenizer, training_texts(questions, training))
     rows = sorted(rows, key=len)[: training.batch]
     vectors = {}
     for method in METHODS:
