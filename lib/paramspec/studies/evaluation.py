@@ -93,8 +93,8 @@ class Evaluation(Checked):
         if self.stated or self.prose:
             key["texts"] = [hashlib.sha256(PROSE.read_bytes()).hexdigest(), PASSAGE_TOKENS]
         if self.open_ended != "no":
-            own = [generation.GENERATION_VERSION, self.prompt, generation.MAX_NEW_TOKENS]
-            key["generation"] = own
+            version, most = generation.GENERATION_VERSION, generation.MAX_NEW_TOKENS
+            key["generation"] = [version, self.prompt, most]
         return key
 
     @property
@@ -148,13 +148,13 @@ def _other_questions(
 
 def _specialization(
     ready: Ready,
-    asked: Sequence[Question],
+    questions: Sequence[Question],
     concepts: Sequence[str],
     choices: Choices,
     answers: pd.DataFrame,
 ) -> pd.DataFrame:
     """Rows of PSS for each concept; unrelated are questions on concepts not trained on."""
-    asked = [q for q in asked if q.fold in {*choices.choose_on, *choices.score_on}]
+    questions = [q for q in questions if q.fold in {*choices.choose_on, *choices.score_on}]
     scored = zip(answers["question_id"], answers["option_logprobs"], strict=True)
     view, tokenizer = ready.view, ready.loaded.tokenizer
     position, batch_tokens = choices.position, choices.batch_tokens
@@ -162,11 +162,11 @@ def _specialization(
         ready.loaded.name,
         view,
         tokenizer,
-        [q for q in asked if q.concept in concepts],
+        [q for q in questions if q.concept in concepts],
         concepts,
         choices,
-        record_concepts(view, tokenizer, asked, position=position, batch_tokens=batch_tokens),
-        unrelated=[q for q in asked if q.concept not in concepts],
+        record_concepts(view, tokenizer, questions, position=position, batch_tokens=batch_tokens),
+        unrelated=[q for q in questions if q.concept not in concepts],
         unmasked={name: torch.tensor(scores) for name, scores in scored},
         engine=ready.engine,
     )

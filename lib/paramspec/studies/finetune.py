@@ -48,10 +48,9 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 
 
 def batches_of(lengths: Sequence[int], training: Training) -> Iterator[list[int]]:
-    """`for rows in batches_of(lengths, training)`: which texts make each step, in its order.
+    """Which texts make each step, in order: in an epoch, every text once.
 
-    An epoch holds every text once. Texts of like length are together, so that little is padded;
-    the seed decides which of them, and the order of the batches.
+    Texts of like length are together, so that little is padded; the seed decides which of them.
     """
     for epoch in range(training.epochs):
         draw = torch.Generator().manual_seed(training.seed * 1000 + epoch)
@@ -64,7 +63,7 @@ def batches_of(lengths: Sequence[int], training: Training) -> Iterator[list[int]
 
 
 def learning_rate(step: int, steps: int, training: Training) -> float:
-    """`learning_rate(1, 75, training)`: of a step, from 1: a warm-up of a tenth, then a cosine."""
+    """Of a step, counted from 1: a warm-up of a tenth, then a cosine."""
     warm_up = max(1, steps // 10)
     if step <= warm_up:
         return training.learning_rate * step / warm_up
