@@ -30,11 +30,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def names():
     """What `paramspec`'s docstring says that examples have."""
-    loaded = toy_loaded()
-    questions = [
-        question.model_copy(update={"statements": (f"{question.concept} old {question.relation}",)})
-        for question in toy_questions(3)
-    ]
+    loaded, questions = toy_loaded(), toy_questions(3)
     models = [toy_loaded(name=name, seed=seed) for seed, name in enumerate(("old", "new", "other"))]
     choices = paramspec.Choices(ratios=(0.3,), general=5, nulls=("random",))
     return {

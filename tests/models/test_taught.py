@@ -229,7 +229,7 @@ def test_evaluations_of_training_ask_the_same(tmp_path):
     def runs(**changed):
         changed = evaluation.model_copy(update=changed)
         return [
-            Run("original", None, changed, training.concepts),
+            Run("original", training, changed, original=True),
             Run("FT-PV", training, changed),
         ]
 

@@ -97,7 +97,7 @@ def measure_methods(
     """`measures = measure_methods(study, names)`: by measure and method, in resamples.
 
     >>> training = Training(method="FT-PV", concepts=("alpha",), epochs=1)
-    >>> runs = causal_runs(training, Evaluation(others=5), seeds=1)["methods"]
+    >>> runs = causal_runs(training, Evaluation(others=5), seeds=1)
     >>> study = measure_runs("my-checkpoint/", questions, runs, store=Store("results/store"))
     >>> measures = measure_methods(study, [run.name for run in runs])
     >>> gain = measures["multiple choice"]["FT-PV"] - measures["multiple choice"]["original"]
