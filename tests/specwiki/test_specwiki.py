@@ -20,7 +20,7 @@ from paramspec.specwiki import (
     questions_digest,
     validate,
 )
-from paramspec.specwiki.builder.build import to_jsonl
+from specwiki.build import to_jsonl
 from toy_study import save_toy
 
 ROWS = [json.loads(line) for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]

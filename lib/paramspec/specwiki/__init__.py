@@ -4,8 +4,7 @@
     questions = specwiki.load_questions(concepts=60, domains=["country", "element"])
     specwiki.dataset().push_to_hub("me/specwiki")
 
-`python -m paramspec.specwiki.builder.build` builds `questions.jsonl` from the fact tables in
-`builder/tables/`; `README.md` is the dataset card.
+`README.md` is the dataset card; `tools/specwiki` in the repository builds `questions.jsonl`.
 """
 
 from paramspec.specwiki.export import dataset, export_lm_eval
