@@ -27,11 +27,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from paramspec.errors import InputError
+from paramspec.errors import InputError, printable
 from paramspec.execution.ends import out_of_the_main_thread
 from paramspec.execution.files import atomic, require_writable, writing_to
 from paramspec.execution.provenance import USED, hardware, machine, used_results, versions
-from paramspec.markup import printable
 from paramspec_book.keys import RECORD, execution_key, read_record
 from paramspec_book.parameters import (
     chapter_values,

@@ -6,7 +6,7 @@ import difflib
 import functools
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +49,16 @@ def load_questions(
             unknown, or fewer concepts are there than asked for.
     """
     path = Path(path) if path is not None else QUESTIONS
-    questions, problems = _check(path)
+    questions, problems = read_questions(path)
     if problems:
         raise InputError(problems[0])
-    questions = _keep(questions, "tier", tiers, TIERS, path)
-    known_domains = sorted({question.domain for question in questions})
-    questions = _keep(questions, "domain", domains, known_domains, path)
+    questions = choose(questions, "tier", tiers, path)
+    questions = choose(questions, "domain", domains, path)
     if isinstance(concepts, int):
         questions = sample_concepts(questions, concepts, seed, path)
-    elif concepts is not None:
-        known = {question.concept: None for question in questions}
-        questions = _keep(questions, "concept", concepts, known, path)
-    kept = _keep(questions, "fold", folds, (0, 1), path)
+    else:
+        questions = choose(questions, "concept", concepts, path)
+    kept = choose(questions, "fold", folds, path)
     lost = {question.concept for question in questions} - {question.concept for question in kept}
     if lost:
         raise InputError(
@@ -70,36 +68,66 @@ def load_questions(
     return kept
 
 
-def validate(path: str | Path) -> list[str]:
-    """Every breach of the schema in a question file, one line each: `validate("mine.jsonl")`.
+def read_questions(path: str | Path) -> tuple[list[Question], list[str]]:
+    """`questions, problems = read_questions("mine.jsonl")`: with each breach of the schema, a line.
 
-    Returns an empty list when `load_questions` accepts the file.
+    Questions are those of the lines that have no problem of their own.
     """
-    return _check(Path(path))[1]
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        return [], [f"{path}: cannot be read ({error.strerror}); give a JSON Lines file"]
+    questions, problems = _parse(data)
+    return list(questions), [f"{path}{problem}" for problem in problems]
 
 
-def find(questions: Sequence[Question], name: str) -> Question:
-    """The question with the id `name`: `find(load_questions(), "france/capital")`.
+def choose(questions: list[Question], field: str, chosen: Any, place: object) -> list[Question]:
+    """`choose(questions, "tier", "high", path)`: by one value, several, or None for all."""
+    if chosen is None:
+        return questions
+    values = [chosen] if isinstance(chosen, str | int) else list(chosen)
+    known = sorted({getattr(question, field) for question in questions})
+    for value in values:
+        if value not in known:
+            folded = {str(each).casefold(): str(each) for each in known}
+            close = difflib.get_close_matches(str(value).casefold(), folded, n=3)
+            hint = "see `paramspec questions`"
+            if len(known) <= 20:
+                hint = f"choose from {', '.join(map(str, known))}"
+            elif close:
+                hint = f"did you mean {', '.join(folded[name] for name in close)}?"
+            raise InputError(f"{place}: unknown {field} {value!r}; {hint}")
+    return [question for question in questions if getattr(question, field) in values]
 
-    Raises:
-        InputError: no question has it; the message names ids that come close.
+
+def sample_concepts(
+    questions: list[Question], count: int, seed: int, place: object
+) -> list[Question]:
+    """The questions of `count` concepts, evenly from the tiers, the first by hash of seed and name.
+
+    A tier that has too few gives all it has, and the others make up for it. An error names the
+    `place` that the questions are from.
     """
-    by_id = {question.id: question for question in questions}
-    if name not in by_id:
-        raise InputError(f"unknown question {name!r}; {_hint(name, by_id)}")
-    return by_id[name]
+    tier_of = {question.concept: question.tier for question in questions}
+    if not 1 <= count <= len(tier_of):
+        raise InputError(f"{place}: {count} concepts asked for; choose from 1 to {len(tier_of)}")
+    order = sorted(tier_of, key=lambda name: by_hash(seed, name))
+    turns: list[tuple[int, str]] = []
+    for tier in TIERS:
+        turns += enumerate(name for name in order if tier_of[name] == tier)
+    turns.sort(key=lambda turn: turn[0])  # the first of each tier, then the second of each
+    chosen = {name for _, name in turns[:count]}
+    return [question for question in questions if question.concept in chosen]
 
 
 def describe(question: Question) -> str:
     """A question as a few lines to read, the true option marked by an asterisk."""
-    lines = [
-        f"{question.id}  ({question.domain}, {question.tier}, fold {question.fold})",
-        f"  {question.question}",
-        f"  {question.cloze} ...",
+    head = f"{question.id}  ({question.domain}, {question.tier}, fold {question.fold})"
+    options = [
+        f"  {'*' if place == question.answer else ' '} {option}"
+        for place, option in enumerate(question.options)
     ]
-    for place, option in enumerate(question.options):
-        lines.append(f"  {'*' if place == question.answer else ' '} {option}")
-    return "\n".join(lines)
+    return "\n".join([head, f"  {question.question}", f"  {question.cloze} ...", *options])
 
 
 def questions_digest(questions: Iterable[Question]) -> str:
@@ -109,18 +137,9 @@ def questions_digest(questions: Iterable[Question]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _check(path: Path) -> tuple[list[Question], list[str]]:
-    """The questions of the file, each as its line has it, and what is wrong with the others."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        return [], [f"{path}: cannot be read ({error.strerror}); give a JSON Lines file"]
-    questions, problems = _check_content(data)
-    return list(questions), [f"{path}{problem}" for problem in problems]
-
-
 @functools.lru_cache(maxsize=2)  # by content: a file may be edited while a process lives
-def _check_content(data: bytes) -> tuple[list[Question], list[str]]:
+def _parse(data: bytes) -> tuple[list[Question], list[str]]:
+    """Questions of a file, and what is wrong: `:17: answer 4, but 4 options (0-3)`."""
     if not data.strip():
         return [], [": empty; write one question, a JSON object, a line"]
     questions: list[Question] = []
@@ -128,9 +147,16 @@ def _check_content(data: bytes) -> tuple[list[Question], list[str]]:
     seen: dict[tuple[str, str], tuple[int, str]] = {}
     for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), start=1):
         try:
-            question = _parse(line)
-        except InputError as error:
-            problems.append(f":{number}: {error}")
+            # Decoded here: given bytes, `json.loads` guesses the encoding.
+            json.loads(line.decode("utf-8"), object_pairs_hook=_require_distinct)
+            question = Question.model_validate_json(line)
+        except ValidationError as error:
+            problems.append(f":{number}: {first_breach(error)}")
+            continue
+        except (ValueError, RecursionError) as error:
+            problems.append(
+                f":{number}: not JSON ({error}); write one JSON object a line, in UTF-8"
+            )
             continue
         questions.append(question)
         first, _ = seen.setdefault(("id", question.id), (number, ""))
@@ -146,78 +172,9 @@ def _check_content(data: bytes) -> tuple[list[Question], list[str]]:
     return questions, problems
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of a line, in which a key stands once: a reader would take the last of them."""
+def _require_distinct(pairs: list[tuple[str, Any]]) -> None:
+    """Refuse an object in which a key stands twice: a reader would take the last of them."""
     names = [key for key, _ in pairs]
     for key in names:
         if names.count(key) > 1:
-            raise InputError(f"key {key!r} stands twice; give it once")
-    return dict(pairs)
-
-
-def _parse(line: bytes) -> Question:
-    """The question of a line; an InputError says what is wrong with it."""
-    try:
-        # Decoded here: given bytes, `json.loads` guesses the encoding.
-        row = json.loads(line.decode("utf-8"), object_pairs_hook=_once)
-    except UnicodeDecodeError as error:
-        raise InputError(f"not UTF-8 (byte {error.start}); save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
-        problem = f"not JSON ({error.msg}, column {error.colno}); write one JSON object a line"
-        raise InputError(problem) from error
-    if not isinstance(row, dict):
-        raise InputError(f"a JSON {type(row).__name__}, not an object; write one question a line")
-    try:
-        return Question.model_validate_json(line)
-    except ValidationError as error:
-        raise InputError(first_breach(error)) from error
-
-
-def _keep(
-    questions: list[Question], field: str, chosen: Any, known: Collection[Any], path: Path
-) -> list[Question]:
-    """The questions whose `field` is among `chosen` (one value, several, or None for all)."""
-    if chosen is None:
-        return questions
-    values = [chosen] if isinstance(chosen, str | int) else list(chosen)
-    for value in values:
-        if value not in known:
-            raise InputError(f"{path}: unknown {field} {value!r}; {_hint(value, known)}")
-    kept = [question for question in questions if getattr(question, field) in values]
-    if not kept and field != "fold":
-        raise InputError(f"{path}: no question has {field} {chosen!r}; choose another {field}")
-    return kept
-
-
-def _hint(name: object, known: Collection[Any]) -> str:
-    """All names if they are few, else those that come close."""
-    if len(known) <= 20:
-        return f"choose from {', '.join(map(str, known))}"
-    folded = {each.casefold(): each for each in known}
-    close = [folded[n] for n in difflib.get_close_matches(str(name).casefold(), folded, n=3)]
-    return f"did you mean {', '.join(close)}?" if close else "see `paramspec questions`"
-
-
-def sample_concepts(
-    questions: list[Question], count: int, seed: int, place: object
-) -> list[Question]:
-    """The questions of `count` concepts, evenly from the tiers, the first by hash of seed and name.
-
-    A tier that has too few gives all it has, and the others make up for it.
-
-    Args:
-        place: where the questions are from, for the message.
-
-    Raises:
-        InputError: if there are fewer concepts.
-    """
-    tier_of = {question.concept: question.tier for question in questions}
-    if not 1 <= count <= len(tier_of):
-        raise InputError(f"{place}: {count} concepts asked for; choose from 1 to {len(tier_of)}")
-    order = sorted(tier_of, key=lambda name: by_hash(seed, name))
-    turns: list[tuple[int, str]] = []
-    for tier in TIERS:
-        turns += enumerate(name for name in order if tier_of[name] == tier)
-    turns.sort(key=lambda turn: turn[0])  # the first of each tier, then the second of each
-    chosen = {name for _, name in turns[:count]}
-    return [question for question in questions if question.concept in chosen]
+            raise ValueError(f"key {key!r} stands twice")
