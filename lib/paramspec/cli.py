@@ -58,35 +58,26 @@ MODEL = "A registry id (see `paramspec models`), a hub id, a local directory, or
 Concepts = Annotated[int | None, whole("How many, evenly over the tiers; all if not given.")]
 Ratios = Annotated[str, Option(parser=shares, help="Shares of value vectors to mask.")]
 Position = Annotated[Literal["mean", "last"], Option(help="Prompt tokens that count.")]
-Scope = Annotated[
-    Literal["layer", "model"], Option(help="Choose value vectors in each, or over the whole.")
-]
+Scope = Annotated[Literal["layer", "model"], Option(help="Choose in each, or over the whole.")]
 Protocol = Annotated[
-    Literal["paper", "holdout"],
-    Option(help="Choose and score on the same questions; or on fold 0, and on fold 1."),
+    Literal["paper", "holdout"], Option(help="Score on the questions chosen on, or on fold 1.")
 ]
-Scheduler = Annotated[
-    str | None, Option(help="A Dask scheduler, as tcp://host:8786; its workers share this folder.")
-]
+Scheduler = Annotated[str | None, Option(help="A Dask scheduler, as tcp://host:8786.")]
 Results = Annotated[Path, Option(help="Where pss.parquet, details.parquet, masks and run.json go.")]
 Kept = Annotated[Path, Option(help="Where finished units are kept: a rerun continues from there.")]
 Method = Annotated[
     Literal["FT-FV", "FT-PV", "FT-CV", "FT-RV"],
-    Option(
-        help="FT-FV: all value vectors; FT-PV: those with the highest coefficients; "
-        "FT-CV: all but those; FT-RV: as many as FT-PV, at random."
-    ),
+    Option(help="All value vectors; those chosen; all but those; as many as those, at random."),
 ]
 Trained = Annotated[list[str], Option(metavar="NAME", help="To train on; may be repeated.")]
 Tuned = Annotated[Path, Option(help="The model's directory: new, or that of the same run.")]
 Rule = Annotated[
     Literal["coefficient", "score", "gradient", "magnitude", "other"],
-    Option(help="How FT-PV chooses; the paper's is coefficient."),
+    Option(help="How FT-PV chooses them; the paper's is coefficient."),
 ]
 Layers = Annotated[str | None, Option(parser=ranges, help="Only these, from 0, as 0,4-6.")]
 Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16"],
-    Option(help="Of the weights; auto is bfloat16 on a GPU that computes in it, else float32."),
+    Literal["auto", "float32", "bfloat16"], Option(help="auto: bfloat16 on a GPU that has it.")
 ]
 Device = Annotated[str, Option(help="auto, cpu, cuda, or cuda:1.")]
 Parameters = Annotated[
@@ -152,10 +143,7 @@ def build(
     out: Annotated[Path | None, Option(help="For copies and _build/html; else the book's.")] = None,
     force: Force = False,
 ) -> None:
-    """Run every chapter, then build the site.
-
-    Exit status 2 for bad input, 3 when a chapter fails, 4 when the site does.
-    """
+    """Run every chapter, then build the site. Exit status 3 when a chapter fails, 4 the site."""
     from paramspec_book import book
 
     book.build(profile=profile, out=out, force=force)
@@ -251,9 +239,8 @@ def pss(
     report.print_study(study)
     if micro:
         print(
-            "Micro models among these: all models were asked about the "
-            f"{len({question.concept for question in asked})} concepts that these were taught, "
-            "and scored on fold 1, whose clozes they never read."
+            "Micro models among these: all models were asked about concepts that these were "
+            "taught, and scored on fold 1, whose clozes they never read."
         )
     print(f"Written to {out}/: pss.parquet, details.parquet, masks.safetensors, run.json")
 

@@ -43,8 +43,8 @@ from paramspec.models.zoo_training import (
     training_record,
 )
 from paramspec.specwiki import load_questions
-from paramspec.tables import TIERS
 from paramspec.studies.sweep import measure_pss
+from paramspec.tables import TIERS
 from toy_zoo import CLASSES, LINE, SMOKE, copy_recipe, edit, models_of, network_of
 
 

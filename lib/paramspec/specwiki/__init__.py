@@ -7,16 +7,17 @@
 """
 
 from paramspec.specwiki.export import export_lm_eval
-from paramspec.specwiki.load import (
+from paramspec.specwiki.questions import (
     QUESTIONS,
+    Question,
     choose,
     describe,
     load_questions,
+    normalise,
     questions_digest,
     read_questions,
     sample_concepts,
 )
-from paramspec.specwiki.schema import Question, normalise
 
 __all__ = [
     "QUESTIONS",

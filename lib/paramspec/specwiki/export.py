@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from paramspec.execution.files import atomic, require_writable
-from paramspec.specwiki.schema import Question
+from paramspec.specwiki.questions import Question
 
 
 def export_lm_eval(directory: str | Path, questions: Iterable[Question]) -> Path:

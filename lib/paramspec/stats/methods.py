@@ -16,22 +16,17 @@ from paramspec.errors import InputError
 from paramspec.stats.bootstrap import Draws, resample
 from paramspec.stats.trends import resample_models
 
-MEASURES = {
-    "multiple choice": "accuracy (acc_norm) on the concepts trained on",
-    "open-ended": "exact match with an alias, on the concepts trained on",
-    "PSS pooled": "peak over the ratios of |G(k) - C(k)| / G(0), pooled over concepts",
-    "PSS, random masks": "the same under random masks of the same size",
-    "PSS per concept": "peak of the mean over concepts of |G(k) - C(k)| / G(0)",
-    "diff. in diff.": "peak of ((G(k) - C(k)) - (G(0) - C(0))) / G(0), pooled",
-    "other concepts": "accuracy (acc_norm) on concepts not trained on",
-    "statements": "nats per token of statements on concepts not trained on",
-    "prose": "nats per token of English prose",
-}
-PEAKS = {
-    "PSS pooled": "peak_pss",
-    "PSS, random masks": "peak_null",
-    "PSS per concept": "peak_per_concept",
-    "diff. in diff.": "peak_did",
+# Of which table and column a measure is, and of which rows. Peaks are over the ratios.
+MEASURES: dict[str, tuple[str, str, dict[str, object]]] = {
+    "multiple choice": ("answers", "correct_norm", {"trained": True}),
+    "open-ended": ("generated", "correct", {}),  # exact match with an alias
+    "PSS pooled": ("pss", "peak_pss", {}),
+    "PSS, random masks": ("pss", "peak_null", {}),
+    "PSS per concept": ("pss", "peak_per_concept", {}),
+    "diff. in diff.": ("pss", "peak_did", {}),
+    "other concepts": ("answers", "correct_norm", {"trained": False}),
+    "statements": ("texts", "nats", {"kind": "statements"}),  # nats per token, on other concepts
+    "prose": ("texts", "nats", {"kind": "prose"}),
 }
 
 
@@ -100,38 +95,26 @@ def measure_methods(
     Returns:
         For each of `MEASURES` that was taken, and each method, `[1 + resamples]`.
     """
-    given: dict[str, Any] = {"resamples": resamples, "seed": seed}
-    tokens = {"weight": "tokens", "unit": "text"}
-
-    def rows(table: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
-        """Those of the named runs that hold the wanted values; a table not taken has no columns."""
-        for column, values in ({"run": names} | wanted).items():
-            table = table[table[column].isin(values)] if len(table) else table
-        return table
-
-    tables: dict[str, tuple[pd.DataFrame, str, dict[str, str]]] = {
-        "multiple choice": (rows(study.answers, trained=[True]), "correct_norm", {}),
-        "other concepts": (rows(study.answers, trained=[False]), "correct_norm", {}),
-        "open-ended": (rows(study.generated), "correct", {}),
-        "statements": (rows(study.texts, kind=["statements"]), "nats", tokens),
-        "prose": (rows(study.texts, kind=["prose"]), "nats", tokens),
-    }
-    drawn = {
-        title: (resample_runs(table, value, **options, **given), value)
-        for title, (table, value, options) in tables.items()
-        if len(table)
-    }
-    if len(study.pss):
-        draws = resample_models(study.pss[study.pss["model"].isin(names)], **given)
-        drawn |= {title: (draws, measure) for title, measure in PEAKS.items()}
     method_of = study.runs.set_index("run")["method"]
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for title in (title for title in MEASURES if title in drawn):
-        draws, measure = drawn[title]
-        methods: dict[str, list[str]] = {}
+    given: dict[str, Any] = {"resamples": resamples, "seed": seed}
+    peaks: Draws | None = None
+    found = {}
+    for title, (source, value, wanted) in MEASURES.items():
+        table = getattr(study, source)
+        for column, one in wanted.items() if len(table) else ():  # one not taken has no columns
+            table = table[table[column] == one]
+        table = table[table["run"].isin(names)] if len(table) else table
+        if not len(table):
+            continue
+        if source == "pss":
+            draws = peaks = peaks or resample_models(table, **given)
+        else:
+            by = {"weight": "tokens", "unit": "text"} if source == "texts" else {}
+            draws = resample_runs(table, value, **by, **given)
+        seeds: dict[str, list[str]] = {}
         for run in draws.models:
-            methods.setdefault(method_of[run], []).append(run)
+            seeds.setdefault(method_of[run], []).append(run)
         found[title] = {
-            method: over_seeds(draws, runs, measure, seed=seed) for method, runs in methods.items()
+            method: over_seeds(draws, runs, value, seed=seed) for method, runs in seeds.items()
         }
     return found
