@@ -109,8 +109,8 @@ def measure_methods(
         if source == "pss":
             draws = peaks = peaks or resample_models(table, **given)
         else:
-            by = {"weight": "tokens", "unit": "text"} if source == "texts" else {}
-            draws = resample_runs(table, value, **by, **given)
+            by_token = {"weight": "tokens", "unit": "text"} if source == "texts" else {}
+            draws = resample_runs(table, value, **given | by_token)
         seeds: dict[str, list[str]] = {}
         for run in draws.models:
             seeds.setdefault(method_of[run], []).append(run)

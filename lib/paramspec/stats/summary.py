@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -240,7 +241,7 @@ class ConceptCounts:
         }
 
 
-def _each_model(pss: pd.DataFrame) -> Iterator[tuple[dict[str, str], ConceptCounts]]:
+def _each_model(pss: pd.DataFrame) -> Iterator[tuple[dict[str, Any], ConceptCounts]]:
     for (model, protocol), part in pss.groupby(["model", "protocol"], sort=False):
         yield {"model": model, "protocol": protocol}, ConceptCounts.of(part)
 
