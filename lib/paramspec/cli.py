@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -50,32 +51,24 @@ def ranges(text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
+MODEL = "A registry id (see `paramspec models`), a hub id, a local directory, or a GGUF file."
 Profile = Annotated[str, Option(help="A profile of book/profiles, or a YAML file.")]
 Force = Annotated[bool, Option("--force", help="Run even if nothing changed.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON, every field.")]
 Questions = Annotated[Path | None, Option(help="A question file; SpecWiki if not given.")]
-MODEL = "A registry id (see `paramspec models`), a hub id, a local directory, or a GGUF file."
 Concepts = Annotated[int | None, whole("How many, evenly over the tiers; all if not given.")]
 Ratios = Annotated[str, Option(parser=shares, help="Shares of value vectors to mask.")]
-Position = Annotated[Literal["mean", "last"], Option(help="Prompt tokens that count.")]
-Scope = Annotated[Literal["layer", "model"], Option(help="Choose in each, or over the whole.")]
 Protocol = Annotated[
     Literal["paper", "holdout"], Option(help="Score on the questions chosen on, or on fold 1.")
 ]
-Scheduler = Annotated[str | None, Option(help="A Dask scheduler, as tcp://host:8786.")]
-Results = Annotated[Path, Option(help="Where pss.parquet, details.parquet, masks and run.json go.")]
-Kept = Annotated[Path, Option(help="Where finished units are kept: a rerun continues from there.")]
 Method = Annotated[
     Literal["FT-FV", "FT-PV", "FT-CV", "FT-RV"],
     Option(help="All value vectors; those chosen; all but those; as many as those, at random."),
 ]
-Trained = Annotated[list[str], Option(metavar="NAME", help="To train on; may be repeated.")]
-Tuned = Annotated[Path, Option(help="The model's directory: new, or that of the same run.")]
 Rule = Annotated[
     Literal["coefficient", "score", "gradient", "magnitude", "other"],
     Option(help="How FT-PV chooses them; the paper's is coefficient."),
 ]
-Layers = Annotated[str | None, Option(parser=ranges, help="Only these, from 0, as 0,4-6.")]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16"], Option(help="auto: bfloat16 on a GPU that has it.")
 ]
@@ -84,7 +77,6 @@ Parameters = Annotated[
     list[str] | None,
     Option("-p", "--parameter", metavar="NAME VALUE", help="A chapter's, as YAML; repeatable."),
 ]
-Chapters = Annotated[list[str] | None, Argument(metavar="[CHAPTER]...", help="As run takes.")]
 Gpu = Annotated[str, Option(help="A100 80GB, H100, H200, L40S, L4, RTX 4090, RTX 3090, or cpu.")]
 
 
@@ -93,10 +85,6 @@ class Command(TyperCommand):
 
     Typer has no repeated option of two words, so the two are joined before it reads them.
     """
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.epilog = "--traceback, or PARAMSPEC_TRACEBACK=1: show where an error came from."
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         joined, rest = [], list(args)
@@ -116,9 +104,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+TRACEBACK = "--traceback, or PARAMSPEC_TRACEBACK=1: show where an error came from."
+command = functools.partial(app.command, cls=Command, epilog=TRACEBACK)
 
 
-@app.command(cls=Command)
+@command()
 def run(
     chapter: Annotated[str, Argument(help="3-masking, 3, or book/3-masking.md.")],
     parameter: Parameters = None,
@@ -137,7 +127,7 @@ def run(
     book.run_chapter(chapter, given, profile=profile, target=out, force=force)
 
 
-@app.command(cls=Command)
+@command()
 def build(
     profile: Profile = "default",
     out: Annotated[Path | None, Option(help="For copies and _build/html; else the book's.")] = None,
@@ -149,7 +139,7 @@ def build(
     book.build(profile=profile, out=out, force=force)
 
 
-@app.command(cls=Command)
+@command()
 def models(
     chosen: Annotated[str | None, Option("--set", help="twenty, scale, zoo, ...; or all.")] = None,
     as_json: AsJson = False,
@@ -167,7 +157,7 @@ def models(
         report.print_models(specs)
 
 
-@app.command(cls=Command)
+@command()
 def questions(
     validate: Annotated[Path | None, Option(help="Check a question file, then stop.")] = None,
     export_lm_eval: Annotated[Path | None, Option(help="Write lm-evaluation-harness's.")] = None,
@@ -194,14 +184,14 @@ def questions(
         report.print_counts(asked)
 
 
-@app.command(cls=Command)
+@command()
 def pss(
     model: Annotated[list[str], Argument(metavar="MODEL...", help=MODEL)],
     questions: Questions = None,
     concepts: Concepts = None,
     ratios: Ratios = "0.01,0.02,0.05,0.1,0.2",
-    position: Position = "mean",
-    scope: Scope = "layer",
+    position: Annotated[Literal["mean", "last"], Option(help="Prompt tokens that count.")] = "mean",
+    scope: Annotated[Literal["layer", "model"], Option(help="To choose within.")] = "layer",
     protocol: Protocol = "paper",
     controls: Annotated[int, whole("Draws of each control mask: random, magnitude, other.")] = 1,
     general: Annotated[int, whole("Unrelated questions for each concept's masks.")] = 10,
@@ -209,9 +199,9 @@ def pss(
     dtype: Dtype = "auto",
     device: Device = "auto",
     jobs: Annotated[int, whole("Processes side by side; 0: one a GPU, or else one a core.")] = 1,
-    scheduler: Scheduler = None,
-    out: Results = Path("results/pss"),
-    store: Kept = Path("results/store"),
+    scheduler: Annotated[str | None, Option(help="Of Dask, as tcp://host:8786.")] = None,
+    out: Annotated[Path, Option(help="Where the four files go.")] = Path("results/pss"),
+    store: Annotated[Path, Option(help="Where a rerun continues from.")] = Path("results/store"),
 ) -> None:
     """Measure the parameter specialization score (PSS) of models, with nulls and intervals.
 
@@ -245,16 +235,16 @@ def pss(
     print(f"Written to {out}/: pss.parquet, details.parquet, masks.safetensors, run.json")
 
 
-@app.command(cls=Command)
+@command()
 def finetune(
     model: Annotated[str, Argument(help=MODEL)],
     method: Method,
-    concept: Trained,
-    out: Tuned,
+    concept: Annotated[list[str], Option(metavar="NAME", help="To train on; repeatable.")],
+    out: Annotated[Path, Option(help="The model's directory: new, or that of the same run.")],
     questions: Questions = None,
     share: Annotated[float, real("Share of a layer's value vectors that FT-PV trains.")] = 0.125,
     rule: Rule = "coefficient",
-    layers: Layers = None,
+    layers: Annotated[str | None, Option(parser=ranges, help="Only these, as 0,4-6.")] = None,
     statements: Annotated[int, whole("Statements of each fact to train on, the first ones.")] = 4,
     epochs: Annotated[int, whole("Times that each statement is seen.")] = 3,
     batch: Annotated[int, whole("Statements of a step.")] = 16,
@@ -288,9 +278,9 @@ def finetune(
     print(f"Measure it: paramspec pss {shlex.quote(f'{out}/')}")
 
 
-@app.command(cls=Command)
+@command()
 def plan(
-    chapter: Chapters = None,
+    chapter: Annotated[list[str] | None, Argument(help="As run takes; or all.")] = None,
     profile: Profile = "default",
     parameter: Parameters = None,
     gpu: Gpu = "A100 80GB",
