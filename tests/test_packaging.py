@@ -166,7 +166,8 @@ def test_a_wheel_carries_every_file_of_the_package(tmp_path: Path) -> None:
         carried = set(archive.namelist())
         metadata = archive.read(next(n for n in carried if n.endswith("METADATA"))).decode()
     lib = tmp_path / "source" / "lib"
-    files = [path for path in lib.glob("paramspec*/**/*") if path.is_file()]
+    packages = (lib / "paramspec", lib / "paramspec_book")
+    files = [path for package in packages for path in package.rglob("*") if path.is_file()]
     assert {path.relative_to(lib).as_posix() for path in files} <= carried
     assert "paramspec/specwiki/questions.jsonl" in carried
     assert "License-Expression: MIT AND CC-BY-4.0" in metadata

@@ -25,6 +25,10 @@ def hours_of(hours: float) -> str:
     return f"{hours:,.1f}" if hours >= 0.1 else f"{hours:.1g}"
 
 
+def yes_or_no(value: bool | None) -> str:
+    return "yes" if value else "no"
+
+
 # How the values of a column are shown; those of others as they stand.
 FORMATS = {
     "parameters": lambda n: f"{n / 1e9:.2f} B" if n >= 1e8 else f"{n / 1e6:.2f} M",
@@ -36,8 +40,8 @@ FORMATS = {
     "ratio": "{:g}".format,
     "floor_pooled": "{:.3f}".format,
     "floor_per_concept": "{:.3f}".format,
-    "gated": ("no", "yes").__getitem__,
-    "on_disk": ("no", "yes").__getitem__,
+    "gated": yes_or_no,
+    "on_disk": yes_or_no,
 }
 
 

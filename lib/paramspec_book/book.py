@@ -232,16 +232,17 @@ def build(
     found = chapters(root)
     for chapter in found:  # a misspelt parameter of the last chapter stops the first
         chapter_values(chapter, profile, {}, root)
-    failed = []
+    failed = {}
     for chapter in found:
         target = executed / f"{chapter.stem}.ipynb"
         try:
             run_chapter(chapter.stem, profile=profile, target=target, force=force, root=root)
         except ChapterFailed as error:
             print(printable(error), file=sys.stderr, flush=True)
-            failed.append(chapter.stem)
+            failed[chapter.stem] = error
     if failed:
-        raise ChapterFailed(f"the site was not built: {', '.join(failed)} failed, see above")
+        told = f"the site was not built: {', '.join(failed)} failed, see above"
+        raise ChapterFailed(told) from ExceptionGroup("chapters", [*failed.values()])
     return build_site(root, executed, (out.resolve() if out else root) / "_build")
 
 

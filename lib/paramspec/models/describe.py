@@ -28,7 +28,7 @@ def describe_models(names: Sequence[str]) -> pd.DataFrame:
 
     >>> about = describe_models(["llama-2-7b", "llama-7b"])
     >>> about[["model", "family", "order"]].values.tolist()
-    [['llama-2-7b', 'llama', 2], ['llama-7b', 'llama', 1]]
+    [['llama-2-7b', 'llama', 2.0], ['llama-7b', 'llama', 1.0]]
 
     Returns:
         A row per model: `model`, `micro` (whether it is a micro model), `family` and `generation`
