@@ -80,6 +80,11 @@ def test_a_line_stays_one_line():
 # The command's tables
 
 
+# Names that pandas, Parquet, the names of masks or an option may take for something else.
+TRICKY = ["nan", "None", "Paris, Texas", "Paris", "a/0.3", "a%2F0.3", "@y", "東 京", "Texas"]
+ODD = "".join(NAMES).replace("/", "")
+
+
 def renamed(questions: list[Question], names: list[str]) -> list[Question]:
     """The questions, on concepts of these names."""
     concepts = list(dict.fromkeys(question.concept for question in questions))
@@ -87,20 +92,30 @@ def renamed(questions: list[Question], names: list[str]) -> list[Question]:
     return [q.model_copy(update={"concept": new[q.concept]}) for q in questions]
 
 
-def test_a_model_of_any_name_goes_through_the_command(tmp_path, monkeypatch, command):
+@pytest.mark.parametrize(
+    ("model", "names", "out"),
+    [(ODD, NAMES, f"out {ODD}"), ("org=1/toy@main", TRICKY[:6], "seed=3/out")],
+    ids=["markup", "separators"],
+)
+def test_any_name_goes_through_the_command(tmp_path, monkeypatch, command, model, names, out):
     monkeypatch.chdir(tmp_path)
-    model = "".join(NAMES).replace("/", "")
     save_toy(Path(model))
-    save_questions(Path("own.jsonl"), renamed(toy_questions(6), NAMES))
-    options = "--questions own.jsonl --ratios 0.3 --general 5 --store kept"
-    status, shown, error = command("pss", f"./{model}", *options.split(), "--out", f"out {model}")
-    assert status == 0, error
-    assert f"{model}: 6 concepts" in shown
-    assert f"{model}, mask concept: peak PSS" in shown
-    assert "[0." in shown  # an interval
-    pss = pd.read_parquet(f"out {model}/pss.parquet")
-    assert set(pss["model"]) == {model}
-    assert set(pss["concept"]) == set(NAMES)
+    save_questions(Path("own.jsonl"), renamed(toy_questions(6), names))
+    options = "--questions own.jsonl --ratios 0.3,0.1 --general 5 --store a=1/kept"
+    for _ in range(2):  # measured, then read from the store
+        status, shown, error = command("pss", f"./{model}", *options.split(), "--out", out)
+        assert status == 0, error
+        assert f"{model}: 6 concepts" in shown
+        assert f"{model}, mask concept: peak PSS" in shown
+        assert "[0." in shown  # an interval
+        pss = pd.read_parquet(f"{out}/pss.parquet")
+        assert list(dict.fromkeys(pss["concept"])) == names
+        masked = pss[pss["mask"] != "none"]
+        masks, _ = load_masks(Path(f"{out}/masks.safetensors"))
+        columns = ["model", "concept", "ratio", "mask", "seed"]
+        rows = set(masked[columns].itertuples(index=False, name=None))
+        assert len(rows) == len(masked) == len(masks)
+        assert {read_mask_name(mask) for mask in masks} == rows
 
 
 def test_the_registry_s_table_is_of_texts(monkeypatch, command):
@@ -112,30 +127,6 @@ def test_the_registry_s_table_is_of_texts(monkeypatch, command):
 
 
 # Names with separators
-
-
-TRICKY = ["nan", "None", "Paris, Texas", "Paris", "a/0.3", "a%2F0.3", "@y", "東 京", "Texas"]
-
-
-def test_what_is_stored_under_a_name_is_found_under_it(tmp_path, monkeypatch, command):
-    """Names that pandas, Parquet, the names of masks or an option may take for something else."""
-    monkeypatch.chdir(tmp_path)
-    save_toy(Path("org=1/toy@main"))
-    save_questions(Path("own.jsonl"), renamed(toy_questions(6), TRICKY[:6]))
-    options = "--questions own.jsonl --ratios 0.3,0.1 --general 5"
-    places = "--out seed=3/out --store seed=3/in"
-    for _ in range(2):  # measured, then read from the store
-        status, _, error = command("pss", "org=1/toy@main/", *options.split(), *places.split())
-        assert status == 0, error
-        pss = pd.read_parquet("seed=3/out/pss.parquet")
-        assert list(dict.fromkeys(pss["concept"])) == TRICKY[:6]
-        assert set(pss["model"]) == {"org=1/toy@main"}
-        masked = pss[pss["mask"] != "none"]
-        masks, _ = load_masks(Path("seed=3/out/masks.safetensors"))
-        columns = ["model", "concept", "ratio", "mask", "seed"]
-        rows = set(masked[columns].itertuples(index=False, name=None))
-        assert len(rows) == len(masked) == len(masks)
-        assert {read_mask_name(name) for name in masks} == rows
 
 
 def test_no_two_masks_have_one_name():

@@ -50,20 +50,7 @@ def column(domain: str, relation: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("domain", DOMAINS.values(), ids=DOMAINS)
-def test_every_relation_and_row_keeps_the_rules(domain):
-    clozes = [relation.cloze for relation in domain.relations.values()]
-    assert len(set(clozes)) == len(clozes)
-    for name, relation in domain.relations.items():
-        assert relation.cloze == relation.cloze.strip(), name
-        assert relation.cloze.count("{concept}") == 1, name
-        assert "{concept}" in relation.question, name
-        assert relation.question.endswith("?"), name
-        assert 4 <= len(set(relation.statements)) <= 5, name
-        for text in relation.statements:
-            assert text.count("{concept}") == text.count("{answer}") == 1, text
-            assert text.endswith("."), text
-        answers = {fact.answer for fact in domain.facts if fact.relation == name}
-        assert len(answers | set(relation.pool)) >= 4, name
+def test_every_row_keeps_the_rules(domain):
     seen = Counter((fact.concept, fact.relation) for fact in domain.facts)
     assert set(seen.values()) == {1}
     assert all(len(facts) >= 10 for facts in domain.concepts().values())
@@ -83,8 +70,6 @@ def fact_problems(domain: Domain, fact: Fact):
         yield "an empty field, or stray white space"
     if not 1 <= len(fact.answer.split()) <= 7 or re.search(r"[()\[\]{};|/]", fact.answer):
         yield "the answer is long, or holds a note"
-    if not normalise(fact.answer):
-        yield "the answer is empty once normalised"
     true = {normalise(text) for text in (fact.answer, *fact.aliases)}
     if true & {normalise(text) for text in fact.also_true}:
         yield "an alias is in also_true as well"
@@ -99,9 +84,6 @@ def fact_problems(domain: Domain, fact: Fact):
     ]
     if stems[0] & stems[1]:
         yield "the answer shares a stem with the concept"
-    for template in relation.statements:
-        if cloze.casefold() in domain.fill(template, fact).casefold():
-            yield "a statement holds the cloze"
 
 
 def test_the_rules_find_breaches():
@@ -361,6 +343,7 @@ def test_statements_state_the_fact_and_never_hold_a_cloze():
             assert not any(cloze in text.lower() for cloze in clozes[row["concept"]]), row["id"]
             assert text[-1] == "."
             assert not re.search(r"[{}]|  |\bthe the\b", text.lower()), row["id"]
+        assert row["question"].endswith("?")
         for text in (row["cloze"], row["question"]):
             assert text == text.strip()
             assert row["concept"].lower() in text.lower()

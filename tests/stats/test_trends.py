@@ -86,17 +86,6 @@ def test_the_measured_values_are_those_of_summarize_and_peak_pss(pss, draws):
         assert table.loc[model, list(expected)].to_dict() == pytest.approx(expected)
 
 
-def test_intervals_are_those_of_scipys_bootstrap_up_to_its_draws(pss):
-    one = pss[pss["model"] == "llama-3"]
-    table = model_table(resample_models(one, resamples=4000)).iloc[0]
-    own = one.loc[one["mask"] == "none", "concept_accuracy"].to_numpy()
-    bounds = stats.bootstrap(
-        (own,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(7)
-    ).confidence_interval
-    assert table["accuracy_low"] == pytest.approx(bounds.low, abs=0.006)
-    assert table["accuracy_high"] == pytest.approx(bounds.high, abs=0.006)
-
-
 def test_models_share_their_resampled_concepts(pss):
     """A model and its copy never differ, in no resample and whatever the order of its rows."""
     one = pss[pss["model"] == "llama-3"]
@@ -108,7 +97,6 @@ def test_models_share_their_resampled_concepts(pss):
 
 def test_a_contrast_tells_a_difference_from_none(draws):
     assert contrast(draws, "llama-4", "llama-1", "accuracy")["low"] > 0
-    assert contrast(draws, "llama-1", "llama-4", "accuracy")["high"] < 0
     same = contrast(draws, "llama-4", "gemma-4", "accuracy")
     assert same["low"] < 0 < same["high"]
 
@@ -270,8 +258,6 @@ def test_generations_are_compared_between_models_of_like_size():
         for family, (old, new, times) in expected.items():
             found = ends.loc[family, ["oldest", "newest", "times"]].tolist()
             assert found == [old, new, pytest.approx(times)]
-    wider = like_sized_ends(about_of(*rows), factor=2).set_index("family")
-    assert list(wider["oldest"].dropna()) == ["a-old", "b-old", "c-1"]
     assert like_sized_ends(about_of()).empty
 
 

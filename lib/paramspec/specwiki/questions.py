@@ -139,13 +139,8 @@ def choose(questions: list[Question], field: str, chosen: Any, place: object) ->
     known = sorted({getattr(question, field) for question in questions})
     for value in values:
         if value not in known:
-            folded = {str(each).casefold(): str(each) for each in known}
-            close = difflib.get_close_matches(str(value).casefold(), folded, n=3)
-            hint = "see `paramspec questions`"
-            if len(known) <= 20:
-                hint = f"choose from {', '.join(map(str, known))}"
-            elif close:
-                hint = f"did you mean {', '.join(folded[name] for name in close)}?"
+            near = difflib.get_close_matches(str(value), map(str, known), n=3) or known[:20]
+            hint = f"did you mean {', '.join(map(str, near))}?"
             raise InputError(f"{place}: unknown {field} {value!r}; {hint}")
     return [question for question in questions if getattr(question, field) in values]
 
@@ -211,7 +206,7 @@ def _parse(data: bytes) -> tuple[list[Question], list[str]]:
             continue
         except (ValueError, RecursionError) as error:
             problems.append(
-                f":{number}: not JSON ({error}); write one JSON object a line, in UTF-8"
+                f":{number}: not plain JSON ({error}); write one object a line, in UTF-8"
             )
             continue
         questions.append(question)

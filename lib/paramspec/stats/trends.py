@@ -72,13 +72,9 @@ def _measures(counts: ConceptCounts, samples: np.ndarray) -> dict[str, np.ndarra
     with np.errstate(divide="ignore", invalid="ignore"):
         found = {"accuracy": accuracy, "ceiling": np.maximum(general - CHANCE, 0) / general}
     own, null = counts.peaks("concept", samples), counts.peaks("random", samples)
-    peaks = {
-        "peak_pss": own.get("peak_pooled"),
-        "peak_did": own.get("peak_did"),
-        "peak_per_concept": own.get("peak_per_concept"),
-        "peak_null": null.get("peak_pooled"),
-    }
-    found |= {name: each.mean(axis=0) for name, each in peaks.items() if each is not None}
+    named = [("peak_pss", own, "peak_pooled"), ("peak_did", own, "peak_did")]
+    named += [("peak_per_concept", own, "peak_per_concept"), ("peak_null", null, "peak_pooled")]
+    found |= {name: peaks[peak].mean(axis=0) for name, peaks, peak in named if peaks}
     if own and null:
         found["peak_excess"] = found["peak_pss"] - found["peak_null"]
     return found
@@ -224,12 +220,12 @@ def half_way(
     return np.where(np.isnan(values[:, -1]), np.nan, rising)
 
 
-def like_sized_ends(about: pd.DataFrame, *, factor: float = LIKE_SIZED) -> pd.DataFrame:
+def like_sized_ends(about: pd.DataFrame) -> pd.DataFrame:
     """`like_sized_ends(describe_models(names))`: in each family, an old and a new model to compare.
 
     A new generation that is also larger, or smaller, says nothing of generations. So of all pairs
     of models of a family in which one is of an older generation than the other, and the larger has
-    at most `factor` times the parameters of the smaller, this takes the pair that lies the most
+    at most `LIKE_SIZED` times the parameters of the smaller, this takes the pair that lies the most
     generations apart; of several the most alike in size, then the first by name. Micro models are
     a family of their own; models without a family or a place in its order are left out.
 
@@ -244,7 +240,7 @@ def like_sized_ends(about: pd.DataFrame, *, factor: float = LIKE_SIZED) -> pd.Da
     pairs["apart"] = pairs["order_new"] - pairs["order_old"]
     sizes = pairs[["parameters_old", "parameters_new"]]
     pairs["times"] = sizes.max(axis=1) / sizes.min(axis=1)
-    pairs = pairs[(pairs["apart"] > 0) & (sizes.max(axis=1) <= factor * sizes.min(axis=1))]
+    pairs = pairs[(pairs["apart"] > 0) & (sizes.max(axis=1) <= LIKE_SIZED * sizes.min(axis=1))]
     best = pairs.sort_values(
         ["apart", "times", "oldest", "newest"], ascending=[False, True, True, True]
     ).drop_duplicates(family)
