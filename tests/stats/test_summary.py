@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 
 import numpy as np
@@ -11,13 +10,7 @@ import pytest
 from scipy.stats import binom
 
 from paramspec.errors import InputError
-from paramspec.stats.summary import (
-    best_general_change,
-    peak_pss,
-    sampling_floor,
-    summarize,
-    verdict,
-)
+from paramspec.stats.summary import best_general_change, peak_pss, summarize, verdict
 
 
 def row(concept, mask, ratio, own, general, seed=0):
@@ -166,7 +159,7 @@ def test_intervals_equal_a_bootstrap_written_by_hand():
 def test_intervals_cover_the_truth_about_95_times_in_100(monkeypatch):
     """Truth from the definition of the simulation; questions of a concept are not independent."""
     # Floors take most of the time of a summary, and are tested by themselves.
-    monkeypatch.setattr("paramspec.stats.summary.sampling_floor", lambda *_: (0.0, 0.0))
+    monkeypatch.setattr("paramspec.stats.summary._floors", lambda *_: {})
     easy = 1.2 / 2.0
     truth = {
         "concept_accuracy": easy * 0.8,
@@ -204,26 +197,21 @@ def exact_floor(n_concept, n_general, accuracy):
     return float((weights * abs(general[:, None] / n_general - own / n_concept)).sum())
 
 
-@pytest.mark.parametrize("accuracy", [0.25, 0.7])
-def test_the_floor_equals_exact_enumeration(accuracy):
-    own, general = np.array([3, 10, 5]), np.array([4, 10, 12])
-    pooled, per_concept = sampling_floor(own, general, accuracy, draws=20_000)
-    expected = np.mean(
-        [exact_floor(one, other, accuracy) for one, other in zip(own, general, strict=True)]
+def test_floors_equal_exact_enumeration_and_are_in_units_of_pss():
+    """Divided by G(0), as PSS is; the probability is the accuracy under the mask, 0.4."""
+    sizes = [(5, 5), (10, 10), (5, 15)] * 14
+    rows = [row(str(n), "none", 0.0, (1, 5), (4, 5)) for n in range(len(sizes))]
+    for n, (own, general) in enumerate(sizes):
+        rows.append(row(str(n), "concept", 0.1, (own * 0.2, own), (general * 0.54, general)))
+    found = summarize(pd.DataFrame(rows), resamples=50).set_index("mask").loc["concept"]
+    own, general = np.array(sizes).sum(axis=0)
+    accuracy = (own * 0.2 + general * 0.54) / (own + general)
+    each = np.mean([exact_floor(*pair, accuracy) for pair in sizes])
+    assert accuracy == pytest.approx(0.4, abs=0.01)
+    assert found["floor_per_concept"] == pytest.approx(each / 0.8, rel=0.01)
+    assert found["floor_pooled"] == pytest.approx(
+        exact_floor(own, general, accuracy) / 0.8, rel=0.05
     )
-    assert per_concept == pytest.approx(expected / accuracy, rel=0.02)
-    assert pooled == pytest.approx(exact_floor(18, 26, accuracy) / accuracy, rel=0.02)
-    assert all(map(math.isnan, sampling_floor(own, general, 0.0)))
-
-
-def test_floors_in_a_summary_are_in_units_of_pss():
-    """Divided by G(0), as PSS is; the accuracy is that under the mask."""
-    names = [str(number) for number in range(40)]
-    rows = [row(name, "none", 0.0, (8, 10), (8, 10)) for name in names]
-    rows += [row(name, "concept", 0.1, (3, 10), (5, 10)) for name in names]
-    summary = summarize(pd.DataFrame(rows), resamples=50).set_index("mask").loc["concept"]
-    assert summary["floor_per_concept"] == pytest.approx(exact_floor(10, 10, 0.4) / 0.8, rel=0.03)
-    assert summary["floor_pooled"] == pytest.approx(exact_floor(400, 400, 0.4) / 0.8, rel=0.05)
 
 
 # Claims

@@ -24,6 +24,7 @@ from paramspec.tables import MASKS, TIERS
 Samples = np.ndarray | slice
 ALL = slice(None)
 PEAKS = {"peak_pooled": "pss_pooled", "peak_per_concept": "pss_per_concept", "peak_did": "did"}
+FLOOR_DRAWS = 4000  # of answers that sampling alone decides
 COUNTS = ["right_own", "n_concept", "right_general", "n_general"]
 
 
@@ -77,8 +78,8 @@ def summarize(pss: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.
         |G(k) - C(k)| / G(0); `pss_per_concept`, the mean over concepts of the same ratio with
         their own C(k) and G(k), over the pooled G(0); `did`, the difference in differences
         ((G(k) - C(k)) - (G(0) - C(0))) / G(0), signed; `general_change`, G(k) - G(0); and, with
-        no interval, `floor_pooled` and `floor_per_concept`, the PSS that sampling alone gives
-        (see `sampling_floor`).
+        no interval, `floor_pooled` and `floor_per_concept`, the PSS that sampling alone gives if
+        every question is answered rightly with the same probability.
 
     Raises:
         InputError: if a mask lacks a row of a concept, or if there is no mask `none`.
@@ -163,24 +164,6 @@ def best_general_change(
         row["low"] = value - float(np.percentile(luck.max(axis=0), 97.5))
         row["high"] = value - float(np.percentile(luck.min(axis=0), 2.5))
     return row
-
-
-def sampling_floor(
-    n_concept: np.ndarray, n_general: np.ndarray, accuracy: float, *, draws: int = 4000
-) -> tuple[float, float]:
-    """`pooled, per_concept`: the mean of |G - C| / accuracy that sampling alone gives.
-
-    That is when every question, own or general, is answered rightly with the probability
-    `accuracy`. The numbers of questions are `[concepts]`.
-    """
-    if accuracy <= 0:
-        return float("nan"), float("nan")
-    draw = np.random.default_rng(0)
-    own = draw.binomial(n_concept, accuracy, (draws, len(n_concept)))
-    general = draw.binomial(n_general, accuracy, (draws, len(n_general)))
-    pooled = abs(general.sum(1) / n_general.sum() - own.sum(1) / n_concept.sum()).mean()
-    per_concept = abs(general / n_general - own / n_concept).mean()
-    return float(pooled / accuracy), float(per_concept / accuracy)
 
 
 @dataclass(frozen=True)
@@ -276,11 +259,25 @@ def _bounds(values: np.ndarray, concepts: int) -> tuple[float, float]:
 
 
 def _floors(counts: ConceptCounts, cell: tuple[str, float]) -> dict[str, float]:
+    """The mean of |G - C| / G(0), pooled and per concept, that sampling alone gives.
+
+    That is when every question, own or general, is answered rightly with the same probability, the
+    accuracy under the mask.
+    """
     own_right, own, general_right, general = counts.values[cell]
     accuracy = (own_right.sum() + general_right.sum()) / (own.sum() + general.sum())
     base = float(_pooled(counts.none)[1].item())
+    if accuracy <= 0 or base <= 0:
+        return {"floor_pooled": np.nan, "floor_per_concept": np.nan}
     # All draws of a control meet the same questions: the floor is that of one.
-    pooled, per_concept = sampling_floor(own[0].astype(int), general[0].astype(int), accuracy)
-    # sampling_floor divides by the accuracy under the mask; PSS divides by G(0).
-    scale = accuracy / base if base > 0 else float("nan")
-    return {"floor_pooled": pooled * scale, "floor_per_concept": per_concept * scale}
+    n_own, n_general = own[0].astype(int), general[0].astype(int)
+    draw = np.random.default_rng(0)
+    drawn = draw.binomial(n_own, accuracy, (FLOOR_DRAWS, len(n_own)))
+    others = draw.binomial(n_general, accuracy, (FLOOR_DRAWS, len(n_general)))
+    pooled = abs(others.sum(1) / n_general.sum() - drawn.sum(1) / n_own.sum()).mean()
+    per_concept = abs(others / n_general - drawn / n_own).mean()
+    scale = accuracy / base
+    return {
+        "floor_pooled": float(pooled / accuracy) * scale,
+        "floor_per_concept": float(per_concept / accuracy) * scale,
+    }
