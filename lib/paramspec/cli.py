@@ -63,7 +63,7 @@ Protocol = Annotated[
 ]
 Method = Annotated[
     Literal["FT-FV", "FT-PV", "FT-CV", "FT-RV"],
-    Option(help="All value vectors; those chosen; all but those; as many as those, at random."),
+    Option(help="FV: all value vectors; PV: those chosen; CV: all others; RV: as many at random."),
 ]
 Rule = Annotated[
     Literal["coefficient", "score", "gradient", "magnitude", "other"],
@@ -130,7 +130,7 @@ def run(
 @command()
 def build(
     profile: Profile = "default",
-    out: Annotated[Path | None, Option(help="For copies and _build/html; else the book's.")] = None,
+    out: Annotated[Path | None, Option(help="Where copies and _build/html go.")] = None,
     force: Force = False,
 ) -> None:
     """Run every chapter, then build the site. Exit status 3 when a chapter fails, 4 the site."""
@@ -160,10 +160,10 @@ def models(
 @command()
 def questions(
     validate: Annotated[Path | None, Option(help="Check a question file, then stop.")] = None,
-    export_lm_eval: Annotated[Path | None, Option(help="Write lm-evaluation-harness's.")] = None,
-    show: Annotated[str | None, Option(help="Print one, such as france/capital.")] = None,
-    concept: Annotated[str | None, Option(help="Print those of one concept.")] = None,
-    file: Annotated[Path | None, Option("--questions", help="SpecWiki if not given.")] = None,
+    export_lm_eval: Annotated[Path | None, Option(help="Write a task of lm-eval here.")] = None,
+    show: Annotated[str | None, Option(help="Print one question: france/capital.")] = None,
+    concept: Annotated[str | None, Option(help="Print a concept's questions.")] = None,
+    file: Annotated[Path | None, Option("--questions", help="A file; or SpecWiki.")] = None,
 ) -> None:
     """Print, check or export questions; with no option, count SpecWiki by domain and tier."""
     from paramspec import report, specwiki
@@ -191,7 +191,7 @@ def pss(
     concepts: Concepts = None,
     ratios: Ratios = "0.01,0.02,0.05,0.1,0.2",
     position: Annotated[Literal["mean", "last"], Option(help="Prompt tokens that count.")] = "mean",
-    scope: Annotated[Literal["layer", "model"], Option(help="To choose within.")] = "layer",
+    scope: Annotated[Literal["layer", "model"], Option(help="Where vectors compete.")] = "layer",
     protocol: Protocol = "paper",
     controls: Annotated[int, whole("Draws of each control mask: random, magnitude, other.")] = 1,
     general: Annotated[int, whole("Unrelated questions for each concept's masks.")] = 10,
@@ -199,7 +199,7 @@ def pss(
     dtype: Dtype = "auto",
     device: Device = "auto",
     jobs: Annotated[int, whole("Processes side by side; 0: one a GPU, or else one a core.")] = 1,
-    scheduler: Annotated[str | None, Option(help="Of Dask, as tcp://host:8786.")] = None,
+    scheduler: Annotated[str | None, Option(help="A Dask scheduler: tcp://host:8786.")] = None,
     out: Annotated[Path, Option(help="Where the four files go.")] = Path("results/pss"),
     store: Annotated[Path, Option(help="Where a rerun continues from.")] = Path("results/store"),
 ) -> None:
@@ -239,12 +239,12 @@ def pss(
 def finetune(
     model: Annotated[str, Argument(help=MODEL)],
     method: Method,
-    concept: Annotated[list[str], Option(metavar="NAME", help="To train on; repeatable.")],
+    concept: Annotated[list[str], Option(help="A concept to train on; repeatable.")],
     out: Annotated[Path, Option(help="The model's directory: new, or that of the same run.")],
     questions: Questions = None,
     share: Annotated[float, real("Share of a layer's value vectors that FT-PV trains.")] = 0.125,
     rule: Rule = "coefficient",
-    layers: Annotated[str | None, Option(parser=ranges, help="Only these, as 0,4-6.")] = None,
+    layers: Annotated[str | None, Option(parser=ranges, help="Only these layers: 0,4-6.")] = None,
     statements: Annotated[int, whole("Statements of each fact to train on, the first ones.")] = 4,
     epochs: Annotated[int, whole("Times that each statement is seen.")] = 3,
     batch: Annotated[int, whole("Statements of a step.")] = 16,
@@ -280,7 +280,7 @@ def finetune(
 
 @command()
 def plan(
-    chapter: Annotated[list[str] | None, Argument(help="As run takes; or all.")] = None,
+    chapter: Annotated[list[str] | None, Argument(help="Chapters, as run takes; or all.")] = None,
     profile: Profile = "default",
     parameter: Parameters = None,
     gpu: Gpu = "A100 80GB",
