@@ -23,7 +23,8 @@ from paramspec.method.hooks import value_vector_view
 from paramspec.method.masks import record_concepts
 from paramspec.method.pss import Tables, measure_concepts
 from paramspec.models.load import LoadedModel
-from paramspec.specwiki import TIERS, Question
+from paramspec.specwiki import Question
+from paramspec.tables import TIERS
 from toys import toy_model
 
 # fmt: off

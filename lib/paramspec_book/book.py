@@ -27,11 +27,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from paramspec.errors import InputError
+from paramspec.errors import InputError, printable
 from paramspec.execution.ends import out_of_the_main_thread
 from paramspec.execution.files import atomic, require_writable, writing_to
 from paramspec.execution.provenance import USED, hardware, machine, used_results, versions
-from paramspec.markup import printable
 from paramspec_book.keys import RECORD, execution_key, read_record
 from paramspec_book.parameters import (
     chapter_values,
@@ -229,16 +228,17 @@ def build(
     found = chapters(root)
     for chapter in found:  # a misspelt parameter of the last chapter stops the first
         chapter_values(chapter, profile, {}, root)
-    failed = []
+    failed = {}
     for chapter in found:
         target = executed / f"{chapter.stem}.ipynb"
         try:
             run_chapter(chapter.stem, profile=profile, target=target, force=force, root=root)
         except ChapterFailed as error:
             print(printable(error), file=sys.stderr, flush=True)
-            failed.append(chapter.stem)
+            failed[chapter.stem] = error
     if failed:
-        raise ChapterFailed(f"the site was not built: {', '.join(failed)} failed, see above")
+        told = f"the site was not built: {', '.join(failed)} failed, see above"
+        raise ChapterFailed(told) from ExceptionGroup("chapters", [*failed.values()])
     return build_site(root, executed, (out.resolve() if out else root) / "_build")
 
 

@@ -13,6 +13,7 @@ Built on myst-nb's custom formats (`nb_custom_formats`), each keyed by the whole
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
 from paramspec.execution.provenance import machine
-from paramspec.markup import in_markdown
 from paramspec_book.book import executed_folder
 from paramspec_book.keys import RECORD, execution_key, read_record
 from paramspec_book.parameters import chapters
@@ -120,6 +120,11 @@ class ExecutedChapters(SphinxDirective):
                 cells = [in_markdown(shown[name]) for name in names]
             rows.append(f"| [](/{docname}.md) | " + " | ".join(cells) + " |")
         return self.parse_text_to_nodes("\n".join(rows))
+
+
+def in_markdown(text: object) -> str:
+    """Return the text in one line, in which Markdown and MyST find no markup: `a_b` as `a\\_b`."""
+    return re.sub(r"([!-/:-@[-`{-~])", r"\\\1", " ".join(str(text).split()))
 
 
 def describe_results(results: dict[str, Any]) -> list[str]:

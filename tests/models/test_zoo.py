@@ -13,7 +13,8 @@ import torch
 from paramspec.errors import InputError
 from paramspec.method.hooks import value_vector_view
 from paramspec.models.zoo import corpus, load_zoo, zoo_questions
-from paramspec.specwiki import QUESTIONS, TIERS, load_questions
+from paramspec.specwiki import QUESTIONS, load_questions
+from paramspec.tables import TIERS
 from toy_zoo import CLASSES, LINE, edit, network_of
 
 # The models

@@ -40,8 +40,9 @@ from paramspec.models.zoo_training import (
     train_zoo,
     trained,
 )
-from paramspec.specwiki import TIERS, load_questions
+from paramspec.specwiki import load_questions
 from paramspec.studies.sweep import measure_pss
+from paramspec.tables import TIERS
 from toy_zoo import CLASSES, LINE, SMOKE, copy_recipe, edit, models_of, network_of
 
 

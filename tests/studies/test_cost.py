@@ -252,7 +252,7 @@ def test_command_says_what_twenty_models_cost(offline, monkeypatch, capsys):
     lines = run().splitlines()
     content = json.loads(run("--json"))
     hours = f"{content['totals']['gpu_hours']:,.1f}"
-    told = f"20 models, 525 concepts: {hours} GPU-hours on one A100 80GB at 30 %"
+    told = f"20 models, 525 concepts: {hours} hours of one A100 80GB at 30 %"
     assert lines[-1] == f"In all: {told}"
     assert content["totals"]["flops"] == sum(model["flops"] for model in content["models"])
     twenty = [spec for spec in HUB if "twenty" in spec.sets]

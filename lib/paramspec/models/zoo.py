@@ -24,7 +24,8 @@ from paramspec.checked import Checked
 from paramspec.errors import InputError, naming
 from paramspec.plain import read_yaml
 from paramspec.seeds import by_hash
-from paramspec.specwiki import TIERS, Question, load_questions
+from paramspec.specwiki import Question, load_questions
+from paramspec.tables import TIERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
