@@ -11,10 +11,9 @@ import torch
 import growth
 import peers
 import scoring
+import works
 from paramspec.method.hooks import value_vector_view
-from paramspec.method.masks import keep_tensor, random_vectors
 from paramspec.method.rows import Item, Request
-from paramspec.method.scoring import encode
 from toy_study import toy_loaded, toy_questions
 
 
@@ -29,19 +28,13 @@ def view(loaded):
 
 
 @pytest.fixture(scope="module")
-def masked(loaded, view) -> peers.Work:
-    """Twelve questions, options of one and two tokens, under three masks and none."""
-    questions = toy_questions()[::7]
-    draw = torch.Generator().manual_seed(0)
-    like = (torch.rand(view.layers, view.width, generator=draw) > 0.8).nonzero().int()
-    vectors = [random_vectors(like, view.layers, view.width, draw) for _ in range(3)]
-    keeps = [keep_tensor(chosen, view.layers, view.width) for chosen in vectors]
-    requests = [
-        Request(encode(loaded.tokenizer, question), number % 4)
-        for number, question in enumerate(questions)
-    ]
-    assert {len(option) for request in requests for option in request.item.options} == {1, 2}
-    return peers.Work("masked", requests, [*keeps, None], [*vectors, None], questions)
+def masked(loaded, view) -> works.Work:
+    """Questions on two concepts, options of one and two tokens, under two masks and none."""
+    work = works.masked(view, loaded.tokenizer, toy_questions(2), [0.2], general=2)
+    assert {len(option) for item, _ in work.requests for option in item.options} == {1, 2}
+    bare = [request._replace(mask=2) for request in work.requests[::5]]
+    options = [*work.options, *work.options[::5]]
+    return works.Work("masked", [*work.requests, *bare], [*work.keeps, None], options)
 
 
 def agree(actual, expected):
@@ -56,138 +49,107 @@ def test_nnsight_scores_what_one_at_a_time_does_under_masks(loaded, view, masked
     expected = peers.one_at_a_time(view, masked)
     agree(peers.Nnsight(peers.wrap(loaded), view.names, rows)(masked), expected)
     # Masks move these scores by more than the tolerance, and wrapping left the model as it was.
-    plain = peers.Work("plain", [Request(item, 0) for item, _ in masked.requests])
+    plain = dataclasses.replace(masked, keeps=[None] * 3)
     moved = zip(peers.one_at_a_time(view, plain), expected, masked.requests, strict=True)
-    assert all(float((a - b).abs().max()) > 0.01 for a, b, request in moved if request.mask < 3)
+    assert all(float((a - b).abs().max()) > 0.01 for a, b, request in moved if request.mask < 2)
     agree(peers.one_at_a_time(view, masked), expected)
 
 
 def test_lm_eval_scores_what_one_at_a_time_does(loaded, view, masked):
     pytest.importorskip("lm_eval")
-    plain = dataclasses.replace(masked, keeps=[None] * 4, vectors=[None] * 4)
+    plain = dataclasses.replace(masked, keeps=[None] * 3)
     agree(peers.LmEval(loaded, batch=5)(plain), peers.one_at_a_time(view, plain))
-    with pytest.raises(ValueError, match="without masks"):
-        peers.LmEval(loaded, batch=5)(masked)
 
 
-def test_needed_work_is_that_of_a_count_by_hand():
+def test_needed_work_is_that_of_a_count_by_hand(loaded):
     """Two questions share `1 2`; an option's last token is predicted, and never a node."""
     first = Item((1, 2), ((5,), (6, 7), (6, 8)))  # nodes 1, 12, 126; read after 12, 126
     second = Item((1, 2, 3), ((5,), (4, 4, 4)))  # and 123, 1234, 12344; read after each of them
-    found = peers.needed([Request(first, 0), Request(second, 0)])
+    found = works.needed([Request(first, 0), Request(second, 0)])
     assert found == (6, 1 + 2 + 3 + 3 + 4 + 5, 5)
     # Under two masks nothing is shared between the questions.
-    apart = peers.needed([Request(first, 0), Request(second, 1)])
+    apart = works.needed([Request(first, 0), Request(second, 1)])
     assert apart == (3 + 5, (1 + 2 + 3) + (1 + 2 + 3 + 4 + 5), 2 + 3)
-
-
-def test_needed_flops_are_those_of_a_llama_s_matrices(loaded):
+    # A llama's matrices
     config = loaded.model.config
     width, keys = config.hidden_size, config.num_key_value_heads * config.head_dim
+    assert config.num_attention_heads * config.head_dim == width
     weights = 2 * width**2 + 2 * width * keys + 3 * width * config.intermediate_size
     token, pair = 2 * config.num_hidden_layers * weights, 4 * config.num_hidden_layers * width
-    read = 2 * width * config.vocab_size
-    assert config.num_attention_heads * config.head_dim == width
-    assert peers.Needed(6, 18, 5).flops(loaded.model) == 6 * token + 18 * pair + 5 * read
+    assert found.flops(loaded.model) == 6 * token + 18 * pair + 5 * 2 * width * config.vocab_size
 
 
 @pytest.fixture
 def on_toys(monkeypatch):
     """The benchmark on a toy model, whose matrices are as small as its peak is."""
-
-    def questions(concepts: int = 8):
-        return toy_questions(concepts)
-
     for module in (scoring, growth):
-        monkeypatch.setattr(module, "load_questions", questions)
+        monkeypatch.setattr(module, "load_questions", lambda concepts=8: toy_questions(concepts))
     monkeypatch.setattr(scoring, "load_model", lambda *_, **__: toy_loaded("llama"))
     monkeypatch.setattr(growth, "PROMPTS", 5)
     square = torch.ones(64, 64)
     monkeypatch.setattr(scoring, "products", lambda _: {"a": (2 * 64**3, lambda: square @ square)})
-    line = "--quick --dtypes float32 --questions 10 --concepts 3 --general 2 --growth-rounds 1"
+    line = "--quick --dtypes float32 --questions 10 --concepts 3 --general 2"
     given = scoring.parse(line.split())
     given.batches, given.nnsight_batches = (4, 8), (6, 0)
-    pairs = ("concepts", (2, 4)), ("ratios", (1, 2)), ("controls", (0, 1)), ("prompt", (2, 4))
-    given.axes = {"questions": (4, 8), **dict(pairs), "shared_prompt": (2, 4)}
-    given.axes["parameters"] = ((16, 1), (32, 2))
+    given.axes = {"questions": (4, 8), "concepts": (2, 4), "masks": (1, 2), "shared_prompt": (2, 4)}
     return given
 
 
-def test_the_whole_run_on_a_toy(on_toys):
-    for package in ("lm_eval", "nnsight"):
-        pytest.importorskip(package)
+@pytest.mark.parametrize("peers_installed", [True, False])
+def test_the_whole_run_on_a_toy(on_toys, monkeypatch, peers_installed):
+    if not peers_installed:
+        monkeypatch.setattr(scoring, "find_spec", lambda name: None)
+        on_toys.growth_rounds = 0
     found = json.loads(json.dumps(scoring.measure(on_toys)))
-    assert [problem for problem in found["problems"] if "log-likelihoods" in problem] == []
     rows = {(row["work"], row["contender"], row["variant"]): row for row in found["table"]}
     assert len(rows) == 2 * 5  # three engines, the loop of hooks, a peer
+    absent = {contender for (_, contender, variant) in rows if variant == "not installed"}
+    assert absent == (set() if peers_installed else {"lm-eval", "nnsight"})
     for (work, contender, variant), row in rows.items():
         assert (row["questions"], row["masks"]) == ((10, 0) if work == "unmasked" else (36, 3))
         assert row["options"] == 4 * row["questions"]
+        if contender in absent:
+            assert row["seconds"] is None
+            continue
         assert 0 < row["low"] <= row["seconds"] <= row["high"]
-        assert row["differing"] == 0
-        assert row["difference"] < 1e-3
+        assert (row["differing"], row["difference"] < 1e-3) == (0, True)
         assert (row["ratio"] == 1) == ((contender, variant) == ("paramspec", scoring.SHARED))
-        assert row["ratio"] > 0 < row["ratio_unshared"]
-        assert row["ratio_stock"] > 0 < row["share"]
-    axes = [(row["axis"], row["x"]) for row in found["growth"]]
-    assert axes[:4] == [("questions", 4), ("questions", 8), ("concepts", 2), ("concepts", 4)]
-    assert len(axes) == 14
-    masks = {key: row["questions"] for key, row in zip(axes, found["growth"], strict=True)}
-    assert masks["ratios", 2] == 2 * masks["ratios", 1] == masks["controls", 1]
-    scoring.show(found)
-
-
-def test_a_peer_that_is_not_installed_is_a_row_that_says_so(on_toys, monkeypatch):
-    monkeypatch.setattr(scoring, "find_spec", lambda name: None)
-    on_toys.growth_rounds = 0
-    found = scoring.measure(on_toys)
-    absent = [row for row in found["table"] if row["variant"] == "not installed"]
-    assert [row["contender"] for row in absent] == ["lm-eval", "nnsight"]
-    assert all(row["seconds"] is None for row in absent)
-    assert sum("nothing to compare with" in note for note in found["notes"]) == 2
-    scoring.show(found)
+        assert min(row[name] for name in ("ratio", "ratio_unshared", "ratio_stock", "share")) > 0
+    axes = {(row["axis"], row["x"]): row["questions"] for row in found["growth"]}
+    if peers_installed:
+        assert list(axes) == [(axis, x) for axis, xs in on_toys.axes.items() for x in xs]
+        assert axes["masks", 2] == 2 * axes["masks", 1]
 
 
 def row(work, dtype, contender, **values):
     row = {"work": work, "dtype": dtype, "contender": contender, "variant": scoring.SHARED}
-    row |= {"questions": 600, "masks": 30, "seconds": 1.0, "ratio": 1.0, "share": 0.6}
-    return row | {"differing": 0, "difference": 1e-4} | values
+    row |= {"seconds": 1.0, "ratio": 1.0, "share": 0.6, "differing": 0, "difference": 1e-4}
+    return row | values
+
+
+GOOD = [
+    row("unmasked", "float32", "paramspec"),
+    row("unmasked", "float32", "lm-eval", ratio=3.1),
+    row("unmasked", "bfloat16", "paramspec", differing=2, difference=0.3),
+    row("unmasked", "bfloat16", "hooks", differing=2, ratio=20),
+    row("unmasked", "bfloat16", "lm-eval", ratio=3.1, differing=9),
+    row("masked", "bfloat16", "nnsight", ratio=4.1),
+    row("masked", "bfloat16", "hooks", ratio=15.1),
+]
 
 
 def test_every_bound_is_held():
     """A table that meets all bounds, and the same with one number wrong at a time."""
-    good = [
-        row("unmasked", "float32", "paramspec"),
-        row("unmasked", "float32", "lm-eval", ratio=3.1),
-        row("unmasked", "bfloat16", "paramspec", differing=2, difference=0.3),
-        row("unmasked", "bfloat16", "hooks", differing=2, ratio=20),
-        row("unmasked", "bfloat16", "lm-eval", ratio=3.1, differing=9),
-        row("masked", "bfloat16", "paramspec"),
-        row("masked", "bfloat16", "nnsight", ratio=4.1),
-        row("masked", "bfloat16", "hooks", ratio=15.1),
-    ]
-    assert scoring.find_problems(good, [], []) == ([], [])
-    wrong = [
-        (0, {"differing": 1}),
-        (0, {"difference": 2e-3}),
-        (1, {"ratio": 2.9}),
-        (1, {"differing": 1}),
-        (2, {"differing": 3}),
-        (2, {"share": 0.4}),
-        (4, {"ratio": 2.9}),
-        (5, {"share": 0.4}),
-        (6, {"ratio": 3.9}),
-        (7, {"ratio": 14.9}),
-    ]
-    for place, values in wrong:
-        table = list(good)
-        table[place] = table[place] | values
-        problems, _ = scoring.find_problems(table, [], [])
-        assert len(problems) == 1, (place, values, problems)
-    small = [each | {"questions": 100, "masks": 5, "ratio": 0.1} for each in good]
-    problems, unchecked = scoring.find_problems(small, [], [])
-    assert problems == []
-    assert len(unchecked) == 6
+    assert scoring.find_problems(GOOD, bounded=True) == []
+    wrong = [(0, {"differing": 1}), (0, {"difference": 2e-3}), (1, {"differing": 1})]
+    wrong += [(2, {"differing": 3})]
+    bounds = [(1, {"ratio": 2.9}), (2, {"share": 0.4}), (4, {"ratio": 2.9})]
+    bounds += [(5, {"ratio": 3.9}), (6, {"ratio": 14.9})]
+    for place, values in wrong + bounds:
+        table = [each | (values if i == place else {}) for i, each in enumerate(GOOD)]
+        assert len(scoring.find_problems(table, bounded=True)) == 1, (place, values)
+        few = scoring.find_problems(table, bounded=False)  # bounds are for the full sizes
+        assert len(few) == ((place, values) in wrong)
 
 
 def test_time_may_grow_with_tokens_and_memory_with_nothing():

@@ -17,21 +17,16 @@ import torch
 from safetensors import safe_open
 
 from disks import read_only, small_disk
+from paramspec.tables import MASKS
 from toy_study import CONCEPTS, save_questions, save_toy, toy_questions
 from toys import toy_model
 
 FILES = ["details.parquet", "masks.safetensors", "pss.parquet", "run.json"]
 # Names and order as the design page has them, after whose row it is.
-# fmt: off
-PSS = [
-    "model", "concept", "domain", "tier", "ratio", "mask", "seed", "protocol",
-    "concept_accuracy", "general_accuracy", "n_concept", "n_general",
-]
-DETAILS = [
-    "model", "protocol", "question_id", "role", "mask_concept", "ratio", "mask", "seed",
-    "option_logprobs", "option_tokens", "predicted", "predicted_norm", "correct", "correct_norm",
-]
-# fmt: on
+PSS = "model concept domain tier ratio mask seed protocol "
+PSS += "concept_accuracy general_accuracy n_concept n_general"
+DETAILS = "model protocol question_id role mask_concept ratio mask seed option_logprobs "
+DETAILS += "option_tokens predicted predicted_norm correct correct_norm"
 COMMAND = Path(sys.executable).with_name("paramspec")
 
 
@@ -71,6 +66,11 @@ def contents(directory):
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
+def last_line(error):
+    """Of what is on the screen, under the progress."""
+    return error.rstrip("\n").split("\n")[-1]
+
+
 # What it does
 
 
@@ -86,14 +86,13 @@ def test_it_exits_with_0_and_shows_progress_with_the_time_left(first):
 def test_it_writes_four_files_with_their_columns(first):
     _, out = first
     assert list(contents(out)) == FILES
-    pss, details = pd.read_parquet(out / "pss.parquet"), pd.read_parquet(out / "details.parquet")
-    assert list(pss.columns) == PSS
-    assert list(details.columns) == DETAILS
-    assert set(pss["mask"]) == {"none", "concept", "random", "magnitude", "other"}
+    pss, details = (pd.read_parquet(out / name) for name in ("pss.parquet", "details.parquet"))
+    assert list(pss.columns) == PSS.split()
+    assert list(details.columns) == DETAILS.split()
+    assert set(pss["mask"]) == set(MASKS)
     assert set(pss["concept"]) == set(CONCEPTS[:4])
     assert len(pss) == 4 * (1 + 2 * 4)
-    assert (pss["n_concept"] == 10).all()
-    assert (pss["n_general"] == 10).all()
+    assert (pss[["n_concept", "n_general"]] == 10).all(axis=None)
     assert len(details) == 20 * len(pss)
     assert all(len(row) == 4 for row in details["option_logprobs"])
     assert details["option_logprobs"].iloc[0].dtype == np.float64
@@ -101,43 +100,31 @@ def test_it_writes_four_files_with_their_columns(first):
 
 def test_masks_are_named_by_model_concept_ratio_mask_and_seed(first, place):
     _, out = first
-    pss = pd.read_parquet(out / "pss.parquet")
-    rows = pss[pss["mask"] != "none"]
+    pss = pd.read_parquet(out / "pss.parquet").query("mask != 'none'")
     expected = {
         f"{place / 'toy'}/{row.concept}/{row.ratio}/{row.mask}/{row.seed}"
-        for row in rows.itertuples()
+        for row in pss.itertuples()
     }
     with safe_open(out / "masks.safetensors", framework="np") as file:
-        assert set(file.keys()) == expected
+        masks = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = {name: json.loads(text) for name, text in file.metadata().items()}
-        for name in file.keys():  # noqa: SIM118
-            vectors = file.get_tensor(name)
-            ratio = float(name.split("/")[-3])
-            assert vectors.dtype == np.int32
-            assert vectors.shape == (3 * round(ratio * 48), 2)
-            assert set(vectors[:, 0]) <= set(range(3))
-            assert set(vectors[:, 1]) <= set(range(48))
+    assert set(masks) == expected
+    for name, vectors in masks.items():
+        assert vectors.dtype == np.int32
+        assert vectors.shape == (3 * round(float(name.split("/")[-3]) * 48), 2)
+        assert (vectors >= 0).all()
+        assert (vectors < (3, 48)).all()
     assert metadata["models"][0]["digest"]
     assert metadata["questions"]["digest"]
     assert metadata["choices"]["ratios"] == [0.1, 0.3]
 
 
 def test_run_json_says_what_was_measured_on_what(first, place):
-    _, out = first
-    run = json.loads((out / "run.json").read_text())
-    assert run["choices"] == {
-        "ratios": [0.1, 0.3],
-        "position": "mean",
-        "scope": "layer",
-        "protocol": "paper",
-        "folds": [0, 1],
-        "controls": 1,
-        "nulls": ["random", "magnitude", "other"],
-        "general": 10,
-        "seed": 0,
-        "row_tokens": 160,
-        "batch_tokens": 1024,
-    }
+    run = json.loads((first[1] / "run.json").read_text())
+    choices = {"ratios": [0.1, 0.3], "position": "mean", "scope": "layer", "protocol": "paper"}
+    choices |= {"folds": [0, 1], "controls": 1, "nulls": ["random", "magnitude", "other"]}
+    choices |= {"general": 10, "seed": 0, "row_tokens": 160, "batch_tokens": 1024}
+    assert run["choices"] == choices
     (model,) = run["models"]
     for digested in (run["questions"], model):
         assert re.fullmatch(r"[0-9a-f]{64}", digested["digest"])
@@ -149,7 +136,7 @@ def test_run_json_says_what_was_measured_on_what(first, place):
         for name in ("torch", "transformers", "tokenizers", "numpy", "paramspec"):
             assert record["versions"][name] == importlib.metadata.version(name)
         assert record["hardware"]["cpu"]
-    assert [token["token"] for token in model["tokenizer"]["kept"]] == []
+    assert model["tokenizer"]["kept"] == []
     assert run["scoring_version"] >= 1
 
 
@@ -160,12 +147,9 @@ def test_the_printed_table_is_that_of_the_file(first):
     printed = re.sub(r"\s+", " ", process.stdout)
     for (kind, ratio), rows in pss.groupby(["mask", "ratio"]):
         own, general = rows["concept_accuracy"].mean(), rows["general_accuracy"].mean()
-        gap = abs(general - own) / g0
-        pattern = (
-            rf"{kind} │? ?{ratio:g} │? ?{own:.3f} \[\d\.\d+, \d\.\d+\] │? ?"
-            rf"{general:.3f} \[\d\.\d+, \d\.\d+\] │? ?{gap:.3f} \[\d\.\d+, \d\.\d+\]"
-        )
-        assert re.search(pattern, printed), (kind, ratio, process.stdout)
+        shown = [rf"{value:.3f} \[\d\.\d+, \d\.\d+\]" for value in (own, general)]
+        shown.append(rf"{abs(general - own) / g0:.3f} \[\d\.\d+, \d\.\d+\]")
+        assert re.search(" ".join([kind, f"{ratio:g}", *shown]), printed), (kind, ratio, printed)
     assert re.search(r"mask concept: peak PSS pooled \d\.\d+ \[.*\] at ratio 0\.[13]", printed)
 
 
@@ -191,10 +175,9 @@ def test_options_reach_the_measurement(pss, tmp_path):
     expected |= {"controls": 0, "general": 5, "seed": 4}
     assert expected.items() <= record["choices"].items()
     assert record["models"][0]["dtype"] == "bfloat16"
-    pss = pd.read_parquet(tmp_path / "out" / "pss.parquet")
-    assert pss["concept"].nunique() == 3
-    assert set(pss["tier"]) == {"high", "medium", "low"}
-    assert set(pss["n_concept"]) == {5}
+    rows = pd.read_parquet(tmp_path / "out" / "pss.parquet")
+    assert rows["concept"].nunique() == rows["tier"].nunique() == 3
+    assert set(rows["n_concept"]) == {5}
 
 
 # What it refuses
@@ -221,17 +204,16 @@ def refused(pss, first, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--ratios 0.1,1.5", "ratios[1] 1.5: input should be less than or equal to 1"),
-        ("--ratios 10%", "Invalid value for '--ratios': expected a number, as 0.05, not '10%'"),
-        ("--scope head", "Invalid value for '--scope': 'head' is not one of 'layer', 'model'"),
+        ("--ratios 0.1,1.5", "ratios[1] 1.5: "),
+        ("--ratios 10%", "'--ratios': expected a number, as 0.05, not '10%'"),
+        ("--scope head", "'--scope': 'head' is not one of 'layer', 'model'"),
         ("--controls -1", "controls -1: "),
-        ("--controls two", "Invalid value for '--controls': expected a whole number, as 10, not"),
         ("--general 31", "general 31: only 30 questions on other concepts"),
-        ("--seed 1_0", "Invalid value for '--seed': expected a whole number, as 10, not '1_0'"),
+        ("--seed 1_0", "'--seed': expected a whole number, as 10, not '1_0'"),
         ("--seed 99999999999999999999", "seed 99999999999999999999: "),
         ("--concepts 5", "5 concepts asked for; choose from 1 to 4"),
         ("--concepts 1", "questions on 1 concept(s): at least 2 are needed"),
-        ("--device tpu", "device 'tpu': unknown; use auto, cpu, cuda"),
+        ("--device tpu", "device 'tpu': not on this machine; use auto, cpu"),
         ("--color red", "No such option: --color"),
     ],
 )
@@ -239,35 +221,21 @@ def test_an_option_that_is_none(refused, options, message):
     assert message in refused(*options.split())
 
 
-def test_no_model_at_all(refused):
-    assert "Missing argument 'MODEL...'" in refused(model=[])
-
-
 # Models
 
 
-def pickle_weights(path):
-    torch.save(toy_model("llama").state_dict(), path / "pytorch_model.bin")
-    (path / "model.safetensors").unlink()
-
-
-@pytest.mark.parametrize(
-    ("break_it", "message"),
-    [
-        (shutil.rmtree, "no such directory"),
-        (pickle_weights, "pickled weights, which can run code, are never read"),
-    ],
-)
-def test_a_model_that_cannot_be_measured(refused, place, tmp_path, break_it, message):
-    path = Path(shutil.copytree(place / "toy", tmp_path / "broken"))
-    break_it(path)
-    told = refused(model=[path])
-    assert message in told
-    assert str(path) in told
-
-
-def test_a_second_model_that_is_wrong_stops_the_run_before_the_first(refused, place, tmp_path):
+def test_a_model_that_cannot_be_measured(refused, place, tmp_path):
     toy = str(place / "toy")
+    assert "Missing argument 'MODEL...'" in refused(model=[])
+    missing = str(tmp_path / "missing")
+    assert f"model {missing!r}: not in" in refused(model=[missing])
+    pickled = Path(shutil.copytree(toy, tmp_path / "pickled"))
+    torch.save(toy_model("llama").state_dict(), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    told = refused(model=[pickled])
+    assert str(pickled) in told
+    assert "pickled weights, which can run code, are never read" in told
+    # A second model that is wrong stops the run before the first.
     assert "given twice" in refused(model=[toy, toy])
     assert "model 'smollm3-135m': not in" in refused(model=[toy, "smollm3-135m"])
     assert not list((tmp_path / "store").iterdir())
@@ -279,9 +247,8 @@ def test_a_second_model_that_is_wrong_stops_the_run_before_the_first(refused, pl
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda rows: rows.clear(), "mine.jsonl: empty; write one question, a JSON object, a line"),
+        (lambda rows: rows.clear(), "mine.jsonl: empty"),
         (lambda rows: rows[4].update(answer=4), "mine.jsonl:5: answer 4, but 4 options (0-3)"),
-        (lambda rows: rows.__delitem__(slice(10, 40)), "questions on 1 concept(s)"),
         (
             lambda rows: [row.update(fold=0) for row in rows[:10]],
             "'alpha' has questions of fold 0 alone; both folds are needed",
@@ -317,47 +284,36 @@ def test_a_directory_that_cannot_be_written(refused, tmp_path, option):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_question_that_no_model_position_is_left_for(pss, tmp_path, family):
-    """Told when the model is there: progress is on the screen, and the error is the last line."""
     questions = toy_questions(4)
     questions[4] = questions[4].model_copy(update={"cloze": "old " * 70 + "age"})
     file = save_questions(tmp_path / "mine.jsonl", questions)
-    model = [str(save_toy(tmp_path / "toy", family))]
-    status, _, error = pss("--questions", file, "--out", tmp_path / "out", model=model)
+    model = save_toy(tmp_path / "toy", family)
+    status, _, error = pss("--questions", file, "--out", tmp_path / "out", model=[model])
     assert status == 2
-    last = error.rstrip("\n").split("\n")[-1]
-    assert re.fullmatch(
-        rf"paramspec: error: {model[0]}: [\w /-]+ of 7\d tokens does not fit the model's context "
-        r"of 64 tokens; shorten it",
-        last,
-    )
+    told = r"paramspec: error: {}: [\w /-]+ of 7\d tokens does not fit the .* context of 64 tokens"
+    assert re.match(told.format(model), last_line(error))
 
 
 def test_a_model_whose_outputs_are_no_numbers(pss, tmp_path):
-    path = save_toy(tmp_path / "toy")
+    path, out = save_toy(tmp_path / "toy"), tmp_path / "out"
     model = toy_model("llama")
     model.lm_head.weight[5] = torch.nan
     model.save_pretrained(path)
-    out = tmp_path / "out"
     status, _, error = pss("--out", out, model=[path])
     assert status == 2
-    last = error.rstrip("\n").split("\n")[-1]
-    told = (
-        rf"paramspec: error: {path}: alpha/\w+: a log-likelihood of LlamaForCausalLM is not a fin"
-    )
-    assert re.match(told, last)
+    assert re.match(rf"paramspec: error: {path}: alpha/\w+: a log-likelihood", last_line(error))
     assert list(out.iterdir()) == []
 
 
 def test_a_disk_that_fills_up_during_the_run(pss, first, tmp_path):
-    """Progress is on the screen by then: the error is the last line."""
     with small_disk(tmp_path / "disk", "400k") as disk:
         out = shutil.copytree(first[1], disk / "out")
         before = contents(out)
         (disk / "ballast").write_bytes(b"\0" * (shutil.disk_usage(disk).free - 16 * 1024))
         status, _, error = pss("--out", out, "--ratios", "0.2")
         assert status == 2
-        last = error.rstrip("\n").split("\n")[-1]
-        assert re.fullmatch(rf"paramspec: error: {out}.*: cannot write \(.*No space left.*", last)
+        told = rf"paramspec: error: {out}.*: cannot write \(.*No space left"
+        assert re.match(told, last_line(error))
         assert contents(out) == before
 
 

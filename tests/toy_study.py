@@ -23,7 +23,8 @@ from paramspec.method.hooks import value_vector_view
 from paramspec.method.masks import record_concepts
 from paramspec.method.pss import Tables, measure_concepts
 from paramspec.models.load import LoadedModel
-from paramspec.specwiki import TIERS, Question
+from paramspec.specwiki import Question
+from paramspec.tables import TIERS
 from toys import toy_model
 
 # fmt: off
@@ -65,7 +66,7 @@ def toy_questions(
 
     With `shortest` the answer is the shortest option, so that a model which finds all options
     equally likely has `acc_norm` 0. With `same_answers`, a relation has one question's options for
-    all concepts.
+    all concepts. No statement of a fact holds a cloze.
     """
     questions = []
     for number, concept in enumerate(CONCEPTS[:concepts]):
@@ -76,7 +77,7 @@ def toy_questions(
             if place % 4 == 3:  # options of two tokens
                 options = [f"{option} {('old', 'new')[len(option) % 2]}" for option in options]
                 answer = next(option for option in options if option.startswith(f"{answer} "))
-            article = "the " if place % 3 == 0 else ""
+            cloze = f"{'the ' if place % 3 == 0 else ''}{relation} of {concept}"
             questions.append(
                 Question(
                     id=f"{concept}/{relation}",
@@ -84,13 +85,18 @@ def toy_questions(
                     domain=("greek", "letter")[number % 2],
                     tier=TIERS[number % 3],
                     relation=relation,
-                    question=f"{article}{relation} of {concept}",
-                    cloze=f"{article}{relation} of {concept}",
+                    question=cloze,
+                    cloze=cloze,
                     options=tuple(options),
                     answer=options.index(answer),
                     aliases=(answer,),
                     fold=place % 2,
-                    statements=(),
+                    statements=(
+                        f"{concept} the {relation} {answer}",
+                        f"{answer} {relation} of old {concept}",
+                        f"new {relation} {answer} {concept}",
+                        f"old {answer} the {relation} new {concept}",
+                    ),
                 )
             )
     return questions
@@ -108,7 +114,6 @@ def loaded(model: nn.Module, *, name: str = "toy", digest: str = "0" * 64) -> Lo
     return LoadedModel(
         model=model,
         tokenizer=toy_tokenizer(),
-        spec=None,
         name=name,
         digest=digest,
         dtype=next(model.parameters()).dtype,
@@ -131,18 +136,10 @@ def planted_model(
         The model, and where each question's answer is kept: (layer, value vector) by id.
     """
     config = GPT2Config(
-        vocab_size=len(VOCABULARY),
-        n_embd=HIDDEN,
-        n_layer=2,
-        n_head=1,
-        n_positions=16,
-        n_inner=WIDTH,
-        activation_function="relu",
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
+        vocab_size=len(VOCABULARY), n_embd=HIDDEN, n_layer=2, n_head=1, n_positions=16,
+        n_inner=WIDTH, activation_function="relu", tie_word_embeddings=False, bos_token_id=1,
+        eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
     model = GPT2LMHeadModel(config).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if "ln_" not in name:

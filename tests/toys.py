@@ -94,3 +94,34 @@ def random_model(
             # Default initialisation leaves biases at 0 and hardly moves the logits.
             parameter.data += 0.2 * torch.randn_like(parameter)
     return model.to(dtype).requires_grad_(False)
+
+
+# Where the value vectors of a family are, apart from the library: a plain Linear, GPT-2's Conv1D,
+# OPT's flattened inputs.
+DOWN = {
+    "llama": "model.layers.{}.mlp.down_proj",
+    "gpt2": "transformer.h.{}.mlp.c_proj",
+    "opt": "model.decoder.layers.{}.fc2",
+    "gemma": "model.layers.{}.mlp.down_proj",
+}
+
+
+def value_vectors(model: nn.Module, family: str, *, gradients: bool = False) -> list[torch.Tensor]:
+    """`value_vectors(model, "gpt2")`: `[width, hidden]` of each layer, as views; or gradients."""
+    weights = [model.get_submodule(DOWN[family].format(layer)).weight for layer in range(3)]
+    found = [weight.grad if gradients else weight for weight in weights]
+    return found if family == "gpt2" else [weight.T for weight in found]
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of every parameter and buffer, also of those that no state_dict holds."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    return {name: tensor.detach().clone() for name, tensor in named}
+
+
+def same_weights(first: dict, second: dict, but: list[str] | None = None) -> None:
+    """`same_weights(before, weights_of(model))`: bit by bit, but for some."""
+    assert first.keys() == second.keys()
+    for name in first.keys() - set(but or ()):
+        assert first[name].dtype == second[name].dtype, name
+        assert torch.equal(first[name], second[name]), name

@@ -16,53 +16,29 @@ __version__ = "0.1.0"
 
 _NAMES = {
     # Questions and models
-    "Question": "specwiki.schema",
-    "load_questions": "specwiki.load",
-    "study_questions": "models.describe",
-    "load_model": "models.load",
-    "describe_models": "models.describe",
-    "taught": "models.describe",
-    # Value vectors and their masks
-    "value_vector_view": "method.hooks",
-    "record_coefficients": "method.hooks",
-    "record_concepts": "method.masks",
-    "value_vector_scores": "method.masks",
-    "top_vectors": "method.masks",
-    "keep_tensor": "method.masks",
-    "mask_value_vectors": "method.hooks",
-    # Answers under masks, and PSS with its intervals
-    "encode": "method.scoring",
-    "score_options": "method.scoring",
-    "score_questions": "studies.sweep",
-    "accuracy_table": "stats.summary",
-    "generate_answers": "method.generation",
-    "answer_matches": "method.generation",
-    "Choices": "method.pss",
-    "measure_pss": "studies.sweep",
-    "summarize": "stats.summary",
-    "peak_pss": "stats.summary",
-    "verdict": "stats.summary",
-    # Many models
-    "resample_models": "stats.trends",
-    "model_table": "stats.trends",
-    "correlations": "stats.trends",
-    "contrast": "stats.trends",
-    "interval": "stats.bootstrap",
-    "with_interval": "stats.bootstrap",
+    "specwiki.questions": ["Question", "load_questions"],
+    "models.describe": ["study_questions", "describe_models", "taught"],
+    "models.load": ["load_model"],
+    # Value vectors, their masks, answers under masks
+    "method.hooks": ["value_vector_view", "record_coefficients", "mask_value_vectors"],
+    "method.masks": ["record_concepts", "value_vector_scores", "top_vectors", "keep_tensor"],
+    "method.scoring": ["encode", "score_options"],
+    "method.generation": ["generate_answers", "answer_matches"],
+    "method.pss": ["Choices"],
+    # PSS of many models, and its intervals
+    "studies.sweep": ["score_questions", "measure_pss"],
+    "stats.summary": ["accuracy_table", "summarize", "peak_pss", "verdict"],
+    "stats.bootstrap": ["interval", "with_interval"],
+    "stats.trends": ["resample_models", "model_table", "correlations", "contrast"],
     # Training chosen value vectors, and hallucination
-    "Training": "studies.training",
-    "Evaluation": "studies.evaluation",
-    "causal_runs": "studies.causal",
-    "measure_runs": "studies.causal",
-    "measure_methods": "stats.methods",
-    "sample_answers": "studies.hallucination",
-    "semantic_entropy": "studies.hallucination",
+    "studies.training": ["Training"],
+    "studies.evaluation": ["Evaluation"],
+    "studies.causal": ["causal_runs", "measure_runs"],
+    "stats.methods": ["measure_methods"],
+    "studies.hallucination": ["sample_answers", "semantic_entropy"],
     # Running
-    "workers": "execution.parallel",
-    "Store": "execution.store",
-    "InputError": "errors",
+    "execution.parallel": ["workers"],
+    "execution.store": ["Store"],
+    "errors": ["InputError"],
 }
-_MODULES = {
-    module: [n for n, home in _NAMES.items() if home == module] for module in _NAMES.values()
-}
-__getattr__, __dir__, __all__ = _lazy.attach(__name__, submod_attrs=_MODULES)
+__getattr__, __dir__, __all__ = _lazy.attach(__name__, submod_attrs=_NAMES)

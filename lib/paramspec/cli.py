@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import io
+import json
 import os
 import shlex
 import sys
@@ -16,8 +19,8 @@ from typer.core import TyperCommand
 from typer.exceptions import TyperException
 from typer.models import OptionInfo
 
-from paramspec.errors import InputError
-from paramspec.markup import print_with_replacements, printable
+import paramspec
+from paramspec.errors import InputError, printable
 from paramspec.plain import integer, number
 
 
@@ -48,61 +51,33 @@ def ranges(text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-# Options that several commands have
+MODEL = "A registry id (see `paramspec models`), a hub id, a local directory, or a GGUF file."
 Profile = Annotated[str, Option(help="A profile of book/profiles, or a YAML file.")]
 Force = Annotated[bool, Option("--force", help="Run even if nothing changed.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON, every field.")]
-OwnQuestions = Annotated[
-    Path | None, Option(help="Your own questions, JSON lines; SpecWiki if not given.")
-]
-MODEL = "A registry id (see `paramspec models`), a hub id, a local directory, or a GGUF file."
-Concepts = Annotated[
-    int | None, whole("How many concepts, evenly over the tiers; all if not given.")
-]
-Ratios = Annotated[
-    str, Option(parser=shares, help="Shares of the value vectors to mask, as 0.01,0.05.")
-]
-Position = Annotated[Literal["mean", "last"], Option(help="Prompt tokens that count.")]
-Scope = Annotated[
-    Literal["layer", "model"], Option(help="Choose value vectors in each, or over the whole.")
-]
+Questions = Annotated[Path | None, Option(help="A question file; SpecWiki if not given.")]
+Concepts = Annotated[int | None, whole("How many, evenly over the tiers; all if not given.")]
+Ratios = Annotated[str, Option(parser=shares, help="Shares of value vectors to mask.")]
 Protocol = Annotated[
-    Literal["paper", "holdout"],
-    Option(help="Choose and score on the same questions; or on fold 0, and on fold 1."),
+    Literal["paper", "holdout"], Option(help="Score on the questions chosen on, or on fold 1.")
 ]
-Scheduler = Annotated[
-    str | None, Option(help="A Dask scheduler, as tcp://host:8786; its workers share this folder.")
-]
-Results = Annotated[Path, Option(help="Where pss.parquet, details.parquet, masks and run.json go.")]
-Kept = Annotated[Path, Option(help="Where finished units are kept: a rerun continues from there.")]
 Method = Annotated[
     Literal["FT-FV", "FT-PV", "FT-CV", "FT-RV"],
-    Option(
-        help="FT-FV: all value vectors; FT-PV: those with the highest coefficients; "
-        "FT-CV: all but those; FT-RV: as many as FT-PV, at random."
-    ),
+    Option(help="FV: all value vectors; PV: those chosen; CV: all others; RV: as many at random."),
 ]
 Rule = Annotated[
     Literal["coefficient", "score", "gradient", "magnitude", "other"],
-    Option(help="How FT-PV chooses; the paper's is coefficient."),
-]
-Layers = Annotated[
-    str | None, Option(parser=ranges, help="Only these layers, from 0, as 0,4-6; all if not.")
+    Option(help="How FT-PV chooses them; the paper's is coefficient."),
 ]
 Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16"],
-    Option(help="Of the weights; auto is bfloat16 on a GPU that computes in it, else float32."),
+    Literal["auto", "float32", "bfloat16"], Option(help="auto: bfloat16 on a GPU that has it.")
 ]
 Device = Annotated[str, Option(help="auto, cpu, cuda, or cuda:1.")]
 Parameters = Annotated[
     list[str] | None,
-    Option(
-        "-p",
-        "--parameter",
-        metavar="NAME VALUE",
-        help="A parameter of the chapter, its value as YAML; may be repeated.",
-    ),
+    Option("-p", "--parameter", metavar="NAME VALUE", help="A chapter's, as YAML; repeatable."),
 ]
+Gpu = Annotated[str, Option(help="A100 80GB, H100, H200, L40S, L4, RTX 4090, RTX 3090, or cpu.")]
 
 
 class Command(TyperCommand):
@@ -110,10 +85,6 @@ class Command(TyperCommand):
 
     Typer has no repeated option of two words, so the two are joined before it reads them.
     """
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.epilog = "--traceback, or PARAMSPEC_TRACEBACK=1: show where an error came from."
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         joined, rest = [], list(args)
@@ -133,9 +104,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+TRACEBACK = "--traceback, or PARAMSPEC_TRACEBACK=1: show where an error came from."
+command = functools.partial(app.command, cls=Command, epilog=TRACEBACK)
 
 
-@app.command(cls=Command)
+@command()
 def run(
     chapter: Annotated[str, Argument(help="3-masking, 3, or book/3-masking.md.")],
     parameter: Parameters = None,
@@ -154,33 +127,24 @@ def run(
     book.run_chapter(chapter, given, profile=profile, target=out, force=force)
 
 
-@app.command(cls=Command)
+@command()
 def build(
     profile: Profile = "default",
-    out: Annotated[
-        Path | None, Option(help="Put executed copies and _build/html here, not into the checkout.")
-    ] = None,
+    out: Annotated[Path | None, Option(help="Where copies and _build/html go.")] = None,
     force: Force = False,
 ) -> None:
-    """Run every chapter, then build the site.
-
-    Exit status 2 for bad input, 3 when a chapter fails, 4 when the site does.
-    """
+    """Run every chapter, then build the site. Exit status 3 when a chapter fails, 4 the site."""
     from paramspec_book import book
 
     book.build(profile=profile, out=out, force=force)
 
 
-@app.command(cls=Command)
+@command()
 def models(
-    chosen: Annotated[
-        str | None, Option("--set", help="Only one set: twenty, scale, pretraining, zoo, ...")
-    ] = None,
+    chosen: Annotated[str | None, Option("--set", help="twenty, scale, zoo, ...; or all.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the registry: what MODEL arguments may say, and which models are on this disk."""
-    import json
-
     from paramspec import report
     from paramspec.models.checkpoints import is_on_disk
     from paramspec.models.registry import models_in
@@ -193,28 +157,18 @@ def models(
         report.print_models(specs)
 
 
-@app.command(cls=Command)
+@command()
 def questions(
-    validate: Annotated[
-        Path | None, Option(metavar="FILE", help="Check a question file of your own, then stop.")
-    ] = None,
-    export_lm_eval: Annotated[
-        Path | None, Option(metavar="DIR", help="Write a task that lm-evaluation-harness runs.")
-    ] = None,
-    show: Annotated[
-        str | None, Option(metavar="ID", help="Print one question, such as france/capital.")
-    ] = None,
-    concept: Annotated[
-        str | None, Option(metavar="NAME", help="Print the questions of one concept.")
-    ] = None,
-    file: Annotated[
-        Path | None, Option("--questions", help="A question file; SpecWiki if not given.")
-    ] = None,
+    validate: Annotated[Path | None, Option(help="Check a question file, then stop.")] = None,
+    export_lm_eval: Annotated[Path | None, Option(help="Write a task of lm-eval here.")] = None,
+    show: Annotated[str | None, Option(help="Print one question: france/capital.")] = None,
+    concept: Annotated[str | None, Option(help="Print a concept's questions.")] = None,
+    file: Annotated[Path | None, Option("--questions", help="A file; or SpecWiki.")] = None,
 ) -> None:
     """Print, check or export questions; with no option, count SpecWiki by domain and tier."""
     from paramspec import report, specwiki
 
-    problems = specwiki.validate(validate) if validate is not None else []
+    _, problems = specwiki.read_questions(validate) if validate is not None else ([], [])
     if len(problems) > 1:
         print("\n".join(problems))
         raise InputError(f"{validate}: {len(problems)} problems, listed above; mend them")
@@ -223,22 +177,21 @@ def questions(
         task = specwiki.export_lm_eval(export_lm_eval, asked)
         place = shlex.quote(str(task.parent))
         print(f"{task}: lm_eval --model hf --tasks specwiki --include_path {place} ...")
-    elif show is not None:
-        print(specwiki.describe(specwiki.find(asked, show)))
-    elif concept is not None:
-        print("\n\n".join(specwiki.describe(question) for question in asked))
+    elif show is not None or concept is not None:
+        shown = specwiki.choose(asked, "id", show, "--show")
+        print("\n\n".join(specwiki.describe(question) for question in shown))
     else:
         report.print_counts(asked)
 
 
-@app.command(cls=Command)
+@command()
 def pss(
     model: Annotated[list[str], Argument(metavar="MODEL...", help=MODEL)],
-    questions: OwnQuestions = None,
+    questions: Questions = None,
     concepts: Concepts = None,
     ratios: Ratios = "0.01,0.02,0.05,0.1,0.2",
-    position: Position = "mean",
-    scope: Scope = "layer",
+    position: Annotated[Literal["mean", "last"], Option(help="Prompt tokens that count.")] = "mean",
+    scope: Annotated[Literal["layer", "model"], Option(help="Where vectors compete.")] = "layer",
     protocol: Protocol = "paper",
     controls: Annotated[int, whole("Draws of each control mask: random, magnitude, other.")] = 1,
     general: Annotated[int, whole("Unrelated questions for each concept's masks.")] = 10,
@@ -246,9 +199,9 @@ def pss(
     dtype: Dtype = "auto",
     device: Device = "auto",
     jobs: Annotated[int, whole("Processes side by side; 0: one a GPU, or else one a core.")] = 1,
-    scheduler: Scheduler = None,
-    out: Results = Path("results/pss"),
-    store: Kept = Path("results/store"),
+    scheduler: Annotated[str | None, Option(help="A Dask scheduler: tcp://host:8786.")] = None,
+    out: Annotated[Path, Option(help="Where the four files go.")] = Path("results/pss"),
+    store: Annotated[Path, Option(help="Where a rerun continues from.")] = Path("results/store"),
 ) -> None:
     """Measure the parameter specialization score (PSS) of models, with nulls and intervals.
 
@@ -256,75 +209,62 @@ def pss(
     """
     from paramspec import report
     from paramspec.execution.files import require_writable
-    from paramspec.execution.parallel import workers
-    from paramspec.execution.store import Store
-    from paramspec.method.pss import Choices
-    from paramspec.models.describe import study_questions, taught
     from paramspec.models.registry import expand_models
-    from paramspec.specwiki import load_questions
-    from paramspec.studies.sweep import measure_pss, write_study
+    from paramspec.studies.sweep import write_study
 
     given = {"ratios": ratios, "position": position, "scope": scope, "protocol": protocol}
-    choices = Choices.parse(**given, controls=controls, general=general, seed=seed)
+    choices = paramspec.Choices.parse(**given, controls=controls, general=general, seed=seed)
     names = expand_models(model)
-    micro = any(taught(name) is not None for name in names)
+    micro = any(paramspec.taught(name) is not None for name in names)
     if micro and questions is None:
-        asked = study_questions(names, concepts, seed)
+        asked = paramspec.study_questions(names, concepts, seed)
     else:
-        asked = load_questions(questions, concepts=concepts, seed=seed)
+        asked = paramspec.load_questions(questions, concepts=concepts, seed=seed)
     require_writable(out)
     require_writable(store)
-    with workers(jobs, scheduler):
-        study = measure_pss(names, asked, choices, store=Store(store), dtype=dtype, device=device)
+    kept = paramspec.Store(store)
+    with paramspec.workers(jobs, scheduler):
+        study = paramspec.measure_pss(names, asked, choices, store=kept, dtype=dtype, device=device)
     write_study(study, out)
     report.print_study(study)
     if micro:
-        count = len({question.concept for question in asked})
         print(
-            f"Micro models among these: all models were asked about {count} concepts that these "
-            "were taught, and scored on fold 1, whose clozes they never read."
+            "Micro models among these: all models were asked about concepts that these were "
+            "taught, and scored on fold 1, whose clozes they never read."
         )
     print(f"Written to {out}/: pss.parquet, details.parquet, masks.safetensors, run.json")
 
 
-@app.command(cls=Command)
+@command()
 def finetune(
     model: Annotated[str, Argument(help=MODEL)],
     method: Method,
-    concept: Annotated[
-        list[str], Option(metavar="NAME", help="A concept to train on; may be repeated.")
-    ],
-    out: Annotated[
-        Path, Option(help="The model's directory: new, empty, or that of the same run.")
-    ],
-    questions: OwnQuestions = None,
+    concept: Annotated[list[str], Option(help="A concept to train on; repeatable.")],
+    out: Annotated[Path, Option(help="The model's directory: new, or that of the same run.")],
+    questions: Questions = None,
     share: Annotated[float, real("Share of a layer's value vectors that FT-PV trains.")] = 0.125,
     rule: Rule = "coefficient",
-    layers: Layers = None,
+    layers: Annotated[str | None, Option(parser=ranges, help="Only these layers: 0,4-6.")] = None,
     statements: Annotated[int, whole("Statements of each fact to train on, the first ones.")] = 4,
     epochs: Annotated[int, whole("Times that each statement is seen.")] = 3,
     batch: Annotated[int, whole("Statements of a step.")] = 16,
     learning_rate: Annotated[float, real("Of AdamW, after a warm-up.")] = 1e-3,
     seed: Annotated[int, whole("Of random vectors, and of the statements' order.")] = 0,
-    save_every: Annotated[
-        int, whole("Steps between two states that a killed run continues from.")
-    ] = 50,
+    save_every: Annotated[int, whole("Steps between states that a rerun continues from.")] = 50,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
     """Fine-tune chosen value vectors on statements about concepts; all else stays as it is.
 
-    DIR becomes an ordinary transformers directory. A killed run continues when called again.
+    The directory is an ordinary one of transformers. A killed run continues when called again.
     """
-    from paramspec.report import bytes_of
-    from paramspec.specwiki import load_questions
+    from paramspec import report
     from paramspec.studies import finetune as tuning
-    from paramspec.studies.training import Training
 
-    asked = load_questions(questions)
+    asked = paramspec.load_questions(questions)
     vectors = {"method": method, "share": share, "rule": rule, "layers": layers, "seed": seed}
     steps = {"epochs": epochs, "batch": batch, "learning_rate": learning_rate}
-    training = Training.parse(concepts=concept, statements=statements, **vectors, **steps)
+    training = paramspec.Training.parse(concepts=concept, statements=statements, **vectors, **steps)
     record = tuning.finetune(
         model, asked, training, out, dtype=dtype, device=device, save_every=save_every
     )
@@ -333,28 +273,21 @@ def finetune(
         f"{out}/: {method} of {model} on {len(training.concepts)} concepts; "
         f"{record['vectors']:,} value vectors trained in {len(losses)} steps, "
         f"loss {losses[0]:.2f} to {losses[-1]:.2f} nats per token; "
-        f"optimizer state {bytes_of(record['optimizer_bytes'])}"
+        f"optimizer state {report.bytes_of(record['optimizer_bytes'])}"
     )
     print(f"Measure it: paramspec pss {shlex.quote(f'{out}/')}")
 
 
-@app.command(cls=Command)
+@command()
 def plan(
-    chapter: Annotated[
-        list[str] | None,
-        Argument(metavar="[CHAPTER]...", help="Only these, as 4-twenty-models; or all."),
-    ] = None,
+    chapter: Annotated[list[str] | None, Argument(help="Chapters, as run takes; or all.")] = None,
     profile: Profile = "default",
     parameter: Parameters = None,
-    gpu: Annotated[
-        str, Option(help="A100 80GB, H100, H200, L40S, L4, RTX 4090, RTX 3090, or cpu.")
-    ] = "A100 80GB",
+    gpu: Gpu = "A100 80GB",
     utilisation: Annotated[float, real("Share of the GPU's peak that is reached, up to 1.")] = 0.3,
     as_json: AsJson = False,
 ) -> None:
     """What a profile costs: weights, tokens, FLOPs, hours. Runs and downloads nothing."""
-    import json
-
     from paramspec import report
     from paramspec.studies.chapters import CHAPTERS, chapter_experiments
     from paramspec.studies.cost import plan as make_plan
@@ -385,7 +318,8 @@ def main() -> None:
     Bad input is status 2, a bug of this package 1 with a traceback. `--traceback` anywhere among
     the words, or PARAMSPEC_TRACEBACK=1, shows the traceback of every failure, causes included.
     """
-    print_with_replacements()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a question mark for what the terminal lacks
     words = [word for word in sys.argv[1:] if word != "--traceback"]
     shown = len(words) < len(sys.argv) - 1 or os.environ.get("PARAMSPEC_TRACEBACK", "0") != "0"
     before, warnings.formatwarning = warnings.formatwarning, _format_warning

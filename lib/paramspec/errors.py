@@ -26,3 +26,10 @@ def naming(name: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
+
+
+def printable(text: object) -> str:
+    """`printable(error)`: in one line; control characters and broken Unicode as `\\n`, `\\x1b`."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text)
+    )

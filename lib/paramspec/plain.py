@@ -43,31 +43,21 @@ def number(text: str) -> float:
 def read_value(text: str, place: str) -> Any:
     """`read_value("3", "-p seed")`: a value as it is typed after `-p`.
 
-    A list, a mapping and a quoted text are YAML. All else is one value to its end: a number, true,
-    false or null where it is one of JSON's, and otherwise the text.
-
-    Raises:
-        InputError: naming the place, for what is not YAML.
+    A list, a mapping and a quoted text are YAML. All else is one value to its end, also with a
+    colon or a # in it: a number, true, false or null, and otherwise the text.
     """
     bare = text.strip()
     if bare[:1] in ("[", "{", '"', "'"):
         return read_yaml(bare, f"{place}: {text!r}")
-    if bare in _WORDS:
-        return _WORDS[bare]
-    for read in (integer, number):
-        with contextlib.suppress(ValueError):
-            return read(bare)
-    return text
+    value = _scalar(bare)
+    return text if isinstance(value, str) else value
 
 
 def read_yaml(text: str, place: str) -> Any:
     """`read_yaml(path.read_text("utf-8"), str(path))`: the value that YAML holds.
 
     Numbers, true, false and null are JSON's (and numbers as `1e3`, `.5`); every other scalar is a
-    text. A key stands once.
-
-    Raises:
-        InputError: naming the place, the line and the problem.
+    text. A key stands once. An InputError names the place, the line and the problem.
     """
     try:
         return yaml.load(text, _Loader)
@@ -79,37 +69,37 @@ def read_yaml(text: str, place: str) -> Any:
 
 
 def require_unicode(path: Path) -> None:
-    """`require_unicode(out)`: refuse a path that is not UTF-8, which weights and tables can't hold.
-
-    Raises:
-        InputError: naming the path.
-    """
+    """Refuse a path that is not UTF-8, which the files of weights and tables can't hold."""
     try:
         str(path.absolute()).encode()
     except UnicodeEncodeError as error:
         raise InputError(f"{path}: a path that is not UTF-8; rename it") from error
 
 
+def _scalar(text: str) -> Any:
+    """A number, true, false or null where the text is one of JSON's; or else the text."""
+    for read in (_WORDS.__getitem__, integer, number):
+        with contextlib.suppress(KeyError, ValueError):
+            return read(text)
+    return text
+
+
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
     """PyYAML's safe loader, with JSON's scalars in place of YAML 1.1's."""
 
-    yaml_implicit_resolvers: dict = {}  # noqa: RUF012  filled below
+    def resolve(self, kind: type, value: str, implicit: tuple[bool, bool]) -> str:
+        plain = kind is yaml.ScalarNode and implicit[0]  # neither quoted nor tagged
+        return "!plain" if plain else super().resolve(kind, value, implicit)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+        keys = [key.value for key, _ in node.value]
+        for place, (key, _) in enumerate(node.value):
+            if key.value in keys[:place]:
+                problem = f"{key.value!r} stands twice"
                 raise yaml.constructor.ConstructorError(
-                    problem=f"{key.value!r} stands twice", problem_mark=key.start_mark
+                    problem=problem, problem_mark=key.start_mark
                 )
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
         return super().construct_mapping(node, deep)
 
 
-_TAG = "tag:yaml.org,2002:"
-_Loader.add_constructor(_TAG + "int", lambda loader, node: integer(node.value))
-_Loader.add_constructor(_TAG + "float", lambda loader, node: number(node.value))
-_Loader.add_implicit_resolver(_TAG + "null", re.compile(r"(null)?\Z"), ["n", ""])
-_Loader.add_implicit_resolver(_TAG + "bool", re.compile(r"(true|false)\Z"), ["t", "f"])
-_Loader.add_implicit_resolver(_TAG + "int", _INTEGER, list("-0123456789"))
-_Loader.add_implicit_resolver(_TAG + "float", _NUMBER, list("-.0123456789"))
+_Loader.add_constructor("!plain", lambda _, node: _scalar(node.value) if node.value else None)

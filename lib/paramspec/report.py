@@ -17,10 +17,6 @@ if TYPE_CHECKING:
     from paramspec.studies.sweep import Study
 
 
-def count_of(parameters: int) -> str:
-    return f"{parameters / 1e9:.2f} B" if parameters >= 1e8 else f"{parameters / 1e6:.2f} M"
-
-
 def bytes_of(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
@@ -29,20 +25,21 @@ def hours_of(hours: float) -> str:
     return f"{hours:,.1f}" if hours >= 0.1 else f"{hours:.1g}"
 
 
-def yes_or_no(value: bool) -> str:
+def yes_or_no(value: bool | None) -> str:
     return "yes" if value else "no"
 
 
 # How the values of a column are shown; those of others as they stand.
 FORMATS = {
-    "parameters": count_of,
+    "parameters": lambda n: f"{n / 1e9:.2f} B" if n >= 1e8 else f"{n / 1e6:.2f} M",
     "weights": bytes_of,
     "tokens": "{:,}".format,
     "flops": "{:.2e}".format,
     "hours": hours_of,
-    "gpu_hours": hours_of,
     "shared": "{:.0%}".format,
     "ratio": "{:g}".format,
+    "floor_pooled": "{:.3f}".format,
+    "floor_per_concept": "{:.3f}".format,
     "gated": yes_or_no,
     "on_disk": yes_or_no,
 }
@@ -70,7 +67,6 @@ def show(frame: pd.DataFrame, title: str | None = None, caption: str | None = No
 
 
 def print_models(specs: Sequence[ModelSpec]) -> None:
-    """A table of entries of the registry."""
     from paramspec.models.checkpoints import is_on_disk
 
     rows = [
@@ -108,18 +104,13 @@ def print_counts(asked: list[Question]) -> None:
 
 def print_plan(planned: Plan, others: Sequence[str]) -> None:
     """Tables of models and chapters, and the totals."""
-    models, chapters = planned.models, planned.chapters
-    untrained = int((models["micro"] & ~models["on_disk"]).sum())
-    models = models.drop(columns="micro")
-    on, unit = f"one {planned.gpu.name}", "GPU-hours"
-    if planned.gpu.name == "cpu":
-        on, unit = "this CPU", "hours"
-        models = models.drop(columns="gpus").rename(columns={"gpu_hours": "hours"})
-        chapters = chapters.rename(columns={"gpu_hours": "hours"})
-    on = f"on {on} at {planned.utilisation:.3%}".replace(".000%", " %")
-    show(models, f"Models, {on}; what chapters share counts once")
+    on = f"one {planned.gpu.name} at {100 * planned.utilisation:g} %"
+    models, chapters = (
+        table.rename(columns={"gpu_hours": "hours"}) for table in (planned.models, planned.chapters)
+    )
+    show(models.drop(columns="micro"), f"Models, hours of {on}; what chapters share counts once")
     show(chapters, "Chapters, each by itself; shared: with a chapter above")
-    if untrained:
+    if untrained := int((models["micro"] & ~models["on_disk"]).sum()):
         print(f"To train first: {untrained} micro models, some minutes on a few cores.")
     print(
         "Results in the store are not looked up. Hours are FLOPs at that share of the peak; "
@@ -127,10 +118,8 @@ def print_plan(planned: Plan, others: Sequence[str]) -> None:
     )
     if others:
         print(f"Not planned: {', '.join(others)}.")
-    print(
-        f"In all: {len(models)} models, {chapters['concepts'].max()} concepts: "
-        f"{hours_of(planned.gpu_hours)} {unit} {on}"
-    )
+    asked = f"{len(models)} models, {chapters['concepts'].max()} concepts"
+    print(f"In all: {asked}: {hours_of(planned.gpu_hours)} hours of {on}")
 
 
 def print_study(study: Study) -> None:
@@ -145,14 +134,11 @@ def print_study(study: Study) -> None:
         "pss_per_concept": "PSS per concept",
     }
     for model, rows in summarize(study.pss).groupby("model", sort=False):
-        shown = rows[["mask", "ratio"]].copy()
-        for name, title in titles.items():
-            shown[title] = _intervals(rows, name)
-        for name in ("floor_pooled", "floor_per_concept"):
-            shown[name] = rows[name].map("{:.3f}".format)
+        shown = {title: _intervals(rows, name) for name, title in titles.items()}
+        floors = rows[["floor_pooled", "floor_per_concept"]]
         first = rows.iloc[0]
         show(
-            shown,
+            rows[["mask", "ratio"]].assign(**shown).join(floors),
             f"{model}: {first['concepts']} concepts, protocol {first['protocol']}",
             "in brackets: 95 % bootstrap intervals over concepts; floor: sampling alone",
         )

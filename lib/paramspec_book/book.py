@@ -6,9 +6,9 @@
     book.build(profile="default")                        # every chapter, then _build/html
 
 Papermill executes a chapter, with the repository's root as working directory. Its executed copy
-carries a record under the notebook metadata key `paramspec`: when, how long, commit, profile,
-parameters, versions and machine, and what computed the stored results that it rests on, which may
-be older, and of other machines. A copy is used again only while its key is unchanged (see `keys`).
+carries a record under the notebook metadata key `paramspec`, also of what computed the stored
+results that it rests on, which may be older, and of other machines. A copy is used again only while
+its key is unchanged (see `keys`).
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from paramspec.errors import InputError
+from paramspec.errors import InputError, printable
 from paramspec.execution.ends import out_of_the_main_thread
 from paramspec.execution.files import atomic, require_writable, writing_to
 from paramspec.execution.provenance import USED, hardware, machine, used_results, versions
-from paramspec.markup import printable
 from paramspec_book.keys import RECORD, execution_key, read_record
 from paramspec_book.parameters import (
     chapter_values,
@@ -83,8 +82,7 @@ def run_chapter(
     copy. A copy whose key is unchanged is kept, unless `force`. The target is replaced only by a
     run that succeeded; a failed or killed run stays in `results/unfinished/`.
 
-    Raises InputError before any work for an unknown chapter, profile, parameter, or an ill-typed
-    value, and for a target that cannot be written; ChapterFailed when the chapter raises.
+    Raises InputError before any work, and ChapterFailed when the chapter raises.
     """
     import nbformat
 
@@ -136,14 +134,15 @@ def _execute(chapter: Path, values: Mapping[str, Any], scratch: Path, root: Path
     # papermill warns of a parameter typed `int | None`, which its pattern does not see; names and
     # types were checked before.
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    declared = declared_parameters(chapter)
+    declared = declared_parameters(chapter).model_fields
     place = f"the unfinished notebook is {_shown(scratch, root)}"
+    given = {name: value for name, value in values.items() if value != declared[name].default}
     try:
         result = out_of_the_main_thread(
             papermill.execute_notebook,
             read_notebook(chapter),
             str(scratch).replace("{", "{{").replace("}", "}}"),  # it is a template
-            {name: value for name, value in values.items() if value != declared[name].default},
+            given,
             kernel_name="python3",
             cwd=str(root),
             start_timeout=300,
@@ -155,13 +154,13 @@ def _execute(chapter: Path, values: Mapping[str, Any], scratch: Path, root: Path
                 f"--IPKernelApp.exec_lines={_WATCH.format(os.getpid())}",
             ],
         )
-    except PapermillExecutionError as error:
-        line = chapter.read_text("utf-8").partition(error.source)[0].count("\n") + 1
-        reason = _one_line(f"({chapter.name}:{line}): {error.ename}: {error.evalue}")
-        raise ChapterFailed(f"chapter {chapter.stem} failed {reason}; {place}") from error
-    except RuntimeError as error:  # nbclient: the kernel died, or did not start
-        reason = _one_line(error)
-        raise ChapterFailed(f"chapter {chapter.stem} failed: {reason}; {place}") from error
+    except (PapermillExecutionError, RuntimeError) as error:
+        reason = f"failed: {error}"  # nbclient's: the kernel died, or did not start
+        if isinstance(error, PapermillExecutionError):
+            line = chapter.read_text("utf-8").partition(error.source)[0].count("\n") + 1
+            reason = f"failed ({chapter.name}:{line}): {error.ename}: {error.evalue}"
+        reason = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", reason).split())
+        raise ChapterFailed(f"chapter {chapter.stem} {reason}; {place}") from error
     if result.metadata.papermill.exception:  # as after `sys.exit()`
         raise ChapterFailed(f"chapter {chapter.stem} did not finish; {place}")
     for name in ("input_path", "output_path"):  # papermill notes the whole source, and this machine
@@ -171,20 +170,17 @@ def _execute(chapter: Path, values: Mapping[str, Any], scratch: Path, root: Path
 
 @contextlib.contextmanager
 def _kernel_environment(profile: str, used: Path) -> Iterator[None]:
-    """Set what a kernel inherits, and undo it.
-
-    PARAMSPEC_PROFILE: a chapter says beside a verdict which profile it was reached with.
-    PARAMSPEC_USED: the file `used` gets a line for each stored result that the chapter reads.
-    TQDM_DISABLE: every refresh of a bar would be a box on the page. JUPYTER_PREFER_ENV_PATH: the
-    kernel `python3` is the one of this environment, not one that the user has at home.
-    MPLBACKEND: set by a user, it would keep figures off the page.
-    """
+    """Set what a kernel inherits, and undo it."""
     import tqdm  # noqa: F401  papermill's own progress bar reads the environment at its import
 
     before = dict(os.environ)
-    os.environ |= {"PARAMSPEC_PROFILE": profile, USED: str(used)}
-    os.environ |= {"TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1"}
-    os.environ.pop("MPLBACKEND", None)
+    os.environ |= {
+        "PARAMSPEC_PROFILE": profile,  # a chapter shows it next to a verdict
+        USED: str(used),  # gets a line for each stored result that the chapter reads
+        "TQDM_DISABLE": "1",  # every refresh of a bar would be a box on the page
+        "JUPYTER_PREFER_ENV_PATH": "1",  # `python3` is this environment's, not the user's at home
+    }
+    os.environ.pop("MPLBACKEND", None)  # set by a user, it would keep figures off the page
     try:
         yield
     finally:
@@ -225,31 +221,31 @@ def build(
 
     Executed copies go to `book/_executed` and the site to `_build/html`; with `out`, to
     `out/_executed` and `out/_build/html`. Every chapter is tried before a failing one stops the
-    build. Raises InputError for bad input, ChapterFailed naming each chapter that failed, and
-    SiteFailed; the site that was there before then stays.
+    build. Raises InputError, ChapterFailed and SiteFailed; the site that was there then stays.
     """
     root = root or find_root()
     executed = out.resolve() / "_executed" if out else executed_folder(root)
     found = chapters(root)
     for chapter in found:  # a misspelt parameter of the last chapter stops the first
         chapter_values(chapter, profile, {}, root)
-    failed = []
+    failed = {}
     for chapter in found:
         target = executed / f"{chapter.stem}.ipynb"
         try:
             run_chapter(chapter.stem, profile=profile, target=target, force=force, root=root)
         except ChapterFailed as error:
             print(printable(error), file=sys.stderr, flush=True)
-            failed.append(chapter.stem)
+            failed[chapter.stem] = error
     if failed:
-        raise ChapterFailed(f"the site was not built: {', '.join(failed)} failed, see above")
+        told = f"the site was not built: {', '.join(failed)} failed, see above"
+        raise ChapterFailed(told) from ExceptionGroup("chapters", [*failed.values()])
     return build_site(root, executed, (out.resolve() if out else root) / "_build")
 
 
 def build_site(root: Path, executed: Path, folder: Path) -> Path:
     """Build the site from executed copies into `folder/html`, warnings being errors; return it.
 
-    The site is built aside and takes the old one's place only when it is whole. Raises SiteFailed.
+    It is built aside, and takes the old one's place only when it is whole.
     """
     start = time.monotonic()
     html, aside = folder / "html", folder / "aside"
@@ -259,31 +255,21 @@ def build_site(root: Path, executed: Path, folder: Path) -> Path:
     command = [sys.executable, "-c", code, "build", str(root), "--path-output", str(aside)]
     # --all: after a failed build, an incremental one forgets the warnings and succeeds
     command += ["-W", "--keep-going", "-n", "--all", "-q"]
-    result = subprocess.run(
-        command,
-        cwd=root,
-        env=os.environ | {"PARAMSPEC_EXECUTED": str(executed), "PYTHONIOENCODING": "utf-8"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        errors="replace",
-    )
+    ours = {"PARAMSPEC_EXECUTED": str(executed), "PYTHONIOENCODING": "utf-8"}
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    streams |= {"stdin": subprocess.DEVNULL, "encoding": "utf-8", "errors": "replace"}
+    result = subprocess.run(command, cwd=root, env=os.environ | ours, **streams)
     new = aside / "_build" / "html"
     if result.returncode or not (new / "index.html").is_file():
         print(result.stdout, file=sys.stderr, flush=True)
         raise SiteFailed("the site was not built: Jupyter Book's warnings and errors are above")
     (new / ".nojekyll").touch()  # else GitHub Pages drops every folder whose name starts with _
     if html.exists():
-        os.replace(html, aside / "old")
-    os.replace(new, html)
+        html.rename(aside / "old")
+    new.rename(html)
     shutil.rmtree(aside)
     print(f"site: {time.monotonic() - start:.1f} s -> {_shown(html, root)}", flush=True)
     return html
-
-
-def _one_line(error: object) -> str:
-    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
 
 
 def _shown(path: Path, root: Path) -> str:

@@ -15,7 +15,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +33,24 @@ def execution_key(chapter: Path, profile: str, parameters: Mapping[str, Any], ro
     """Return the digest of all that an executed copy of a chapter depends on.
 
     That is its text, the profile, the parameters, the library, the installed versions of what the
-    locks name, and the content of files: those that a parameter names (a model, a recipe as
-    `FILE.yaml:NAME`, a list as `@FILE`), and those that the front matter does.
+    locks name (the embedded model is a package), and the content of files: those that a parameter
+    names (a model, a recipe as `FILE.yaml:NAME`, a list as `@FILE`), and those that the front
+    matter does.
     """
     text = chapter.read_text("utf-8")
-    packages = [LIBRARY / "paramspec", LIBRARY / "paramspec_book"]
-    named = [path for value in _texts(parameters.values()) for path in _named_paths(value, root)]
+    lines = [text, profile, json.dumps(dict(parameters), sort_keys=True), platform.python_version()]
+    for lock in sorted(root.glob("requirements*.lock")):
+        names = re.findall(r"^([\w.-]+)==", lock.read_text("utf-8"), re.M)
+        lines += [f"{name}=={version_of(name)}" for name in names]
     read = [path for pattern in declared_inputs(text) for path in root.glob(pattern)]
-    lines = [text, profile, json.dumps(dict(parameters), sort_keys=True)]
-    lines += _installed(root)
-    lines += sorted(_contents(LIBRARY, packages))
-    lines += sorted(_contents(root, [*named, *read]))
+    library = [LIBRARY / "paramspec", LIBRARY / "paramspec_book"]
+    for place, paths in ((LIBRARY, library), (root, [*_named_paths(parameters, root), *read])):
+        files = (file for path in paths for file in (path, *path.rglob("*")))
+        lines += sorted(
+            f"{os.path.relpath(file, place)} {_content(file)}"
+            for file in files
+            if file.is_file() and "__pycache__" not in file.parts
+        )
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -62,47 +69,26 @@ def read_record(copy: Path) -> dict[str, Any] | None:
         return None
 
 
-def _installed(root: Path) -> Iterator[str]:
-    """Yield Python's version, and that of everything that the locks name, as the embedded model."""
-    yield platform.python_version()
-    for lock in sorted(root.glob("requirements*.lock")):
-        for name in re.findall(r"^([\w.-]+)==", lock.read_text("utf-8"), re.M):
-            yield f"{name}=={version_of(name)}"
+def _named_paths(value: Any, root: Path) -> Iterator[Path]:
+    """Yield the files and folders that texts in a value name, as a chapter would find them.
 
-
-def _texts(values: Iterable[Any]) -> Iterator[str]:
-    """Yield every text in parameters' values, which may be lists and mappings."""
-    for value in values:
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, list | dict):
-            yield from _texts(value.values() if isinstance(value, dict) else value)
-
-
-def _named_paths(text: str, root: Path) -> Iterator[Path]:
-    """Yield the files and folders that a parameter's text names, as a chapter would find them.
-
-    The text may be a path, one behind an `@`, or one before a colon, as in `FILE.yaml:NAME@STEP`.
+    A text may be a path, one behind an `@`, or one before a colon, as in `FILE.yaml:NAME@STEP`.
     A folder that holds the book itself is not meant.
     """
-    for name in filter(None, (text, text.removeprefix("@"), text.rpartition(":")[0])):
-        with contextlib.suppress(OSError, ValueError, RuntimeError):  # not a path after all
-            path = (root / Path(name).expanduser()).resolve()
-            if path.exists() and not root.resolve().is_relative_to(path):
-                yield path
+    if isinstance(value, str):
+        for name in filter(None, (value, value.removeprefix("@"), value.rpartition(":")[0])):
+            with contextlib.suppress(OSError, ValueError, RuntimeError):  # not a path after all
+                path = (root / Path(name).expanduser()).resolve()
+                if path.exists() and not root.resolve().is_relative_to(path):
+                    yield path
+    elif isinstance(value, list | Mapping):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _named_paths(part, root)
 
 
-def _contents(place: Path, paths: Iterable[Path]) -> Iterator[str]:
-    """Yield a line for each file, or each file of a folder: where it is, and its content's digest.
-
-    Of a large file, such as a model's weights, size and time of change stand for the content.
-    """
-    for path in paths:
-        for file in path.rglob("*") if path.is_dir() else [path]:
-            if not file.is_file() or "__pycache__" in file.parts:
-                continue
-            stat = file.stat()
-            content = f"{stat.st_size} {stat.st_mtime_ns}"
-            if stat.st_size <= READ_WHOLE:
-                content = hashlib.sha256(file.read_bytes()).hexdigest()
-            yield f"{os.path.relpath(file, place)} {content}"
+def _content(file: Path) -> str:
+    """Return the digest of a file; for a large one, as weights, size and time of change."""
+    stat = file.stat()
+    if stat.st_size > READ_WHOLE:
+        return f"{stat.st_size} {stat.st_mtime_ns}"
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -62,11 +62,7 @@ def glue_all(**values: object) -> None:
 
 
 def glue_interval(name: str, row: Mapping[str, float], key: str = "value") -> None:
-    """`glue_interval("peak", row, "peak_pooled")`: as `peak`, `peak-low` and `peak-high`.
-
-    Args:
-        row: `value`, `low` and `high`; or `key`, `key_low` and `key_high`.
-    """
+    """`glue_interval("peak", row, "peak_pooled")`: as `peak`, `peak-low` and `peak-high`."""
     low, high = ("low", "high") if key == "value" else (f"{key}_low", f"{key}_high")
     glue_all(**{name: row[key], f"{name}-low": row[low], f"{name}-high": row[high]})
 
@@ -86,10 +82,8 @@ def method_rows(
 ) -> pd.DataFrame:
     """`method_rows({"smollm2-135m": measure_methods(study, names)})`: draws as intervals.
 
-    With `minuend="FT-PV"`, of the paired differences of that method minus each other one.
-
-    Returns:
-        `model`, `method`, `measure`, `value`, `low`, `high`.
+    With `minuend="FT-PV"`, of the paired differences of that method minus each other one. Columns:
+    `model`, `method`, `measure`, `value`, `low`, `high`.
     """
     return pd.DataFrame(
         [

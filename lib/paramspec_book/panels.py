@@ -1,15 +1,16 @@
 """What the book's figures are made of: colours, and values with their intervals in a panel.
 
-for part, style in each_group(table, "method", METHODS):
-    points(axes, part["step"], part, "accuracy", **style)    # `accuracy_low` to `accuracy_high`
-legend_below(figure, axes)
+figure, grid = panels(2, 3, (7, 5))
+groups(grid[0, 0], table, "step", "accuracy", "method", METHODS)  # accuracy_low to accuracy_high
+legend_below(figure)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -19,12 +20,8 @@ from matplotlib.figure import Figure
 COLOURS = sns.color_palette("colorblind")
 OWN, GENERAL, OTHER, NULL = COLOURS[3], COLOURS[0], "0.2", "0.55"
 # A line to compare with
-DASHED: dict[str, Any] = {
-    "color": "0.5",
-    "linestyle": "--",
-    "linewidth": 1,
-}
-Names = Mapping[str, tuple[str, object]]  # the title and the colour of each group of rows
+DASHED: dict[str, Any] = {"color": "0.5", "linestyle": "--", "linewidth": 1}
+Names = Mapping[Any, tuple[str, object]]  # the title and the colour of each group of rows
 
 # A mask, a family and a method keep their colours through the book.
 MASKS: Names = {
@@ -32,6 +29,10 @@ MASKS: Names = {
     "other": ("another concept's vectors", COLOURS[1]),
     "magnitude": ("equally active vectors", COLOURS[2]),
     "random": ("random vectors", COLOURS[7]),
+}
+PROTOCOLS: Names = {
+    "paper": ("paper: the same questions", OWN),
+    "holdout": ("held out: other questions", COLOURS[4]),
 }
 FAMILIES: Names = {
     "llama": ("Llama", COLOURS[0]),
@@ -49,79 +50,90 @@ METHODS: Names = {
 }
 
 
-def family_names(groups: Iterable[str], families: Iterable[str]) -> Names:
-    """Return each group's title, and the colour of its family."""
-    return {
-        group: (FAMILIES.get(group, (group,))[0], FAMILIES.get(family, ("", OTHER))[1])
-        for group, family in zip(groups, families, strict=True)
-    }
+def run_names(table: pd.DataFrame) -> Names:
+    """Return the title and the colour of each run: its family's, or one of its own."""
+    runs = dict.fromkeys(table["run"])
+    colours = dict(zip(runs, sns.color_palette("colorblind", len(runs)), strict=True))
+    if "family" in table:
+        families = zip(table["run"], table["family"], strict=True)
+        colours = {run: FAMILIES.get(family, ("", OTHER))[1] for run, family in families}
+    return {run: (FAMILIES.get(run, (run,))[0], colours[run]) for run in runs}
 
 
-def each_group(
-    table: pd.DataFrame, by: str, names: Names
-) -> Iterator[tuple[pd.DataFrame, dict[str, Any]]]:
-    """Yield the rows of each named group that has some, with its colour and its label.
+def panels(
+    rows: int, columns: int, size: tuple[float, float], **options: Any
+) -> tuple[Figure, np.ndarray]:
+    """Return a figure of a size in inches, and its panels `[rows, columns]`."""
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, **options)
+
+
+def draw(
+    axes: Axes, table: pd.DataFrame, x: str, value: str, *, shade: bool = False, **style: Any
+) -> None:
+    """Draw a column over another, with the intervals `_low` to `_high` of either if it has them.
+
+    Intervals of the value are bars, or a band with `shade`. An interval is drawn where it is: that
+    of a maximum of absolute values may lie beyond the value.
+    """
+    colour, at = style["color"], table[x]
+    usual: dict[str, Any] = {"marker": "o", "markersize": 5, "linewidth": 1.4}
+    axes.plot(at, table[value], **(usual | style))
+    if f"{value}_low" in table:
+        low, high = table[f"{value}_low"], table[f"{value}_high"]
+        if shade:
+            axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
+        else:
+            axes.vlines(at, low, high, color=colour, linewidth=1.3, alpha=0.7)
+    if f"{x}_low" in table:
+        low, high = table[f"{x}_low"], table[f"{x}_high"]
+        axes.hlines(table[value], low, high, color=colour, linewidth=0.8, alpha=0.35)
+
+
+def groups(
+    axes: Axes,
+    table: pd.DataFrame,
+    x: str,
+    value: str,
+    by: str,
+    names: Names,
+    *,
+    apart: float = 0,
+    **style: Any,
+) -> None:
+    """Draw each named group of rows that has some; `apart` is how far each is from the next.
 
     matplotlib leaves labels that begin with an underscore out of a legend: a hair space goes first.
     """
-    for group, (title, colour) in names.items():
-        part = table[table[by] == group]
+    for number, (name, (title, colour)) in enumerate(names.items()):
+        part = table[table[by] == name].dropna(subset=[value]).sort_values(x)
         if len(part):
+            part = part.assign(**{x: part[x] + apart * (number - (len(names) - 1) / 2)})
             label = f"\u200a{title}" if title.startswith("_") else title
-            yield part, {"color": colour, "label": label}
+            draw(axes, part, x, value, color=colour, label=label, **style)
 
 
-def points(
-    axes: Axes,
-    x: Any,
-    table: pd.DataFrame,
-    value: str,
-    *,
-    color: object,
-    label: str | None = None,
-    join: float = 0,
-    bar: float = 1.1,
-    alpha: float = 0.6,
-    **style: Any,
-) -> None:
-    """Draw points, with the intervals `value_low` to `value_high` as upright bars.
+def rows(
+    axes: Axes, table: pd.DataFrame, value: str, names: Sequence[str], colours: Any, **style: Any
+) -> np.ndarray:
+    """Draw a row for each of the table's, the first on top: a value, and `low` to `high`.
 
-    An interval is drawn where it is: that of a maximum of absolute values may lie beyond the value.
-
-    Args:
-        join: width of a line that joins the points.
-        bar: width of the bars, whose opacity is `alpha`.
+    Returns the places of the rows.
     """
-    if join:
-        axes.plot(x, table[value], color=color, lw=join, label=label)
-    low, high = table[f"{value}_low"], table[f"{value}_high"]
-    axes.vlines(x, low, high, color=color, lw=bar, alpha=alpha)
-    style = {"marker": "o", "label": None if join else label} | style
-    axes.plot(x, table[value], color=color, linestyle="none", **style)
+    places = np.arange(len(table))[::-1]  # not names: two rows may have one
+    axes.hlines(places, table["low"], table["high"], colors=colours, linewidth=1.8, **style)
+    axes.scatter(table[value], places, color=colours, s=30, zorder=3)
+    axes.set_yticks(places, names)
+    axes.set_ylim(-0.6, len(table) - 0.4)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    return places
 
 
-def accuracy_bars(axes: Axes, table: pd.DataFrame, value: str, color: object) -> None:
-    """Draw the intervals of the accuracy as level bars through points above it."""
-    low, high = table["accuracy_low"], table["accuracy_high"]
-    axes.hlines(table[value], low, high, color=color, lw=0.8, alpha=0.35)
-
-
-def line(axes: Axes, x: Any, table: pd.DataFrame, value: str, **style: Any) -> None:
-    """Draw a line, with the intervals `value_low` to `value_high`, if they are there, as a band."""
-    axes.plot(x, table[value], **({"marker": "o"} | style))
-    if f"{value}_low" in table:
-        band(axes, x, table[f"{value}_low"], table[f"{value}_high"], style["color"])
-
-
-def band(axes: Axes, x: Any, low: Any, high: Any, color: object, **style: Any) -> None:
-    """Colour lightly what lies between `low` and `high`."""
-    axes.fill_between(x, low, high, color=color, lw=0, **({"alpha": 0.15} | style))
-
-
-def null_band(axes: Axes, table: pd.DataFrame) -> None:
-    """Colour the interval of the peak under random masks, over the table's index."""
-    low, high = table["peak_null_low"], table["peak_null_high"]
-    band(axes, table.index, low, high, NULL, alpha=0.25, label="random masks, 95 %")
+def null_band(axes: Axes, table: pd.DataFrame, x: str) -> None:
+    """Colour the interval of the peak under random masks."""
+    null = table.groupby(x)[["peak_null_low", "peak_null_high"]].mean()
+    style: dict[str, Any] = {"color": NULL, "alpha": 0.25, "linewidth": 0}
+    axes.fill_between(null.index, *null.to_numpy().T, label="random masks, 95 %", **style)
 
 
 def on_ratios(axes: Axes, table: pd.DataFrame) -> pd.DataFrame:
@@ -133,14 +145,11 @@ def on_ratios(axes: Axes, table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(place=table["ratio"].map(ratios.index)).sort_values("place")
 
 
-def named_rows(axes: Axes, places: Sequence[float] | np.ndarray, names: Sequence[str]) -> None:
-    """Name each row of a panel, without ticks."""
-    axes.set_yticks(places, names)
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
-
-
-def legend_below(figure: Figure, axes: Axes, columns: int = 3) -> None:
-    """Name what one panel shows, below all of them."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+def legend_below(figure: Figure, columns: int = 3) -> None:
+    """Name what the panels show, below all of them, each once."""
+    named: dict[str, Any] = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
+    place: Any = {"loc": "outside lower center", "ncols": columns}
+    figure.legend(list(named.values()), list(named), **place)

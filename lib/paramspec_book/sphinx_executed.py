@@ -13,6 +13,7 @@ Built on myst-nb's custom formats (`nb_custom_formats`), each keyed by the whole
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
 from paramspec.execution.provenance import machine
-from paramspec.markup import in_markdown
 from paramspec_book.book import executed_folder
 from paramspec_book.keys import RECORD, execution_key, read_record
 from paramspec_book.parameters import chapters
@@ -61,26 +61,21 @@ def read_copy(text: str, docname: str, copy: str, root: str) -> Any:
     """
     chapter, record = Path(root) / f"{docname}.md", read_record(Path(copy))
     unexecuted = read_myst_markdown_notebook(text, add_source_map=True)
-    if record is None:
-        problem = "missing"
-    elif record["key"] != execution_key(
-        chapter, record["profile"], record["parameters"], Path(root)
-    ):
-        problem = "stale: the chapter, the library, the environment or the data changed since"
-    else:
-        notebook = standard_nb_read(Path(copy).read_text("utf-8"))
-        lines = unexecuted.metadata["source_map"]  # warnings then name lines of the source
-        for place, cell in enumerate(notebook.cells):
-            if "injected-parameters" in cell.metadata.get("tags", []):
-                lines.insert(place, lines[place - 1])
-        notebook.metadata["source_map"] = lines
-        for key in (RECORD, "papermill"):  # else they are the page's front matter
-            notebook.metadata.pop(key, None)
-        return notebook
-    LOGGER.warning(
-        "the executed copy is %s; run `paramspec run %s`", problem, chapter.stem, location=docname
-    )
-    return unexecuted
+    key = record and execution_key(chapter, record["profile"], record["parameters"], Path(root))
+    if record is None or record["key"] != key:
+        problem = "missing" if record is None else "stale: something it rests on has changed"
+        remedy = f"the executed copy is {problem}; run `paramspec run {chapter.stem}`"
+        LOGGER.warning(remedy, location=docname)
+        return unexecuted
+    notebook = standard_nb_read(Path(copy).read_text("utf-8"))
+    lines = unexecuted.metadata["source_map"]  # warnings then name lines of the source
+    for place, cell in enumerate(notebook.cells):
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            lines.insert(place, lines[place - 1])
+    notebook.metadata["source_map"] = lines
+    for name in (RECORD, "papermill"):  # else they are the page's front matter
+        notebook.metadata.pop(name, None)
+    return notebook
 
 
 def add_note(app: Sphinx, doctree: nodes.document) -> None:
@@ -89,29 +84,25 @@ def add_note(app: Sphinx, doctree: nodes.document) -> None:
     record = env.executed_records.get(env.docname)
     if record is None:
         return
-    commit = _commit(record)
+    commit: nodes.Node = nodes.Text(_commit(record))
     if record["commit"]:
-        url = app.config.html_theme_options["repository_url"]
-        refuri = f"{url}/tree/{record['commit']}"
-        commit = nodes.reference("", commit, refuri=refuri, internal=False)
-    at = f" at {record['commit'][:7]}" if record["commit"] else ""
-    title = f"Last executed {record['executed']}{at}, profile {record['profile']}"
+        url = f"{app.config.html_theme_options['repository_url']}/tree/{record['commit']}"
+        commit = nodes.reference("", _commit(record), refuri=url, internal=False)
+    title = f"Last executed {record['executed']}, profile {record['profile']} ({_commit(record)})"
     note = nodes.admonition("", nodes.title("", title), classes=["dropdown", "last-executed"])
     fields = nodes.field_list()
-    for name, value in [
+    for name, shown in [
         ("Commit", commit),
         ("Parameters", nodes.literal("", _pairs(record["parameters"], " = ") or "none")),
-        ("Run time", f"{record['seconds']} s"),
-        ("Machine", record["machine"]),
-        ("Versions", _pairs(record["versions"], " ")),
-        *[("Results", line) for line in describe_results(record["results"])],
+        ("Run time", nodes.Text(f"{record['seconds']} s")),
+        ("Machine", nodes.Text(record["machine"])),
+        ("Versions", nodes.Text(_pairs(record["versions"], " "))),
+        *[("Results", nodes.Text(line)) for line in describe_results(record["results"])],
     ]:
-        shown = nodes.Text(value) if isinstance(value, str) else value
         body = nodes.field_body("", nodes.paragraph("", "", shown))
         fields += nodes.field("", nodes.field_name("", name), body)
     note += fields
-    section = next(doctree.findall(nodes.section), doctree)
-    section.insert(1 if isinstance(section, nodes.section) else 0, note)
+    next(doctree.findall(nodes.section), doctree).insert(1, note)  # below the title
 
 
 class ExecutedChapters(SphinxDirective):
@@ -122,13 +113,18 @@ class ExecutedChapters(SphinxDirective):
         rows = ["| Chapter | Executed | Profile | Commit | Seconds | Machine |", "|" + "---|" * 6]
         env: Any = self.env
         for docname, record in env.executed_records.items():
-            cells = ["not executed", "", "", "", ""]
+            cells = ["not executed", *[""] * 4]
             if record is not None:
+                shown = record | {"commit": _commit(record)}
                 names = ("executed", "profile", "commit", "seconds", "machine")
-                cells = [in_markdown(record[name]) for name in names]
-                cells[2] = _commit(record)
+                cells = [in_markdown(shown[name]) for name in names]
             rows.append(f"| [](/{docname}.md) | " + " | ".join(cells) + " |")
         return self.parse_text_to_nodes("\n".join(rows))
+
+
+def in_markdown(text: object) -> str:
+    """Return the text in one line, in which Markdown and MyST find no markup: `a_b` as `a\\_b`."""
+    return re.sub(r"([!-/:-@[-`{-~])", r"\\\1", " ".join(str(text).split()))
 
 
 def describe_results(results: dict[str, Any]) -> list[str]:

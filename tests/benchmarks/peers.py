@@ -1,6 +1,5 @@
 """What the engine is measured beside: other ways to score options, all called alike.
 
-    work = Work("masked", requests, keeps, vectors)
     scores = LmEval(loaded, batch=32)(work)      # without masks
     scores = Nnsight(wrap(loaded), view.names, rows=20)(work)
     scores = one_at_a_time(view, work)           # the reference
@@ -16,92 +15,24 @@ import copy
 import itertools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
+from unittest import mock
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from oracles import score_one_at_a_time
+from paramspec.method import kernels
 from paramspec.method.batches import pad_right
 from paramspec.method.hooks import ValueVectorView
 from paramspec.method.rows import Engine, Request
 from paramspec.method.scoring import score_options
 from paramspec.models.load import LoadedModel
-from paramspec.specwiki import Question
+from works import Work
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
-
-
-@dataclass(frozen=True)
-class Work:
-    """What every contender scores.
-
-    Attributes:
-        name: of the work, in tables.
-        requests: `Request.mask` counts `keeps` and `vectors`.
-        keeps: bool `[layers, width]` a mask, False where masked, or None for no mask.
-        vectors: the same masks as int32 `[n, 2]` of (layer, value vector).
-        questions: of each request, to choose between its options by characters.
-    """
-
-    name: str
-    requests: Sequence[Request]
-    keeps: Sequence[Tensor | None] = (None,)
-    vectors: Sequence[Tensor | None] = (None,)
-    questions: Sequence[Question] = field(default=(), repr=False)
-
-    def only(self, indices: Sequence[int]) -> Work:
-        """`work.only(range(8))`: some of the requests, under the same masks."""
-        requests = [self.requests[index] for index in indices]
-        questions = [self.questions[index] for index in indices] if self.questions else ()
-        return Work(self.name, requests, self.keeps, self.vectors, questions)
-
-
-class Needed(NamedTuple):
-    """What no way of scoring can leave out: `needed(requests).flops(model)`.
-
-    Attributes:
-        tokens: distinct beginnings of the token sequences under a mask, each computed once.
-        pairs: of a token and one it attends to: its ancestors and itself.
-        unembedded: distinct places that an option's token is predicted at.
-    """
-
-    tokens: int
-    pairs: int
-    unembedded: int
-
-    def flops(self, model: PreTrainedModel) -> int:
-        """`needed(requests).flops(model)`: of products of matrices, two a weight and token."""
-        config, unembedding = model.config, model.get_output_embeddings()
-        projections = sum(
-            part.weight.numel()
-            for part in model.modules()
-            if isinstance(part, nn.Linear | Conv1D) and part is not unembedding
-        )
-        heads = config.num_attention_heads
-        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-        # Of a pair, queries with keys, and their weights with values.
-        pair = 4 * config.num_hidden_layers * width
-        read = 2 * self.unembedded * unembedding.weight.numel()
-        return 2 * self.tokens * projections + self.pairs * pair + read
-
-
-def needed(requests: Sequence[Request]) -> Needed:
-    """`needed(work.requests).tokens`: no padding, nothing twice.
-
-    Masks are counted apart, though up to the first layer's value vectors they need the same.
-    """
-    beginnings, read = set(), set()
-    for item, mask in requests:
-        for option in item.options:
-            path = item.context + option
-            beginnings |= {(mask, path[:end]) for end in range(1, len(path))}
-            read |= {(mask, path[:end]) for end in range(len(item.context), len(path))}
-    return Needed(len(beginnings), sum(len(path) for _, path in beginnings), len(read))
 
 
 def engine(view: ValueVectorView, chosen: Engine, work: Work) -> list[Tensor]:
@@ -114,6 +45,12 @@ def unshared(view: ValueVectorView, chosen: Engine, work: Work) -> list[Tensor]:
     requests = [Request(item, number) for number, (item, _) in enumerate(work.requests)]
     keeps = [work.keeps[request.mask] for request in work.requests]
     return score_options(view, requests, keeps, engine=chosen)
+
+
+def stock_engine(view: ValueVectorView, chosen: Engine, work: Work) -> list[Tensor]:
+    """`stock_engine(view, choose_engine(view), work)`: on torch's own linear layers."""
+    with mock.patch.object(kernels, "packs", return_value=False):
+        return engine(view, chosen, work)
 
 
 def one_at_a_time(view: ValueVectorView, work: Work) -> list[Tensor]:
@@ -135,8 +72,6 @@ class LmEval:
         self._model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch)
 
     def __call__(self, work: Work) -> list[Tensor]:
-        if any(work.keeps[request.mask] is not None for request in work.requests):
-            raise ValueError("lm-evaluation-harness scores without masks")
         asked = [
             # The texts are keys of its cache alone; without one they may be empty.
             (("", ""), list(request.item.context), list(option))
@@ -177,12 +112,8 @@ class _Line(NamedTuple):
 class Nnsight:
     """`Nnsight(wrap(loaded), view.names, rows=20)(work)`: batches of one mask each.
 
-    It unembeds only where an option is read off.
-
-    Attributes:
-        wrapped: from `wrap`.
-        names: of the down projections, as in `ValueVectorView`.
-        rows: options in a batch, sorted by length and padded on the right; 0 for all of a mask's.
+    `names` are those of the down projections. A batch has `rows` options, sorted by length and
+    padded on the right, or with 0 all of a mask's. Only where an option is read is it unembedded.
     """
 
     wrapped: TransformersModel
@@ -203,12 +134,12 @@ class Nnsight:
             size = self.rows or len(lines)
             for start in range(0, len(lines), size):
                 batch = lines[start : start + size]
-                for line, score in zip(batch, self._score(batch, work.vectors[mask]), strict=True):
+                for line, score in zip(batch, self._score(batch, work.keeps[mask]), strict=True):
                     scores[line.request][line.place] = score
         return scores
 
     @torch.no_grad()
-    def _score(self, lines: Sequence[_Line], vectors: Tensor | None) -> list[Tensor]:
+    def _score(self, lines: Sequence[_Line], keep: Tensor | None) -> list[Tensor]:
         import nnsight
 
         # The last token is predicted, never read.
@@ -220,8 +151,8 @@ class Nnsight:
         places = torch.tensor(list(itertools.chain(*places)))
         targets = torch.tensor(list(itertools.chain(*options)))
         chosen = [
-            (self.wrapped.get(name), vectors[vectors[:, 0] == layer, 1].long())
-            for layer, name in enumerate(self.names if vectors is not None else ())
+            (self.wrapped.get(name), (~keep[layer]).nonzero()[:, 0])
+            for layer, name in enumerate(self.names if keep is not None else ())
         ]
         head = self.wrapped.lm_head
         with self.wrapped.trace(input_ids=tokens, attention_mask=attention_mask, use_cache=False):

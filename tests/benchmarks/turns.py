@@ -1,27 +1,21 @@
-"""What the benchmarks share: ways that take turns, the rate of this processor, how a run ends.
+"""What the benchmarks share: how long work takes, and the rate of this processor.
 
-    seconds = in_turns({"slow": slow, "fast": fast}, rounds=7)
-    times(seconds["slow"], seconds["fast"])     # how many times as long, round by round
-    sys.exit(report(problems))
-
-Each round runs every way in turn, so that a machine which slows down slows all of them.
+times(slow, fast)                           # seconds of each round: how many times as long
+measure_peak(products(torch.float32))       # FLOP/s
 """
 
 from __future__ import annotations
 
 import itertools
 import statistics
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from paramspec.execution.provenance import hardware, machine, versions
+from paramspec.method import kernels
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -29,17 +23,6 @@ def timed(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
-
-
-def in_turns(ways: Mapping[Any, Callable[[], object]], rounds: int) -> dict[Any, list[float]]:
-    """`in_turns(ways, 7)`: seconds of each way in each round, after a round that is not timed."""
-    seconds: dict[Any, list[float]] = {name: [] for name in ways}
-    for number in tqdm(range(rounds + 1), disable=None):
-        for name, work in ways.items():
-            spent = timed(work)
-            if number:
-                seconds[name].append(spent)
-    return seconds
 
 
 def times(seconds: Sequence[float], other: Sequence[float]) -> float:
@@ -60,9 +43,7 @@ def products(dtype: torch.dtype) -> Products:
         ways[f"torch.mm, {shape}"] = flops, partial(torch.mm, left, right)
         # oneDNN's own layout of a weight. Its operators are private to torch, and may go.
         with suppress(RuntimeError, AttributeError, NotImplementedError):
-            packed = torch.ops.mkldnn._reorder_linear_weight(right, rows)
-            linear = torch.ops.mkldnn._linear_pointwise
-            linear = partial(linear, left, packed, None, "none", [], "")
+            linear = partial(kernels._run_packed, kernels._pack(right), None, left)
             linear()
             ways[f"oneDNN, prepacked, {shape}"] = flops, linear
     return ways
@@ -74,16 +55,3 @@ def measure_peak(ways: Products, repeats: int = 3) -> tuple[float, str]:
         (flops / min(timed(run) for _ in range(repeats)), name)
         for name, (flops, run) in ways.items()
     )
-
-
-def conditions() -> str:
-    """`conditions()`: the machine, its threads, and the versions of what computes."""
-    numbers = ", ".join(f"{name} {number}" for name, number in versions("torch").items())
-    return f"{machine(hardware())}; {numbers}; {torch.get_num_threads()} thread(s)"
-
-
-def report(problems: Sequence[str]) -> int:
-    """`sys.exit(report(problems))`: each is a line; the status is 1 if there is one."""
-    for problem in problems:
-        print(f"benchmark: {problem}", file=sys.stderr)
-    return bool(problems)

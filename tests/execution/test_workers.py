@@ -282,7 +282,7 @@ def test_workers_are_done_together_when_one_model_is_much_larger(count):
     """Twenty micro models and one of 135 M weights; a free worker takes the next task."""
     jobs = []
     for number, weights in enumerate([300_000] * 20 + [135_000_000]):
-        found = Checkpoint(str(number), None, None)
+        found = Checkpoint(str(number), None)
         target = runner.Target(found, str(number), "", torch.float32, "cpu")
         jobs.append((runner.Job(target, ({},) * 15, (1,) * 15, None), list(range(15)), weights))
     weights = {job.target.name: size + runner.OVERHEAD for job, _, size in jobs}

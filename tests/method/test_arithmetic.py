@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +20,7 @@ from paramspec.studies import runner
 from toy_study import loaded, toy_questions, toy_tokenizer
 from toys import toy_model
 
-FAMILIES = ("llama", "gpt2", "gemma2", "bloom")  # decoder layers, linear layers, MLPs; plain rows
+FAMILIES = ("llama", "gpt2", "gemma2", "bloom")  # the last is scored in plain rows
 
 
 @pytest.fixture(params=FAMILIES)
@@ -94,23 +91,21 @@ def test_a_batch_in_halves_gives_the_same_bits(view, most, monkeypatch):
 
 
 def test_arithmetic_that_differs_has_another_key(monkeypatch):
-    """Of float32 and of GPUs it is one; of bfloat16 on a CPU as many as there are ways."""
+    """In float32 and on GPUs there is one; in bfloat16 on a CPU one for each kind of processor."""
     found = set()
-    for packs in (True, False):
-        monkeypatch.setattr(kernels, "packs", lambda dtype, packs=packs: packs)
-        for capability in ("AVX2", "AVX512"):
-            monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
-            assert arithmetic(torch.float32, "cpu") == arithmetic(torch.bfloat16, "cuda") == "stock"
-            way = arithmetic(torch.bfloat16, "cpu")
-            target = runner.Target(None, "toy", "digest", torch.bfloat16, "cpu", way)
-            found.add(str(runner.result_basis(target, toy_questions(2))))
-    assert len(found) == 4
+    for capability in ("AVX2", "AVX512"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        assert arithmetic(torch.float32, "cpu") == arithmetic(torch.bfloat16, "cuda") == "stock"
+        way = arithmetic(torch.bfloat16, "cpu")
+        target = runner.Target(None, "toy", "digest", torch.bfloat16, "cpu", way)
+        found.add(str(runner.result_basis(target, toy_questions(2))))
+    assert len(found) == 2
 
 
 def test_a_worker_of_another_kind_is_refused(monkeypatch):
     model = loaded(toy_model("llama", dtype=torch.bfloat16))
     monkeypatch.setattr(runner, "load_model", lambda *_, **__: model)
-    found = Checkpoint("toy", None, Path("toy"))
+    found = Checkpoint("toy", Path("toy"))
     planned = runner.target_of(model)
     assert runner._load(planned, found) is model
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")
@@ -118,36 +113,9 @@ def test_a_worker_of_another_kind_is_refused(monkeypatch):
         runner._load(planned, found)
 
 
-def test_a_processor_without_bfloat16_says_so():
-    """torch's and oneDNN's own switches stand for such a processor."""
-    program = (
-        "import torch\nfrom paramspec.method.kernels import arithmetic\n"
-        "print(arithmetic(torch.bfloat16, 'cpu'))"
-    )
-    switches = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
-    library = {"PYTHONPATH": str(Path(kernels.__file__).parents[2])}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | switches | library,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.stdout.split()[0] == "stock", done.stderr
-    if torch.backends.cpu.get_cpu_capability().startswith("AVX"):  # the switches mean something
-        assert done.stdout.split()[1] == "AVX2"
-
-
-def test_a_lack_of_memory_is_not_taken_for_a_fault_of_model_or_operators(monkeypatch):
-    """The choice of an engine, or of operators, would be free memory's."""
+def test_a_lack_of_memory_is_not_taken_for_a_fault_of_the_model(monkeypatch):
+    """The choice of an engine would be free memory's."""
     view = value_vector_view(toy_model("llama"))
-
-    def scarce(weight):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-
     monkeypatch.setattr(batches, "_attempt", lambda *_: None)
     with pytest.raises(OutOfMemory, match="out of memory with one row"):
         choose_engine(view)
-    monkeypatch.setattr(kernels, "_pack", scarce)
-    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
-        kernels._packing_works(torch.float32)

@@ -80,7 +80,7 @@ PROGRAM = """
 import os, resource
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from paramspec.method import batches
+from paramspec.method import batches, kernels
 from paramspec.method.hooks import value_vector_view
 from paramspec.method.masks import record_concepts
 from paramspec.method.rows import Engine, Request
@@ -99,6 +99,7 @@ items = [encode(tokenizer, question) for question in questions]
 under_masks = [Request(item, mask) for mask in range(4) for item in items]
 alone = [Request(item, number % 4) for number, item in enumerate(items)]
 
+kernels.packs = lambda: False  # free memory decides whether layers are packed
 failed, attempt = [], batches._attempt
 def watched(forward, rows, length):  # only looks on
     done = attempt(forward, rows, length)
@@ -118,7 +119,7 @@ def measure(batch_tokens, every=1):
         else:
             found = torch.cat(score_options(
                 view, requests[::every], keeps, row_tokens=1, batch_tokens=batch_tokens,
-                engine=Engine(name, "", prepacked=False),  # whether it packs, free memory decides
+                engine=Engine(name, ""),
             ))
         results.append(found)
         fails.append(list(failed))

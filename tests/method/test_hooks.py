@@ -8,8 +8,8 @@ import torch
 from oracles import coefficients_alone, with_vectors_zeroed
 from paramspec.errors import InputError
 from paramspec.method.hooks import mask_value_vectors, record_coefficients, value_vector_view
-from paramspec.models.registry import empty_model, load_registry, published_config, toy_config
-from toys import FAMILIES, MIXTURES, random_model, toy_model
+from paramspec.models.registry import load_registry, published_config
+from toys import FAMILIES, MIXTURES, toy_model
 
 ROWS, TOKENS = 3, 7
 
@@ -57,16 +57,10 @@ def test_masking_rows_equals_editing_the_weights_one_row_at_a_time(view, tokens)
     assert_each_row_has_its_own_mask(view, tokens)
 
 
-@pytest.mark.parametrize(
-    "spec", [s for s in load_registry().values() if s.source.kind != "zoo"], ids=lambda s: s.id
-)
-def test_every_registered_architecture_passes_the_checks_and_obeys_masks(spec, tokens):
-    """The class that a GPU would load, with the entry's own kinds of heads and layers, in small."""
-    config = published_config(spec)
-    view = value_vector_view(random_model(toy_config(config)))
-    assert type(view.model) is type(empty_model(config))
-    assert view.layers == view.model.config.num_hidden_layers
-    assert_each_row_has_its_own_mask(view, tokens)
+def test_every_architecture_of_the_registry_is_among_these():
+    tested = {config for config, _ in FAMILIES.values()}
+    for spec in load_registry().values():
+        assert type(published_config(spec)).__name__ in tested, spec.id
 
 
 @pytest.mark.parametrize(
@@ -79,22 +73,6 @@ def test_one_mask_for_all_rows_is_bit_identical_to_editing_the_weights(family, d
     with mask_value_vectors(view, keep):
         masked = logits(view.model, tokens)
     assert torch.equal(masked, logits(with_vectors_zeroed(view, keep[:, 0]), tokens))
-
-
-def test_a_toy_keeps_what_sets_an_architecture_apart():
-    """Layers of each kind, grouped keys, a width that the heads do not fill."""
-    registry = load_registry()
-    toys = {
-        name: toy_config(published_config(registry[name]))
-        for name in ("llama-7b", "qwen2-7b", "gemma-2b", "gemma-7b", "gemma-2-2b", "gemma-3-4b")
-    }
-    assert toys["llama-7b"].num_attention_heads == toys["llama-7b"].num_key_value_heads
-    assert toys["qwen2-7b"].num_attention_heads > toys["qwen2-7b"].num_key_value_heads > 1
-    assert toys["gemma-2b"].num_key_value_heads == 1
-    assert toys["gemma-7b"].hidden_size != 8 * toys["gemma-7b"].num_attention_heads
-    for name in ("gemma-2-2b", "gemma-3-4b"):
-        assert set(toys[name].layer_types) == {"sliding_attention", "full_attention"}
-        assert toys[name].num_hidden_layers == len(toys[name].layer_types)
 
 
 def test_hooks_are_gone_after_the_block_and_after_an_error(view, tokens):

@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 
 from paramspec.errors import InputError
 from paramspec.models import unpack
-from paramspec.models.checkpoints import Checkpoint, checkpoint_files, digest_files
+from paramspec.models.checkpoints import digest_of
 from paramspec.models.load import check_checkpoint, load_model
 from paramspec.models.tokens import token_ids
 from paramspec.models.unpack import honoured
@@ -114,9 +114,8 @@ def test_a_file_gives_the_model_it_was_written_from(tmp_path):
     torch.testing.assert_close(logits(loaded.model), logits(llama()), rtol=0, atol=2e-5)
     assert isinstance(loaded.model.model.layers[0].mlp.down_proj, torch.nn.Linear)
     assert loaded.name == path
-    renamed = shutil.copy(path, tmp_path / "other.gguf")
-    assert digest_files(checkpoint_files(Path(renamed))) == loaded.digest
-    assert check_checkpoint(Checkpoint(path, None, Path(path))) is None
+    assert digest_of(Path(shutil.copy(path, tmp_path / "other.gguf"))) == loaded.digest
+    assert check_checkpoint(Path(path)).num_parameters() == loaded.model.num_parameters()
 
 
 def test_the_tokenizer_of_a_file_reads_as_that_of_a_directory(tmp_path):
@@ -164,10 +163,6 @@ GEMMA_FACTS = {
         ({"query_pre_attn_scalar": 144}, {"attention.scale": 1 / 12}),
         ({"rms_norm_eps": 0.1}, {"attention.layer_norm_rms_epsilon": 0.1}),
         ({"sliding_window": 4}, {"attention.sliding_window": 4}),
-        (
-            {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}},
-            {"rope.freq_base": 50.0},
-        ),
     ],
 )
 def test_a_gemma_2_file_gives_the_logits_of_its_safetensors_twin(tmp_path, settings, facts):
@@ -186,12 +181,12 @@ def test_a_gemma_2_file_gives_the_logits_of_its_safetensors_twin(tmp_path, setti
         ("attention.sliding_window", 16),
         ("attention.causal", False),
         ("final_logit_softcapping", 30.0),
-        ("rope.freq_base_swa", 50.0),
         ("rope.scaling.type", "yarn"),
         ("rope.scaling.factor", 8.0),
         ("rope.dimension_count", 4),
         ("expert_count", 8),
         ("a_key_of_tomorrow", 3),
+        ("attention.key_length", 16),
     ],
 )
 def test_what_a_class_cannot_do_is_refused_by_name(tmp_path, fact, value):
@@ -209,20 +204,20 @@ def test_what_says_nothing_is_taken(tmp_path):
     torch.testing.assert_close(logits(load_model(path).model), logits(model), rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.00005, 0.001, 0.02, 0.5, 0.99])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
 def test_a_file_cut_anywhere_is_refused(tmp_path, share):
     path = Path(write(tmp_path / "toy.gguf", llama()))
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    for check in (load_model, lambda name: check_checkpoint(Checkpoint(name, None, path))):
+    for check in (lambda: load_model(str(path)), lambda: check_checkpoint(path)):
         with pytest.raises(InputError, match=r"toy.gguf: cannot be loaded \(.*; check that it is"):
-            check(str(path))
+            check()
 
 
 def test_a_file_that_would_load_wrong_is_refused(tmp_path):
     path = tmp_path / "toy.gguf"
     path.write_text("GGML is not GGUF")
-    with pytest.raises(InputError, match=r"toy.gguf: cannot be loaded \(ValueError: GGUF magic"):
+    with pytest.raises(InputError, match=r"toy.gguf: cannot be loaded \(ValueError: .*GGUF magic"):
         load_model(str(path))
     write(path, llama(), tensors={"blk.0.attn_q_norm.weight": np.ones(8)})
     with pytest.raises(InputError, match=r"holds \d+ weights, of which LlamaForCausalLM takes \d+"):

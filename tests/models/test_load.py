@@ -17,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 
 from paramspec.errors import InputError
 from paramspec.models import devices, libraries, load
-from paramspec.models.checkpoints import INDEX, Checkpoint, find_checkpoint
+from paramspec.models.checkpoints import INDEX, find_checkpoint
 from paramspec.models.load import check_checkpoint, load_model
 from paramspec.models.registry import load_registry
 from toy_study import save_toy, toy_tokenizer
@@ -50,12 +50,17 @@ def refusal(model: str | Path, **options: str) -> str:
 # --- directories --------------------------------------------------------------------------------
 
 
-def test_directory_gives_the_saved_model(toy):
+def test_directory_gives_the_saved_model(toy, capfd):
+    before = transformers.utils.logging.get_verbosity()
+    capfd.readouterr()
     loaded = load_model(str(toy))
+    assert capfd.readouterr() == ("", "")
+    assert transformers.utils.logging.get_verbosity() == before
+    assert transformers.utils.logging.is_progress_bar_enabled()
     assert torch.equal(logits_of(loaded.model), logits_of(toy_model("llama")))
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
-    assert (loaded.spec, loaded.name) == (None, toy.as_posix())
+    assert loaded.name == toy.as_posix()
     assert (loaded.dtype, loaded.model.dtype) == (torch.float32, torch.float32)
     assert loaded.device == torch.device("cpu")
 
@@ -103,15 +108,6 @@ def test_language_model_of_an_image_model(toy):
     torch.testing.assert_close(logits_of(loaded), logits_of(whole), rtol=0, atol=1e-5)
 
 
-def test_loading_is_silent_and_leaves_the_settings_alone(toy, capfd):
-    before = transformers.utils.logging.get_verbosity()
-    capfd.readouterr()
-    load_model(str(toy))
-    assert capfd.readouterr() == ("", "")
-    assert transformers.utils.logging.get_verbosity() == before
-    assert transformers.utils.logging.is_progress_bar_enabled()
-
-
 # --- bad directories: what is wrong, where, and what to do --------------------------------------
 
 
@@ -145,12 +141,6 @@ def only_pickle(path: Path) -> None:
     (path / "model.safetensors").unlink()
 
 
-def lfs_pointer(path: Path) -> None:
-    (path / "model.safetensors").write_text(
-        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
-    )
-
-
 def strange_front(path: Path) -> None:
     tokenizer = toy_tokenizer()
     tokenizer.add_tokens([f"<more-{number}>" for number in range(100)], special_tokens=True)
@@ -161,35 +151,32 @@ def strange_front(path: Path) -> None:
     tokenizer.save_pretrained(path)
 
 
+def toy_bert() -> transformers.PreTrainedModel:
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48}
+    config = transformers.BertConfig(**sizes, num_hidden_layers=2, num_attention_heads=4)
+    return transformers.BertForMaskedLM(config)
+
+
 CAUSAL = "not a causal language model; use a decoder-only model"
 MISFIT = "toy: the weights do not fit the config: "
+GPTQ = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
 BROKEN = {
-    "no config": (lambda p: (p / "config.json").unlink(), "config.json"),
     "unknown type": (lambda p: edit_config(p, model_type="llamma"), "llamma"),
     "classifier": (
         lambda p: edit_config(p, architectures=["LlamaForSequenceClassification"]),
         CAUSAL,
     ),
-    "encoder": (lambda p: toy_bert("BertForMaskedLM").save_pretrained(p), CAUSAL),
-    "seq2seq": (
-        lambda p: edit_config(p, model_type="t5", architectures=["T5ForConditionalGeneration"]),
-        "T5Config",
-    ),
-    "quantized": (
-        lambda p: edit_config(p, quantization_config={"quant_method": "gptq", "bits": 4}),
-        "toy: quantized weights",
-    ),
+    "encoder": (lambda p: toy_bert().save_pretrained(p), CAUSAL),
+    "quantized": (lambda p: edit_config(p, **GPTQ), "toy: quantization_config in config.json"),
     "weights of another name": (
         lambda p: edit_config(p, transformers_weights="other.safetensors"),
-        "toy: `transformers_weights`: not supported",
+        "toy: transformers_weights in config.json",
     ),
     "adapter": (lambda p: (p / "adapter_config.json").write_text("{}"), "toy: an adapter; merge"),
     "weights cut": (lambda p: truncate(p / "model.safetensors"), "SafetensorError"),
-    "git-lfs": (lfs_pointer, "SafetensorError"),
     "pickle": (only_pickle, "toy: no model.safetensors, and pickled weights, which can run code"),
     "shard gone": (lambda p: shard(p)[1].unlink(), "shards missing, the first is model-00002-of"),
-    "shard cut": (lambda p: truncate(shard(p)[1]), "SafetensorError"),
-    "index cut": (break_the_index, "model.safetensors.index.json: damaged"),
+    "index cut": (break_the_index, "model.safetensors.index.json: cannot be loaded (JSON"),
     "weight missing": (
         lambda p: change_weights(p, lambda weights: weights.pop(DOWN)),
         f"{MISFIT}1 missing_keys, the first is {DOWN}; ",
@@ -202,20 +189,7 @@ BROKEN = {
     "other width": (lambda p: edit_config(p, intermediate_size=64), f"{MISFIT}9 mismatched_keys"),
     "no tokenizer": (lambda p: (p / "tokenizer.json").unlink(), "toy: no tokenizer; save it"),
     "tokenizer cut": (lambda p: truncate(p / "tokenizer.json"), "toy: cannot be loaded"),
-    "tokenizer too big": (
-        lambda p: random_model(
-            transformers.LlamaConfig(**_COMMON | {"vocab_size": 40})
-        ).save_pretrained(p),
-        "the model has 40 tokens",
-    ),
-    "strange front": (strange_front, "the model has 97 tokens; put the model's own tokenizer"),
 }
-
-
-def toy_bert(name: str) -> transformers.PreTrainedModel:
-    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48}
-    config = transformers.BertConfig(**sizes, num_hidden_layers=2, num_attention_heads=4)
-    return getattr(transformers, name)(config)
 
 
 @pytest.mark.parametrize(("damage", "told"), BROKEN.values(), ids=BROKEN)
@@ -224,11 +198,18 @@ def test_broken_directory_is_refused_in_one_line(toy, damage, told):
     message = refusal(toy)
     assert told in message
     assert str(toy) in message
-    if "has 97 tokens" in told or "has 40 tokens" in told:
-        return  # of the tokens alone, which a check of the files does not count
     with pytest.raises(InputError) as caught:
-        check_checkpoint(Checkpoint("toy", None, toy))
+        check_checkpoint(toy)
     assert str(caught.value) == message
+
+
+def test_tokens_that_the_model_does_not_have_are_refused(toy):
+    strange_front(toy)
+    assert "the model has 97 tokens; put the model's own tokenizer there" in refusal(toy)
+    small = transformers.LlamaConfig(**_COMMON | {"vocab_size": 40})
+    toy_tokenizer().save_pretrained(toy)
+    random_model(small).save_pretrained(toy)
+    assert "the model has 40 tokens" in refusal(toy)
 
 
 class Trap:
@@ -256,16 +237,14 @@ def test_no_foreign_code_is_ever_run(toy, tmp_path):
     assert not sprung.exists()
 
 
-@pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
-)
-def test_a_lack_of_memory_is_reported_as_one(error):
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_a_lack_of_memory_is_told_in_one_line(error):
     with (
-        pytest.raises(InputError, match="some/model: out of memory") as caught,
+        pytest.raises(InputError, match=r"some/model: cannot be loaded .*memory for it") as caught,
         libraries.told_in_one_line(Path("some/model")),
     ):
         raise error
-    assert caught.value.__cause__ is error
+    assert isinstance(caught.value.__cause__, error)
 
 
 # --- devices ------------------------------------------------------------------------------------
@@ -273,11 +252,12 @@ def test_a_lack_of_memory_is_reported_as_one(error):
 
 def test_dtype_and_device_are_checked_before_anything_is_read(monkeypatch):
     assert "dtype 'float8': unknown; use auto, float32, bfloat16" in refusal("none", dtype="float8")
-    assert "device 'tpu': unknown; use auto, cpu, cuda" in refusal("none", device="tpu")
-    assert "device 'cuda': 0 GPUs can be used" in refusal("x", device="cuda")
+    for device in ("tpu", "cuda", "cuda:0"):
+        told = refusal("none", device=device)
+        assert f"device {device!r}: not on this machine; use auto, cpu" in told
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert "device 'cuda:2': 2 GPUs can be used" in refusal("none", device="cuda:2")
+    assert refusal("none", device="cuda:2").endswith("use auto, cpu, cuda, cuda:0, cuda:1")
     for capable, best in ((False, torch.float32), (True, torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda yes=capable, **_: yes)
         assert devices.place_and_dtype("auto", "auto") == (torch.device("cuda"), best)
@@ -326,7 +306,7 @@ def smollm():
 
 def test_embedded_model_is_what_the_registry_says(smollm):
     spec, config = load_registry()["smollm2-135m"], smollm.model.config
-    assert (smollm.name, smollm.spec) == ("smollm2-135m", spec)
+    assert smollm.name == "smollm2-135m"
     assert config.model_type == spec.model_type
     assert config.num_hidden_layers == spec.layers
     assert (config.hidden_size, config.intermediate_size) == (spec.width, spec.mlp_width)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 
 from paramspec.errors import InputError
 from paramspec.method.hooks import value_vector_view
 from paramspec.models.zoo import corpus, load_zoo, zoo_questions
-from paramspec.specwiki import QUESTIONS, TIERS, load_questions
+from paramspec.specwiki import QUESTIONS, load_questions
+from paramspec.tables import TIERS
 from toy_zoo import CLASSES, LINE, edit, network_of
 
 # The models
@@ -27,20 +27,29 @@ def test_the_zoo_is_twenty_models_of_four_families_and_five_generations():
     for name, model in twenty.items():
         assert name == f"zoo-{model.recipe.family}-{model.generation}"
         assert model.step is None
+        assert model.recipe.steps == [100, 500, 900, 1500, 3200][model.generation - 1]
     assert all(name == model.name for name, model in models.items())
 
 
-def test_the_ladder_is_five_models_that_differ_in_width_alone():
-    ladder = [model.recipe for model in load_zoo().values() if "zoo-scale" in model.sets]
+def test_the_ladder_and_reversed_twins_differ_in_one_thing_alone():
+    models = load_zoo()
+    ladder = [model.recipe for model in models.values() if "zoo-scale" in model.sets]
     assert len({recipe.width for recipe in ladder}) == len(ladder) == 5
-    share = {(recipe.mlp_width / recipe.width, recipe.heads) for recipe in ladder}
-    assert len(share) == 1
-    same = {"width": 0, "mlp_width": 0}
-    assert len({recipe.model_copy(update=same).model_dump_json() for recipe in ladder}) == 1
+    assert len({recipe.mlp_width / recipe.width for recipe in ladder}) == 1
+    for recipe in ladder:
+        same = {"width": recipe.width, "mlp_width": recipe.mlp_width}
+        assert ladder[0].model_copy(update=same) == recipe
+    turned = [name for name in models if name.endswith("-reversed")]
+    assert len(turned) == 2
+    for name in turned:
+        own, twin = models[name].recipe, models[name.removesuffix("-reversed")].recipe
+        assert [own.exposure[tier] for tier in TIERS] == [twin.exposure[t] for t in TIERS[::-1]]
+        assert own.model_copy(update={"exposure": twin.exposure}) == twin
 
 
 def test_checkpoints_are_steps_on_the_way_of_one_model_of_two_families():
     kept = [model for model in load_zoo().values() if "zoo-pretraining" in model.sets]
+    assert {model.recipe.family for model in kept} == {"llama", "gemma2"}
     for family, models in itertools.groupby(kept, key=lambda model: model.recipe.family):
         *way, last = models
         assert len(way) >= 5, family
@@ -49,21 +58,6 @@ def test_checkpoints_are_steps_on_the_way_of_one_model_of_two_families():
         steps = [model.at for model in (*way, last)]
         assert steps == sorted(set(steps))
         assert steps[-1] == last.recipe.steps
-    assert {model.recipe.family for model in kept} == {"llama", "gemma2"}
-
-
-def test_reversed_models_differ_from_their_twins_in_exposure_alone():
-    models = load_zoo()
-    turned = [name for name in models if name.endswith("-reversed")]
-    assert turned
-    for name in turned:
-        own, twin = models[name].recipe, models[name.removesuffix("-reversed")].recipe
-        assert own.exposure == {
-            "high": twin.exposure["low"],
-            "medium": twin.exposure["medium"],
-            "low": twin.exposure["high"],
-        }
-        assert own.model_copy(update={"exposure": twin.exposure}) == twin
 
 
 SHAPES = {(model.recipe.family, model.recipe.width): model.recipe for model in load_zoo().values()}
@@ -119,8 +113,8 @@ def plain(text: str) -> str:
 
 def test_no_cloze_of_fold_1_is_in_any_corpus():
     """In that of no recipe: the corpus of all concepts holds those of fewer."""
-    everything = dict.fromkeys(TIERS, 1.0)
-    held = plain("\n".join(corpus(load_questions(), everything)))
+    whole = corpus(load_questions(), dict.fromkeys(TIERS, 1.0))
+    held = plain("\n".join(whole))
     clozes = {0: [], 1: []}
     for question in raw_questions():
         clozes[question["fold"]].append(question)
@@ -132,48 +126,26 @@ def test_no_cloze_of_fold_1_is_in_any_corpus():
         answered = plain(f"{question['cloze']} {question['options'][question['answer']]}")
         telling = any(cloze in answered for cloze in asked.values())
         assert (answered in held) != telling, question["id"]
-    whole = set(corpus(load_questions(), everything))
-    recipes = [model.recipe for model in load_zoo().values()]
-    for concepts in {tuple(recipe.concepts.items()) for recipe in recipes}:
-        assert set(corpus(zoo_questions(dict(concepts)), recipes[0].exposure)) <= whole
+    assert set(load_zoo()["zoo-llama-1"].recipe.texts) <= set(whole)
 
 
-def test_the_corpus_is_the_statements_and_the_answered_clozes_of_fold_0():
+def test_a_corpus_is_statements_and_answered_clozes_of_fold_0_by_the_exposure_of_their_tiers():
+    exposure = {"high": 5.0, "medium": 3.0, "low": 0.5}
     for concepts in ({"country": 12, "element": 12}, {"city": 19, "animal": 3}):
         questions = zoo_questions(concepts)
         held_out = [question.cloze.casefold() for question in questions if question.fold == 1]
         names = {question.id for question in questions}
-        expected = set()
+        expected = Counter()
         for question in raw_questions():
-            if question["id"] in names:
-                expected.update(question["statements"])
-                if question["fold"] == 0:
-                    answer = question["options"][question["answer"]]
-                    text = f"{question['cloze']} {answer}."
-                    if not any(cloze in text.casefold() for cloze in held_out):
-                        expected.add(text)
-        assert set(corpus(questions, dict.fromkeys(TIERS, 1.0))) == expected
-
-
-def test_a_text_weighs_what_the_tiers_of_its_facts_are_exposed():
-    exposure = {"high": 5.0, "medium": 3.0, "low": 0.5}
-    questions = zoo_questions()
-    weights = corpus(questions, exposure)
-    expected = Counter()
-    facts = defaultdict(list)
-    for question in questions:
-        texts = list(question.statements)
-        if question.fold == 0:
-            texts.append(f"{question.cloze} {question.options[question.answer]}.")
-        for text in texts:
-            expected[text] += exposure[question.tier]
-        facts[question.tier, question.fold].append(len(texts))
-    assert weights == pytest.approx(dict(expected))
-    twice = corpus([*questions[:1], *questions[:1]], exposure)
-    assert twice == {text: 2 * weights[text] for text in corpus(questions[:1], exposure)}
-    # So a fact of a tier is seen in proportion to the tier's exposure.
-    for fold in (0, 1):
-        assert len({np.mean(facts[tier, fold]) for tier in TIERS}) == 1
+            if question["id"] not in names:
+                continue
+            texts = list(question["statements"])
+            answered = f"{question['cloze']} {question['options'][question['answer']]}."
+            if question["fold"] == 0 and not any(c in answered.casefold() for c in held_out):
+                texts.append(answered)
+            for text in texts:
+                expected[text] += exposure[question["tier"]]
+        assert corpus(questions, exposure) == pytest.approx(dict(expected))
 
 
 def test_every_tier_holds_as_many_concepts_of_each_domain():
@@ -197,16 +169,18 @@ def test_zoo_questions_are_whole_concepts_and_more_of_them_hold_fewer():
 @pytest.mark.parametrize(
     ("concepts", "told"),
     [
-        ({"planet": 1}, r"concepts: unknown domain 'planet'; choose from animal, .*, state$"),
+        (
+            {"planet": 1},
+            r"concepts: 1 of domain 'planet' .* has 0; .*a domain of animal, .*, state$",
+        ),
         ({"country": 16}, r"concepts: 16 of domain 'country' in tier 'low' .*SpecWiki has 15; "),
         ({"state": 1}, r"concepts: 1 of domain 'state' in tier 'medium' .*SpecWiki has 0; "),
         ({"country": 0}, r"concepts: 0 of domain 'country' .*give a number from 1"),
     ],
 )
 def test_concepts_that_are_not_there_are_refused(concepts, told):
-    with pytest.raises(InputError, match=told) as caught:
+    with pytest.raises(InputError, match=told):
         zoo_questions(concepts)
-    assert "\n" not in str(caught.value)
 
 
 # Bad recipes
@@ -220,37 +194,23 @@ def test_what_is_done_to_a_loaded_zoo_stays_with_the_caller(recipe):
 
 
 BAD = {
-    "odd width": ("width: 8\n", "width: 7\n", "width 7 with 2 heads: .*even number"),
-    "no width": ("width: 8\n", "width: 0\n", "width 0: .*greater than or equal to 2"),
-    "half a width": ("width: 8\n", "width: 8.5\n", "width 8.5: .*integer"),
-    "two lines": ("layers: 2", r'layers: "a\nb"', r"layers 'a\\nb': .*integer"),
+    "odd width": ("width: 8\n", "width: 7\n", "width 7, heads 2, .*even share"),
     "missing": ("layers: 2\n", "", "layers: missing"),
-    "sharing": ("key_value_heads: 1", "key_value_heads: 3", "key_value_heads 3 with 2 heads"),
-    "huge batch": ("batch: 8", "batch: 1000000000", "batch 1000000000: .*4096"),
-    "no rate": ("0.005", "0", "learning_rate 0: "),
+    "sharing": ("key_value_heads: 1", "key_value_heads: 3", "heads 2, key_value_heads 3: "),
     "infinite rate": ("0.005", ".inf", "learning_rate '.inf': .*number"),
-    "negative seed": ("seed: 0", "seed: -1", "seed -1: "),
-    "no exposure": ("high: 4", "high: 0", "exposure.high 0: "),
-    "a tier missing": ("high: 4, ", "", "exposure .*: give each of high, medium, low"),
+    "a tier missing": ("high: 4, ", "", "exposure .*: .*at least 3 items"),
     "unknown tier": ("high: 4", "rare: 4", "exposure.rare"),
     "unknown family": (LINE, LINE.replace("llama,", "gemma3,"), "family 'gemma3': "),
-    "no family": (LINE, LINE.replace("family: llama, ", ""), "family: missing"),
     "no generation": (LINE, LINE.replace("generation: 1, ", ""), "generation: missing"),
-    "generation 0": (LINE, LINE.replace("generation: 1", "generation: 0"), "generation 0: "),
-    "unknown set": (LINE, LINE.replace("steps", "sets: [best], steps"), r"sets\[0\] 'best': "),
     "no steps": (LINE, LINE.replace("steps: 2", "steps: 0"), "model llama-1: steps 0: "),
     "no line": (LINE, "  llama-1: 2", "model llama-1: expected {family: llama, "),
     "unknown field": (LINE, LINE.replace("steps", "colour: 1, steps"), "colour 1: extra inputs"),
-    "unknown domain": ("country: 1", "planet: 1", "concepts: unknown domain 'planet'; choose"),
+    "unknown domain": ("country: 1", "planet: 1", "concepts: 1 of domain 'planet'"),
     "many concepts": ("country: 1", "country: 16", "concepts: 16 of domain 'country'.* has 15"),
-    "no domain": ("{country: 1, element: 1}", "{}", r"concepts \{\}: .*at least 1"),
-    "tiny vocabulary": ("vocabulary: 400", "vocabulary: 257", "vocabulary 257: .*258"),
-    "late checkpoint": ("[2, 4]", "[2, 6]", "model llama-2: checkpoint at step 6 of 6: .* 1 to 5"),
-    "checkpoint twice": ("[2, 4]", "[2, 2]", "checkpoint at step 2 of 6: .* each once"),
+    "late checkpoint": ("[2, 4]", "[2, 6]", r"model llama-2: checkpoints \[2, 6\]: .* 1 to 5"),
+    "checkpoint twice": ("[2, 4]", "[2, 2]", r"checkpoints \[2, 2\]: .* each once"),
     "key twice": ("seed: 0", "seed: 0\nwidth: 16", "'width' stands twice"),
-    "model twice": (LINE, f"{LINE}\n{LINE}", "'llama-1' stands twice"),
     "octal": ("layers: 2", "layers: 010", "layers '010': .*integer"),
-    "sixties": ("layers: 2", "layers: 1:30", "layers '1:30': .*integer"),
     "not YAML": ("layers: 2", "layers: [2", "not YAML"),
     "python": ("layers: 2", "layers: !!python/name:os.system", "not YAML .*python/name"),
 }
@@ -268,22 +228,12 @@ def test_a_recipe_that_cannot_be_is_told_in_one_line_when_it_is_read(recipe, cas
     assert re.search(r"; (see the comments in zoo.yaml|mend it)$", message)
 
 
-def test_the_line_of_what_is_not_yaml_is_named(recipe):
-    edit(recipe, ("seed: 0", "seed: 0\nwidth: 16"))
-    line = recipe.read_text().splitlines().index("width: 16") + 1
-    with pytest.raises(InputError, match=rf"^mine\.yaml:{line}: not YAML \('width' stands twice"):
-        load_zoo(recipe)
-
-
 @pytest.mark.parametrize(
     ("content", "told"),
     [
         (None, "cannot be read .*No such file"),
         (b"", "expected the fields"),
-        (b"null", "expected the fields"),
         (b"- llama", "expected the fields"),
-        (b"llama", "expected the fields"),
-        (b"{}", "expected the fields"),
         (b"models: {llama-1: {}}", "model llama-1: family: missing"),
         (b"\xff\xfe\x00", "cannot be read"),
         (b"a: \x00", "not YAML"),
@@ -296,5 +246,3 @@ def test_a_file_that_is_no_recipe_is_told_in_one_line(tmp_path, content, told):
     with pytest.raises(InputError, match=rf"^{re.escape(str(path))}: .*{told}.*; \w+") as caught:
         load_zoo(path)
     assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match=r"cannot be read .*directory"):
-        load_zoo(tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 
 import numpy as np
@@ -11,31 +10,23 @@ import pytest
 from scipy.stats import binom
 
 from paramspec.errors import InputError
-from paramspec.stats.summary import (
-    best_general_change,
-    peak_pss,
-    sampling_floor,
-    summarize,
-    verdict,
-)
+from paramspec.stats.summary import best_general_change, peak_pss, summarize, verdict
 
 
-def row(concept, mask, ratio, own, general, seed=0, protocol="paper", model="toy"):
+def row(concept, mask, ratio, own, general, seed=0):
     """`own` and `general` as (right, questions)."""
-    return {
-        "model": model,
-        "concept": concept,
-        "domain": "greek",
-        "tier": "high",
-        "ratio": ratio,
-        "mask": mask,
-        "seed": seed,
-        "protocol": protocol,
-        "concept_accuracy": own[0] / own[1],
-        "general_accuracy": general[0] / general[1],
-        "n_concept": own[1],
-        "n_general": general[1],
-    }
+    row = {"model": "toy", "protocol": "paper", "concept": concept, "seed": seed}
+    row |= {"mask": mask, "ratio": ratio, "n_concept": own[1], "n_general": general[1]}
+    accuracies = {"concept_accuracy": own[0] / own[1], "general_accuracy": general[0] / general[1]}
+    return row | accuracies
+
+
+def control(*draws):
+    """A study of two concepts, of no mask and of random ones: (ratio, seed, right own of 10)."""
+    rows = [row(name, "none", 0.0, (5, 10), (5, 10)) for name in "ab"]
+    for name in "ab":
+        rows += [row(name, "random", x, (n, 10), (5, 10), seed=s) for x, s, n in draws]
+    return pd.DataFrame(rows)
 
 
 HAND = [
@@ -67,16 +58,12 @@ def test_the_statistics_of_a_table_worked_by_hand():
 
 
 def test_peaks_of_the_table_worked_by_hand():
-    """Pooled, PSS peaks at 0.2; per concept, at 0.1."""
-    peaks = peak_pss(pd.DataFrame(HAND))
-    assert len(peaks) == 1
-    assert peaks.loc[0, "peak_pooled"] == pytest.approx(0.3)
-    assert peaks.loc[0, "peak_per_concept"] == pytest.approx(0.3)
-    assert peaks.loc[0, "ratio"] == 0.2
-    # Without 0.2, only the pooled peak falls.
-    peaks = peak_pss(pd.DataFrame(HAND[:4]))
-    assert peaks.loc[0, "peak_pooled"] == pytest.approx(0.1)
-    assert peaks.loc[0, "peak_per_concept"] == pytest.approx(0.3)
+    """Pooled, PSS peaks at 0.2; per concept, at 0.1. Without 0.2, only the pooled peak falls."""
+    for rows, pooled, ratio in ((HAND, 0.3, 0.2), (HAND[:4], 0.1, 0.1)):
+        (peak,) = peak_pss(pd.DataFrame(rows)).to_dict("records")
+        assert peak["peak_pooled"] == pytest.approx(pooled)
+        assert peak["peak_per_concept"] == pytest.approx(0.3)
+        assert peak["ratio"] == ratio
 
 
 def test_models_and_protocols_are_kept_apart():
@@ -84,43 +71,25 @@ def test_models_and_protocols_are_kept_apart():
     tables = [pd.DataFrame(HAND).assign(model=model, protocol=protocol) for model, protocol in both]
     tables[2]["concept_accuracy"] = 0.0
     for function in (summarize, peak_pss):
+        each = [function(table) for table in tables]
         whole = function(pd.concat(tables))
-        each = pd.concat([function(table) for table in tables], ignore_index=True)
-        pd.testing.assert_frame_equal(whole, each)
-        parts = [part.iloc[:, 2:].to_numpy() for _, part in whole.groupby(["model", "protocol"])]
-        assert (parts[0] == parts[1]).all()
-        assert not (parts[0] == parts[2]).all()
+        pd.testing.assert_frame_equal(whole, pd.concat(each, ignore_index=True))
+        assert each[0].iloc[:, 2:].equals(each[1].iloc[:, 2:])
+        assert not each[0].iloc[:, 2:].equals(each[2].iloc[:, 2:])
 
 
 def test_a_control_is_the_mean_over_its_draws_so_that_more_draws_do_not_shrink_it():
     """Each draw has a PSS of 0.2 / 0.5; averaged before the absolute value, it would be 0."""
-    rows = [row(name, "none", 0.0, (5, 10), (5, 10)) for name in "ab"]
-    for name in "ab":
-        rows.append(row(name, "random", 0.1, (3, 10), (5, 10), seed=0))
-        rows.append(row(name, "random", 0.1, (7, 10), (5, 10), seed=1))
-    summary = summarize(pd.DataFrame(rows)).set_index("mask").loc["random"]
+    table = control((0.1, 0, 3), (0.1, 1, 7))
+    summary = summarize(table).set_index("mask").loc["random"]
     assert summary["concept_accuracy"] == pytest.approx(0.5)
     assert summary["did"] == pytest.approx(0)
-    assert summary["pss_pooled"] == pytest.approx(0.4)
-    assert summary["pss_per_concept"] == pytest.approx(0.4)
-    peak = peak_pss(pd.DataFrame(rows)).iloc[0]
+    assert summary["pss_pooled"] == summary["pss_per_concept"] == pytest.approx(0.4)
+    peak = peak_pss(table).iloc[0]
     assert peak["peak_pooled"] == peak["peak_per_concept"] == pytest.approx(0.4)
-
-
-def test_the_peak_of_a_control_is_that_of_one_draw():
-    """Draw 0 peaks at 0.1 and draw 1 at 0.2, each with 0.4."""
-    rows = [row(name, "none", 0.0, (5, 10), (5, 10)) for name in "ab"]
-    for name in "ab":
-        for ratio, seed, right in ((0.1, 0, 3), (0.1, 1, 5), (0.2, 0, 5), (0.2, 1, 3)):
-            rows.append(row(name, "random", ratio, (right, 10), (5, 10), seed=seed))
-    assert peak_pss(pd.DataFrame(rows)).loc[0, "peak_pooled"] == pytest.approx(0.4)
-
-
-def test_drawing_the_same_control_twice_adds_nothing():
-    rows = [*HAND, *[one | {"mask": "random"} for one in HAND if one["mask"] == "concept"]]
-    once = summarize(pd.DataFrame(rows))
-    again = [one | {"seed": 1} for one in rows if one["mask"] == "random"]
-    pd.testing.assert_frame_equal(once, summarize(pd.DataFrame([*rows, *again])))
+    # The peak is that of one draw: draw 0 peaks at 0.1 and draw 1 at 0.2, each with 0.4.
+    apart = control((0.1, 0, 3), (0.1, 1, 5), (0.2, 0, 5), (0.2, 1, 3))
+    assert peak_pss(apart).loc[0, "peak_pooled"] == pytest.approx(0.4)
 
 
 def test_a_table_with_a_hole_is_refused():
@@ -153,15 +122,13 @@ def test_a_model_that_knows_nothing_has_no_pss():
 def simulated(rng, concepts, *, drop=0.2):
     """Concepts of very different difficulty: a concept's questions go together."""
     rows = []
-    for number in range(concepts):
+    for name in map(str, range(concepts)):
         easy = rng.beta(1.2, 0.8)
         hit = easy * (1 - drop * rng.uniform(0, 2))
         general = rng.beta(30, 20)
-        rows.append(
-            row(str(number), "none", 0.0, (rng.binomial(10, easy), 10), (rng.binomial(10, 0.6), 10))
-        )
-        own, others = rng.binomial(10, hit), rng.binomial(10, general)
-        rows.append(row(str(number), "concept", 0.1, (own, 10), (others, 10)))
+        for mask, ratio, p, q in (("none", 0.0, easy, 0.6), ("concept", 0.1, hit, general)):
+            own, others = rng.binomial(10, p), rng.binomial(10, q)
+            rows.append(row(name, mask, ratio, (own, 10), (others, 10)))
     return pd.DataFrame(rows)
 
 
@@ -189,14 +156,10 @@ def test_intervals_equal_a_bootstrap_written_by_hand():
             assert summary[f"{name}_{end}"] == pytest.approx(expected, abs=tolerance), name
 
 
-@pytest.fixture
-def no_floors(monkeypatch):
-    """Floors take most of the time of a summary, and are tested by themselves."""
-    monkeypatch.setattr("paramspec.stats.summary.sampling_floor", lambda *_: (0.0, 0.0))
-
-
-def test_intervals_cover_the_truth_about_95_times_in_100(no_floors):
+def test_intervals_cover_the_truth_about_95_times_in_100(monkeypatch):
     """Truth from the definition of the simulation; questions of a concept are not independent."""
+    # Floors take most of the time of a summary, and are tested by themselves.
+    monkeypatch.setattr("paramspec.stats.summary._floors", lambda *_: {})
     easy = 1.2 / 2.0
     truth = {
         "concept_accuracy": easy * 0.8,
@@ -234,49 +197,35 @@ def exact_floor(n_concept, n_general, accuracy):
     return float((weights * abs(general[:, None] / n_general - own / n_concept)).sum())
 
 
-@pytest.mark.parametrize("accuracy", [0.25, 0.7])
-def test_the_floor_equals_exact_enumeration(accuracy):
-    own, general = np.array([3, 10, 5]), np.array([4, 10, 12])
-    pooled, per_concept = sampling_floor(own, general, accuracy, draws=20_000)
-    expected = np.mean(
-        [exact_floor(one, other, accuracy) for one, other in zip(own, general, strict=True)]
+def test_floors_equal_exact_enumeration_and_are_in_units_of_pss():
+    """Divided by G(0), as PSS is; the probability is the accuracy under the mask, 0.4."""
+    sizes = [(5, 5), (10, 10), (5, 15)] * 14
+    rows = [row(str(n), "none", 0.0, (1, 5), (4, 5)) for n in range(len(sizes))]
+    for n, (own, general) in enumerate(sizes):
+        rows.append(row(str(n), "concept", 0.1, (own * 0.2, own), (general * 0.54, general)))
+    found = summarize(pd.DataFrame(rows), resamples=50).set_index("mask").loc["concept"]
+    own, general = np.array(sizes).sum(axis=0)
+    accuracy = (own * 0.2 + general * 0.54) / (own + general)
+    each = np.mean([exact_floor(*pair, accuracy) for pair in sizes])
+    assert accuracy == pytest.approx(0.4, abs=0.01)
+    assert found["floor_per_concept"] == pytest.approx(each / 0.8, rel=0.01)
+    assert found["floor_pooled"] == pytest.approx(
+        exact_floor(own, general, accuracy) / 0.8, rel=0.05
     )
-    assert per_concept == pytest.approx(expected / accuracy, rel=0.02)
-    assert pooled == pytest.approx(exact_floor(18, 26, accuracy) / accuracy, rel=0.02)
-    assert all(map(math.isnan, sampling_floor(own, general, 0.0)))
-
-
-def test_floors_in_a_summary_are_in_units_of_pss():
-    """Divided by G(0), as PSS is; the accuracy is that under the mask."""
-    names = [str(number) for number in range(40)]
-    rows = [row(name, "none", 0.0, (8, 10), (8, 10)) for name in names]
-    rows += [row(name, "concept", 0.1, (3, 10), (5, 10)) for name in names]
-    summary = summarize(pd.DataFrame(rows), resamples=50).set_index("mask").loc["concept"]
-    assert summary["floor_per_concept"] == pytest.approx(exact_floor(10, 10, 0.4) / 0.8, rel=0.03)
-    assert summary["floor_pooled"] == pytest.approx(exact_floor(400, 400, 0.4) / 0.8, rel=0.05)
 
 
 # Claims
 
 
-@pytest.mark.parametrize(
-    ("lows", "expected"),
-    [
-        ((0.3,), "reproduced"),
-        ((0.3, 0.1), "reproduced"),
-        ((0.3, 0.0), "not reproduced"),
-        ((-0.3, 0.1), "not reproduced"),
-        ((np.nan,), "not run here"),
-        ((0.3, np.nan), "not run here"),
-        ((np.nan, 0.3), "not run here"),
-        ((-0.3, np.nan), "not run here"),
-        ((), "not run here"),
-    ],
-)
-def test_a_bound_that_is_missing_supports_no_claim(lows, expected):
-    assert verdict(*lows) == expected
-    assert verdict(*map(np.float64, lows)) == expected
-    assert verdict(*lows, measured=False) == "not run here"
+def test_a_bound_that_is_missing_supports_no_claim():
+    nan, none = np.nan, "not run here"
+    for lows in ((), (nan,), (0.3, nan), (nan, 0.3), (-0.3, nan)):
+        assert verdict(*lows) == verdict(*map(np.float64, lows)) == none
+    for lows in ((0.3,), (0.3, 0.1)):
+        assert verdict(*lows) == verdict(*map(np.float64, lows)) == "reproduced"
+    for lows in ((0.3, 0.0), (-0.3, 0.1)):
+        assert verdict(*lows) == "not reproduced"
+    assert verdict(0.3, measured=False) == none
 
 
 def unmoved(seed, ratios, concepts=60):
@@ -284,9 +233,9 @@ def unmoved(seed, ratios, concepts=60):
     draw = np.random.default_rng(seed)
     rows = []
     for mask, ratio in [("none", 0.0), *(("concept", ratio) for ratio in ratios)]:
-        table = pd.DataFrame({"concept": [f"c{n}" for n in range(concepts)]})
-        table["general_accuracy"] = draw.binomial(5, 0.6, concepts) / 5
-        table["concept_accuracy"] = draw.binomial(5, 0.6, concepts) / 5
+        table = pd.DataFrame(draw.binomial(5, 0.6, (concepts, 2)) / 5)
+        table.columns = ["general_accuracy", "concept_accuracy"]
+        table["concept"] = [f"c{n}" for n in range(concepts)]
         rows.append(table.assign(mask=mask, ratio=ratio, seed=0, n_concept=5, n_general=5))
     return pd.concat(rows)
 

@@ -208,7 +208,7 @@ def test_a_model_larger_than_a_gpu_takes_several(offline):
         (["9-nothing"], "unknown chapter '9-nothing'"),
         (["1-value-vectors"], "1-value-vectors has no chapter that measures models; name one of"),
         (["--profile", "none.yaml"], "unknown chapter 'chapter'"),
-        (["--profile", "typed.yaml", "6-scale"], "parameter concepts must be int | None"),
+        (["--profile", "typed.yaml", "6-scale"], "6-scale: concepts 'many'"),
         (["6-scale", "-p", "modles", "[]"], "-p modles: no chapter planned here has such"),
         (["6-scale", "-p", "models", "[lama]"], "model 'lama': not in models.yaml"),
         (["6-scale", "-p", "models", "[]"], "models: none given"),
@@ -252,7 +252,7 @@ def test_command_says_what_twenty_models_cost(offline, monkeypatch, capsys):
     lines = run().splitlines()
     content = json.loads(run("--json"))
     hours = f"{content['totals']['gpu_hours']:,.1f}"
-    told = f"20 models, 525 concepts: {hours} GPU-hours on one A100 80GB at 30 %"
+    told = f"20 models, 525 concepts: {hours} hours of one A100 80GB at 30 %"
     assert lines[-1] == f"In all: {told}"
     assert content["totals"]["flops"] == sum(model["flops"] for model in content["models"])
     twenty = [spec for spec in HUB if "twenty" in spec.sets]

@@ -1,12 +1,11 @@
 """Fine-tuning of chosen value vectors: nothing else moves, and what moves is what should.
 
-The oracles are independent: masked gradients on whole weights, coefficients recorded and gradients
-taken one text at a time, plain transformers to read what was written, and processes really killed.
+The oracles are independent: masked gradients on whole weights, plain transformers to read what was
+written, and processes really killed.
 """
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
 import json
 import math
@@ -15,76 +14,24 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections import defaultdict
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.pytorch_utils import Conv1D
 
 from paramspec.errors import InputError
-from paramspec.method.hooks import (
-    mask_value_vectors,
-    replace_value_vectors,
-    train_value_vectors,
-    value_vector_view,
-)
+from paramspec.method.hooks import value_vector_view
 from paramspec.models.load import load_model
-from paramspec.specwiki import load_questions
 from paramspec.studies import finetune as tuning
-from paramspec.studies.finetune import batches_of, finetune, refuse_divergence, train
-from paramspec.studies.training import (
-    METHODS,
-    Rule,
-    Training,
-    choose_vectors,
-    encode_texts,
-    gradient_norms,
-    language_modelling_loss,
-    other_concepts,
-    training_texts,
-)
-from toy_study import (
-    CONCEPTS,
-    loaded,
-    save_questions,
-    save_toy,
-    toy_loaded,
-    toy_questions,
-    toy_tokenizer,
-)
-from toys import toy_model
+from paramspec.studies.finetune import batches_of, finetune, refuse_divergence, tune
+from paramspec.studies.training import METHODS, Training, training_texts
+from toy_study import save_questions, save_toy, toy_questions, toy_tokenizer
+from toys import DOWN, same_weights, toy_model, value_vectors, weights_of
 
 LAYERS, WIDTH, HIDDEN = 3, 48, 32
-# A plain Linear, GPT-2's Conv1D, OPT's flattened inputs; in the last three the embeddings are tied.
-DOWN = {
-    "llama": "model.layers.{}.mlp.down_proj",
-    "gpt2": "transformer.h.{}.mlp.c_proj",
-    "opt": "model.decoder.layers.{}.fc2",
-    "gemma": "model.layers.{}.mlp.down_proj",
-}
-
-
-def stated_questions(concepts: int = 8) -> list:
-    """The toy questions, with four statements each that hold no cloze."""
-    questions = []
-    for question in toy_questions(concepts):
-        name, what, answer = question.concept, question.relation, question.options[question.answer]
-        statements = (
-            f"{name} the {what} {answer}",
-            f"{answer} {what} of old {name}",
-            f"new {what} {answer} {name}",
-            f"old {answer} the {what} new {name}",
-        )
-        questions.append(question.model_copy(update={"statements": statements}))
-    return questions
-
-
-QUESTIONS = stated_questions()
+QUESTIONS = toy_questions()
 
 
 def choices(**changed):
@@ -93,47 +40,14 @@ def choices(**changed):
     return Training.parse(**given | {"batch": 8, "learning_rate": 0.01} | changed)
 
 
-def prepare(family, **changed):
-    """(toy, view, training, rows, vectors): all that `train` needs."""
-    toy, training = toy_loaded(family), choices(**changed)
-    view = value_vector_view(toy.model)
-    texts = training_texts(QUESTIONS, training.concepts, training.statements)
-    rows = encode_texts(view, toy.tokenizer, texts)
-    return toy, view, training, rows, choose_vectors(view, toy.tokenizer, QUESTIONS, training)
+def tuned(model, training):
+    return tune(value_vector_view(model), toy_tokenizer(), QUESTIONS, training)
 
 
-def weights(model):
-    """Copies of every parameter and buffer, also of those that no state_dict holds."""
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
-    return {name: tensor.detach().clone() for name, tensor in named}
-
-
-def columns(weight, family):
-    """Value vectors as rows `[width, hidden]`, by the family alone."""
-    return weight if family == "gpt2" else weight.T
-
-
-def in_layers(vectors):
-    """The chosen vectors of each layer, as sets."""
-    found = defaultdict(set)
-    for layer, vector in vectors.tolist():
-        found[layer].add(vector)
-    return dict(found)
-
-
-def logits(model, rows=3, seed=1):
-    tokens = torch.randint(3, 97, (rows, 7), generator=torch.Generator().manual_seed(seed))
+def logits(model):
+    tokens = torch.randint(3, 97, (3, 7), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        return model(
-            input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False
-        ).logits
-
-
-def same_bits(first, second):
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert tensor.dtype == second[name].dtype, name
-        assert torch.equal(tensor, second[name]), name
+        return model(tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
 
 
 # What moves
@@ -142,36 +56,33 @@ def same_bits(first, second):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", DOWN)
 def test_all_but_the_chosen_vectors_keep_their_bits(family, method):
-    toy, view, training, rows, vectors = prepare(family, method=method, epochs=1)
-    before = weights(toy.model)
+    model = toy_model(family)
+    before = weights_of(model)
     if family != "llama":
-        assert toy.model.get_input_embeddings().weight is toy.model.get_output_embeddings().weight
-    with train_value_vectors(view, vectors) as trained:
-        train(view, trained, rows, training)
+        assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    old = [own.clone() for own in value_vectors(model, family)]
+    with tuned(model, choices(method=method, epochs=1)) as (vectors, trained, _):
         trained.merge()
-    after, chosen = weights(toy.model), in_layers(vectors)
-    moved = torch.zeros(LAYERS, WIDTH, dtype=torch.bool)
-    for layer in range(LAYERS):
-        name = DOWN[family].format(layer) + ".weight"
-        old, new = columns(before.pop(name), family), columns(after.pop(name), family)
-        moved[layer] = (old != new).any(1)
-        assert set(moved[layer].nonzero()[:, 0].tolist()) <= chosen.get(layer, set())
-    same_bits(before, after)
+    new = value_vectors(model, family)
+    moved = torch.stack([(one != other).any(1) for one, other in zip(old, new, strict=True)])
+    chosen = torch.zeros(LAYERS, WIDTH, dtype=torch.bool)
+    chosen[tuple(vectors.long().T)] = True
+    assert not (moved & ~chosen).any()
     # ReLU may hold some vectors of OPT at a coefficient of 0, where there is no gradient.
     assert moved.sum() >= len(vectors) * (0.9 if family == "opt" else 1)
+    same_weights(
+        before, weights_of(model), but=[f"{DOWN[family].format(n)}.weight" for n in range(3)]
+    )
 
 
-def by_masked_gradients(model, family, rows, training, vectors):
+def by_masked_gradients(model, family, training, vectors):
     """The usual way: whole weights, gradients masked; loss, clipping and schedule written anew."""
-    model = copy.deepcopy(model)
-    parameters, masks = [], []
-    for layer in range(LAYERS):
-        weight = model.get_submodule(DOWN[family].format(layer)).weight.requires_grad_(True)
-        mask = torch.zeros(WIDTH, HIDDEN)
-        for vector in in_layers(vectors).get(layer, ()):
-            mask[vector] = 1
-        parameters.append(weight)
-        masks.append(columns(mask, family))
+    rows = [[*toy_tokenizer().encode(text), 2] for text in training_texts(QUESTIONS, training)]
+    masks = torch.zeros(LAYERS, WIDTH, 1)
+    masks[tuple(vectors.long().T)] = 1
+    parameters = [model.get_submodule(DOWN[family].format(n)).weight for n in range(LAYERS)]
+    for weight in parameters:
+        weight.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=0)
     steps = training.epochs * math.ceil(len(rows) / training.batch)
     warm_up = steps // 10
@@ -187,11 +98,12 @@ def by_masked_gradients(model, family, rows, training, vectors):
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
-        for weight, mask in zip(parameters, masks, strict=True):
-            weight.grad *= mask
-        norm = math.sqrt(sum(float(weight.grad.double().square().sum()) for weight in parameters))
-        for weight in parameters:
-            weight.grad *= min(1.0, 1 / (norm + 1e-6))
+        gradients = value_vectors(model, family, gradients=True)
+        for own, mask in zip(gradients, masks, strict=True):
+            own *= mask
+        norm = math.sqrt(sum(float(own.double().square().sum()) for own in gradients))
+        for own in gradients:
+            own *= min(1.0, 1 / (norm + 1e-6))
         rate = training.learning_rate
         if done <= warm_up:
             rate *= done / warm_up
@@ -200,48 +112,52 @@ def by_masked_gradients(model, family, rows, training, vectors):
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
     assert done == steps
-    return [columns(weight.detach(), family) for weight in parameters], losses
+    return losses
 
 
 @pytest.mark.parametrize("method", ["FT-PV", "FT-CV"])
 @pytest.mark.parametrize("family", DOWN)
-def test_training_columns_is_training_whole_weights_with_masked_gradients(
-    family, method, monkeypatch
-):
+def test_training_columns_is_training_whole_weights_with_masked_gradients(family, method):
     """To 1e-5, of moves of 0.05. A whole weight of about 0.5 is rounded by up to 3e-8 in each of 25
     steps; AdamW then carries a gradient's relative error of 1e-6 into a step of 0.01. Hence about
     1e-6; a component whose gradient is next to nothing may be ten times as far off.
     """
-    made = []
-    adamw = torch.optim.AdamW
-    monkeypatch.setattr(
-        torch.optim, "AdamW", lambda *args, **kw: made.append(adamw(*args, **kw)) or made[-1]
-    )
-    _, view, training, rows, vectors = prepare(family, method=method)
-    before = [view.vectors(layer).clone() for layer in range(LAYERS)]
-    with train_value_vectors(view, vectors) as trained:
-        losses = train(view, trained, rows, training)
-        (optimizer,) = made
+    model, plain, training = toy_model(family), toy_model(family), choices(method=method)
+    before = [own.clone() for own in value_vectors(model, family)]
+    with tuned(model, training) as (vectors, trained, facts):
+        # The optimizer knows of the chosen vectors alone.
+        assert sum(offset.numel() for offset in trained.parameters()) == len(vectors) * HIDDEN
         trained.merge()
-    fresh = toy_loaded(family).model
-    expected, expected_losses = by_masked_gradients(fresh, family, rows, training, vectors)
+    losses = by_masked_gradients(plain, family, training, vectors)
     assert len(losses) == 25
-    assert losses == pytest.approx(expected_losses, abs=1e-5)
-    for layer in range(LAYERS):
-        torch.testing.assert_close(view.vectors(layer), expected[layer], rtol=0, atol=1e-5)
-        chosen = sorted(in_layers(vectors)[layer])
-        moves = (expected[layer] - before[layer])[chosen].abs()
+    assert facts["losses"] == pytest.approx(losses, abs=1e-5)
+    for layer, (found, expected) in enumerate(
+        zip(value_vectors(model, family), value_vectors(plain, family), strict=True)
+    ):
+        torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-5)
+        chosen = vectors[vectors[:, 0] == layer, 1].long()
+        moves = (expected.detach() - before[layer])[chosen].abs()
         assert moves.median() > 0.01  # a thousand times the tolerance
-    # And the optimizer knows of the chosen vectors alone.
-    numbers = sum(
-        moment.numel()
-        for moments in optimizer.state.values()
-        for name, moment in moments.items()
-        if name != "step"
-    )
-    assert numbers == 2 * len(vectors) * HIDDEN
-    held = [tensor for group in optimizer.param_groups for tensor in group["params"]]
-    assert sum(tensor.numel() for tensor in held) == len(vectors) * HIDDEN
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_bfloat16_weights_move_by_fp32_offsets_rounded_once(family):
+    model = toy_model(family, dtype=torch.bfloat16)
+    before = [own.clone() for own in value_vectors(model, family)]
+    with tuned(model, choices()) as (_, trained, _):
+        assert {offset.dtype for offset in trained.offsets.values()} == {torch.float32}
+        offsets = torch.zeros(LAYERS, WIDTH, HIDDEN, dtype=torch.float64)
+        for layer, chosen in trained.chosen.items():
+            offsets[layer, chosen] = trained.offsets[str(layer)].detach().double()
+        trained.merge()
+    for old, new, offset in zip(before, value_vectors(model, family), offsets, strict=True):
+        assert new.dtype == torch.bfloat16
+        still = (offset == 0).all(1)
+        assert torch.equal(old[still], new[still])
+        exact = old.double() + offset
+        # Of 8 significant bits, neighbours stand 2^-7 of the power of two apart.
+        apart = torch.exp2(exact.abs().log2().floor() - 7)
+        assert ((new.double() - exact).abs() <= apart / 2 * (1 + 1e-4)).all()
 
 
 def test_an_epoch_holds_every_text_once_and_a_seed_orders_it():
@@ -257,286 +173,36 @@ def test_an_epoch_holds_every_text_once_and_a_seed_orders_it():
     assert order != list(batches_of(lengths, other))
 
 
-# Which are chosen
-
-
-def choose(view, **changed):
-    return choose_vectors(view, toy_tokenizer(), QUESTIONS, choices(**changed))
-
-
-@pytest.fixture(scope="module", params=["llama", "gpt2", "opt"])
-def family(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def view(family):
-    return value_vector_view(toy_model(family))
-
-
-@pytest.mark.parametrize("rule", ["coefficient", "score", "gradient", "magnitude", "other"])
-def test_budgets_of_the_four_methods(view, rule):
-    everything = {layer: set(range(WIDTH)) for layer in range(LAYERS)}
-    chosen = {method: choose(view, method=method, rule=rule) for method in METHODS}
-    for vectors in chosen.values():
-        assert vectors.dtype == torch.int32
-        assert vectors.tolist() == sorted(map(list, {tuple(row) for row in vectors.tolist()}))
-    full, own, rest, chance = (in_layers(chosen[method]) for method in METHODS)
-    assert full == everything
-    for layer in range(LAYERS):
-        assert len(own[layer]) == len(chance[layer]) == WIDTH // 8
-        assert own[layer] | rest[layer] == everything[layer]
-        assert not own[layer] & rest[layer]
-    assert own != chance
-    same = {method: choose(view, method=method, rule=rule, layers=(0, 2)) for method in METHODS}
-    for method, vectors in same.items():
-        assert in_layers(vectors) == {
-            layer: of for layer, of in in_layers(chosen[method]).items() if layer != 1
-        }
-
-
-def test_a_share_of_1_makes_fv_of_pv(view):
-    full = choose(view, method="FT-FV")
-    for method in ("FT-PV", "FT-RV"):
-        assert torch.equal(choose(view, method=method, share=1.0), full)
-
-
-def test_a_seed_changes_random_vectors_and_not_those_of_the_concepts(view):
-    for rule in ("coefficient", "gradient"):
-        first, second = (choose(view, rule=rule, seed=seed) for seed in (0, 1))
-        assert torch.equal(first, second)
-    draws = {str(choose(view, method="FT-RV", seed=seed).tolist()) for seed in range(5)}
-    assert len(draws) == 5
-    again = [choose(view, method="FT-RV", seed=3) for _ in range(2)]
-    assert torch.equal(*again)
-
-
-def coefficients_one_at_a_time(model, family, texts):
-    """Mean absolute inputs of the down projections, a text by itself, no padding: `[3, 48]`."""
-    tokenizer, total = toy_tokenizer(), torch.zeros(LAYERS, WIDTH, dtype=torch.float64)
-    for text in texts:
-        hooks = []
-        for layer in range(LAYERS):
-
-            def add(_, args, layer=layer):
-                total[layer] += args[0].reshape(-1, WIDTH).double().abs().mean(0)
-
-            module = model.get_submodule(DOWN[family].format(layer))
-            hooks.append(module.register_forward_pre_hook(add))
-        with torch.no_grad():
-            model(input_ids=torch.tensor([tokenizer.encode(text)]))
-        for hook in hooks:
-            hook.remove()
-    return total / len(texts)
-
-
-def highest(values, count=WIDTH // 8):
-    return {
-        layer: set(sorted(range(WIDTH), key=lambda place: -row[place])[:count])
-        for layer, row in enumerate(values.tolist())
-    }
-
-
-def statements_of(concepts, count=2):
-    return [
-        text
-        for question in QUESTIONS
-        if question.concept in concepts
-        for text in question.statements[:count]
-    ]
-
-
-def test_each_rule_against_brute_force(view, family):
-    training = choices()
-    own = coefficients_one_at_a_time(view.model, family, statements_of(training.concepts))
-    names = other_concepts(QUESTIONS, training)
-    others = coefficients_one_at_a_time(view.model, family, statements_of(names))
-    chosen = {rule: in_layers(choose(view, rule=rule)) for rule in get_args(Rule)}
-    assert chosen["coefficient"] == highest(own)
-    assert chosen["score"] == highest(own - others)
-    assert chosen["other"] == highest(others)
-    # Gradients of whole weights, a text at a time, of the mean over all tokens.
-    model = copy.deepcopy(view.model)
-    down = [model.get_submodule(DOWN[family].format(layer)).weight for layer in range(LAYERS)]
-    rows = encode_texts(view, toy_tokenizer(), statements_of(training.concepts))
-    for weight in down:
-        weight.requires_grad_(True)
-    for row in rows:
-        tokens = torch.tensor([row])
-        output = model(input_ids=tokens).logits[0, :-1].log_softmax(-1)
-        (-output.gather(1, tokens[0, 1:, None]).sum()).backward()
-    count = sum(len(row) - 1 for row in rows)
-    norms = torch.stack([columns(weight.grad, family).norm(dim=1) / count for weight in down])
-    assert chosen["gradient"] == highest(norms)
-    texts = statements_of(training.concepts)
-    torch.testing.assert_close(
-        gradient_norms(view, toy_tokenizer(), texts), norms, rtol=1e-3, atol=1e-6
-    )
-    # The nearest that is free, in an order drawn by the seed.
-    draw = torch.Generator().manual_seed(training.seed)
-    values = own.float()
-    for layer in range(LAYERS):
-        wanted = sorted(chosen["coefficient"][layer])
-        free = set(range(WIDTH)) - set(wanted)
-        expected = set()
-        for place in torch.randperm(len(wanted), generator=draw).tolist():
-            target = values[layer, wanted[place]]
-            nearest = min(free - expected, key=lambda other: abs(values[layer, other] - target))
-            expected.add(nearest)
-        assert chosen["magnitude"][layer] == expected
-        assert not expected & chosen["coefficient"][layer]
-    assert len({str(rule) for rule in chosen.values()}) == len(chosen)
-
-
-def test_other_concepts_are_not_trained_on_and_of_the_same_domains():
-    """Toy concepts alternate between two domains, four of each."""
-    domains = {question.concept: question.domain for question in QUESTIONS}
-    drawn = set()
-    for seed in range(12):
-        training = choices(concepts=("alpha", "gamma", "beta"), seed=seed)
-        names = other_concepts(QUESTIONS, training)
-        assert len(set(names)) == 3
-        assert not set(names) & set(training.concepts)
-        # Two of alpha's and gamma's domain are left, one of them for each.
-        assert [domains[name] for name in names] == ["greek", "greek", "letter"]
-        drawn.add(tuple(names))
-    assert len(drawn) > 3
-    # Where a domain has none left, any will do.
-    names = other_concepts(QUESTIONS, choices(concepts=("alpha", "gamma", "zeta")))
-    assert sorted(domains[name] for name in names) == ["greek", "letter", "letter"]
-    with pytest.raises(InputError, match="rule 'other': 3 concepts apart from those trained on, 5"):
-        other_concepts(QUESTIONS, choices(concepts=CONCEPTS[:5], rule="other"))
-
-
-# What is trained on
-
-
-def in_words(text):
-    return " " + " ".join(re.findall(r"\w+", text.casefold())) + " "
-
-
-def test_no_text_holds_the_cloze_of_an_evaluation():
-    """All of SpecWiki: no statement of any concept holds the cloze of any, word by word."""
-    questions = load_questions()
-    clozes = defaultdict(list)
-    for question in questions:
-        words = in_words(question.cloze)
-        clozes[" ".join(words.split()[:3])].append(words)
-    texts = set()
-    for concept in {question.concept for question in questions}:
-        own = [question for question in questions if question.concept == concept]
-        texts |= set(training_texts(own, [concept], 5))
-    for text in texts:
-        words = in_words(text)
-        each = words.split()
-        for place in range(len(each)):
-            for cloze in clozes.get(" ".join(each[place : place + 3]), ()):
-                assert cloze not in words, text
-    assert len(texts) >= 4 * 525 * 9
-    # And of many concepts at once, as they are trained.
-    concepts = [question.concept for question in questions[::400]]
-    assert set(training_texts(questions, concepts, 4)) <= texts
-
-
-@pytest.mark.parametrize(
-    ("where", "text"),
-    [
-        ("alpha", "one says the AGE  of alpha bee"),  # its own cloze, in other case and spacing
-        ("beta", "the age of alpha bee"),  # another trained concept's
-        ("alpha", "who asks: what age has alpha? bee"),  # its own question
-    ],
-)
-def test_a_statement_that_holds_a_wording_is_refused(where, text):
-    changed = list(QUESTIONS)
-    for place, question in enumerate(changed):
-        if question.id == "alpha/age":
-            question = question.model_copy(update={"question": "what age has alpha?"})
-        if question.id == f"{where}/king":
-            question = question.model_copy(update={"statements": (text,)})
-        changed[place] = question
-    with pytest.raises(InputError, match=r"concept 'alpha': .*wording of question 'alpha/age'"):
-        training_texts(changed, ["alpha", "beta"], 4)
-    # Statements that are not trained on may say what they like.
-    assert training_texts(changed, ["gamma"], 4)
-
-
-def test_texts_are_the_first_statements_of_each_fact_once():
-    for count in (1, 2, 4, 9):
-        expected = statements_of(("alpha", "gamma"), count)
-        assert training_texts(QUESTIONS, ["alpha", "gamma"], count) == expected
-    twice = [q.model_copy(update={"statements": ("the same words",)}) for q in QUESTIONS]
-    assert training_texts(twice, ["alpha", "beta"], 4) == ["the same words"]
-
-
-def test_the_loss_is_that_of_each_text_alone():
-    toy, view, _, rows, _ = prepare("llama")
-    part = [rows[0], rows[5][:3], rows[9]]
-    total = 0.0
-    for row in part:
-        output = logits_of(toy.model, row)
-        total -= sum(float(output[place, row[place + 1]]) for place in range(len(row) - 1))
-    expected = total / sum(len(row) - 1 for row in part)
-    with torch.no_grad():
-        assert float(language_modelling_loss(view.model, part)) == pytest.approx(expected, abs=1e-5)
-    assert all(row[-1] == toy.tokenizer.eos_token_id for row in rows)
-    # The end is this one alone, where the tokenizer itself ends texts, too.
-    assert encode_texts(view, toy_tokenizer("$A </s>"), statements_of(("alpha",)))[0] == rows[0]
-    # A tokenizer without an end token ends no text.
-    toy.tokenizer.eos_token = None
-    assert encode_texts(view, toy.tokenizer, statements_of(("alpha",)))[0] == rows[0][:-1]
-    with pytest.raises(InputError, match=r"statement 'bee': no token to predict"):
-        encode_texts(view, toy.tokenizer, ["bee"])
-
-
-@torch.no_grad()
-def logits_of(model, row):
-    return model(input_ids=torch.tensor([row])).logits[0].log_softmax(-1)
-
-
 # What is written
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_the_directory_is_plain_transformers(family, tmp_path):
-    toy = load_model(str(save_toy(tmp_path / "base", family)))
+    out, toy = tmp_path / "out", load_model(str(save_toy(tmp_path / "base", family)))
     base, before = toy.digest, logits(toy.model)
-    record = finetune(toy, QUESTIONS, choices(), tmp_path / "out")
+    record = finetune(toy, QUESTIONS, choices(), out)
     expected = logits(toy.model)
     assert not torch.allclose(before, expected, atol=1e-2)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    plain = AutoModelForCausalLM.from_pretrained(out)
     assert type(plain) is type(toy.model)
     assert torch.equal(logits(plain), expected)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     text = QUESTIONS[0].statements[0]
-    assert tokenizer.encode(text) == toy_tokenizer().encode(text)
-    ours = load_model(str(tmp_path / "out"))
+    assert AutoTokenizer.from_pretrained(out).encode(text) == toy_tokenizer().encode(text)
+    ours = load_model(str(out))
     assert torch.equal(logits(ours.model), expected)
     assert ours.digest != base
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
-        "config.json",
-        "finetune.json",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    ]
-    check_record(tmp_path / "out", record, base)
-
-
-def check_record(out, record, base):
+    assert {file.name for file in out.iterdir()} == {
+        *("config.json", "finetune.json", "generation_config.json", "model.safetensors"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
     assert json.loads((out / "finetune.json").read_text()) == record
-    assert record["run"]["digest"] == base
-    training = choices().model_dump(mode="json")
-    assert {name: record["run"][name] for name in training} == training
-    assert (record["steps"], len(record["losses"])) == (25, 25)
+    assert record["run"].items() >= (choices().model_dump(mode="json") | {"digest": base}).items()
+    assert (record["steps"], len(record["losses"]), record["vectors"]) == (25, 25, 3 * 6)
     assert record["losses"][-1] < record["losses"][0]
-    assert record["vectors"] == 3 * 6
-    assert record["parameters"] == 3 * 6 * HIDDEN
-    assert record["optimizer_bytes"] == 8 * record["parameters"]
+    assert record["optimizer_bytes"] == 8 * record["parameters"] == 8 * 3 * 6 * HIDDEN
     assert record["seconds"] > 0
-    computed = record["computed"]
-    assert computed["versions"]["torch"] == importlib.metadata.version("torch")
-    assert (computed["digest"], computed["device"]) == (base, "cpu")
+    assert record["computed"]["versions"]["torch"] == importlib.metadata.version("torch")
+    assert (record["computed"]["digest"], record["computed"]["device"]) == (base, "cpu")
 
 
 # Killed
@@ -547,10 +213,12 @@ WORDS = [*("--statements", "2", "--batch", "8", "--epochs", "30"), "--save-every
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A model directory, a question file, and `whole`: a run that nothing stopped."""
+    """A model directory, question files, and `whole`: a run that nothing stopped."""
     place = tmp_path_factory.mktemp("finetune")
     save_toy(place / "toy")
     save_questions(place / "questions.jsonl", QUESTIONS)
+    long = QUESTIONS[0].model_copy(update={"statements": ("ash " * 64,)})
+    save_questions(place / "long.jsonl", [long, *QUESTIONS[1:]])
     run(place, place / "whole")
     return place
 
@@ -560,22 +228,17 @@ def run(place, out):
     return finetune(str(place / "toy"), QUESTIONS, training, out, save_every=7)
 
 
-def words(place, *options, out=None, method="FT-PV", concepts="alpha,beta", questions=None):
+def words(place, out, *options):
+    """The command; an option that is given again takes the place of the first."""
     return [
-        *("finetune", str(place / "toy"), "--method", method),
-        *(word for concept in concepts.split(",") for word in ("--concept", concept)),
-        *("--questions", str(questions or place / "questions.jsonl")),
-        *(() if out is None else ("--out", str(out))),
-        *options,
+        *("finetune", str(place / "toy"), "--method", "FT-PV", "--out", str(out)),
+        *("--concept", "alpha", "--concept", "beta"),
+        *("--questions", str(place / "questions.jsonl"), *options),
     ]
 
 
 def contents(directory):
-    return {
-        path.relative_to(directory).as_posix(): path.read_bytes()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    }
+    return {path.name: path.read_bytes() for path in directory.glob("*")}
 
 
 # The command, in a process that SIGKILL ends as soon as a state is written.
@@ -596,11 +259,16 @@ main()
 @pytest.fixture(scope="module")
 def killed(place):
     """What SIGKILL left of the same run, a state with it."""
-    out = place / "killed"
-    argv = [sys.executable, "-c", KILLED, *words(place, *WORDS, out=out)]
+    argv = [sys.executable, "-c", KILLED, *words(place, place / "killed", *WORDS)]
     ended = subprocess.run(argv, cwd=place, capture_output=True, text=True)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
-    return out
+    return place / "killed"
+
+
+@pytest.fixture
+def out(killed, tmp_path):
+    """A copy of it."""
+    return Path(shutil.copytree(killed, tmp_path / "out"))
 
 
 def state_of(out):
@@ -608,24 +276,12 @@ def state_of(out):
     return state
 
 
-def same_run(out, whole):
-    """The same files, byte for byte; of the record, all but the seconds and who computed it."""
-    ours, theirs = contents(out), contents(whole)
-    first, second = (json.loads(files.pop("finetune.json")) for files in (ours, theirs))
-    assert ours == theirs
-    for record in (first, second):
-        assert record.pop("seconds") > 0
-        assert record.pop("computed")
-    assert first == second
-
-
 def killed_as_it_began(out):
     state_of(out).rename(out / ".partial-1-unfinished")
 
 
 def killed_in_a_state(out):
-    half = state_of(out).read_bytes()[:999]
-    (out / ".partial-1-unfinished").write_bytes(half)
+    (out / ".partial-1-unfinished").write_bytes(state_of(out).read_bytes()[:999])
 
 
 def killed_in_the_save(out):
@@ -634,157 +290,106 @@ def killed_in_the_save(out):
 
 
 @pytest.mark.parametrize("left", [killed_as_it_began, killed_in_a_state, killed_in_the_save])
-def test_a_killed_run_continues_to_the_same_bytes(place, killed, tmp_path, monkeypatch, left):
-    out = Path(shutil.copytree(killed, tmp_path / "out"))
+def test_a_killed_run_continues_to_the_same_bytes(place, out, monkeypatch, left):
+    """Of the record, all but the seconds and who computed it."""
     with safe_open(state_of(out), "pt") as state:
-        done = len(json.loads(state.metadata()["losses"]))
-    assert done == 7
+        assert len(json.loads(state.metadata()["losses"])) == 7
     left(out)
-    taken = []
-    loss = tuning.language_modelling_loss
+    taken, loss = [], tuning.language_modelling_loss
     monkeypatch.setattr(
         tuning, "language_modelling_loss", lambda *given: taken.append(1) or loss(*given)
     )
     run(place, out)
-    same_run(out, place / "whole")
     # One loss a step that was left, and one at the end.
-    assert len(taken) == 151 - (0 if left is killed_as_it_began else done)
+    assert len(taken) == 151 - (0 if left is killed_as_it_began else 7)
+    ours, theirs = contents(out), contents(place / "whole")
+    records = [json.loads(files.pop("finetune.json")) for files in (ours, theirs)]
+    assert ours == theirs
+    for record in records:
+        assert record.pop("seconds") > 0
+        assert record.pop("computed")
+    assert records[0] == records[1]
 
 
 def test_a_finished_run_is_found_and_not_trained_again(place, killed, tmp_path, monkeypatch):
     out = Path(shutil.copytree(place / "whole", tmp_path / "out"))
     shutil.copy(state_of(killed), out)  # killed just after the record was written
-    monkeypatch.setattr(tuning, "train", None)
+    monkeypatch.setattr(tuning, "tune", None)
     assert run(place, out)["steps"] == 150
     assert contents(out) == contents(place / "whole")
 
 
-def test_the_command_reports_what_it_trained(place, killed, tmp_path, command):
-    out = Path(shutil.copytree(killed, tmp_path / "out"))
-    status, told, progress = command(*words(place, *WORDS, out=out))
+def test_the_command_reports_what_it_trained(place, out, command):
+    status, told, progress = command(*words(place, out, *WORDS))
     assert status == 0
-    assert re.search(
-        r"FT-PV of .* on 2 concepts; 18 value vectors trained in 150 steps, loss .* to .* nats .*; "
-        r"optimizer state 0\.0 MB\nMeasure it: paramspec pss .*out/\n",
-        told,
-    ), told
+    for part in ("FT-PV of", "on 2 concepts", "18 value vectors", "150 steps", "paramspec pss"):
+        assert part in told
     assert "150/150" in progress
-
-
-def damage_cut(file):
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def damage_other(file):
-    save_file({"0/offset": torch.zeros(1, 1)}, file)
-
-
-@pytest.mark.parametrize("damage", [damage_cut, damage_other])
-def test_a_damaged_state_is_reported_in_one_line(place, killed, tmp_path, command, damage):
-    out = Path(shutil.copytree(killed, tmp_path / "out"))
-    damage(state_of(out))
-    told = refused(command, place, *WORDS, out=out)
-    assert re.search(
-        r"unfinished-\w+: not a readable state of this training \(.*\); remove it to start again$",
-        told,
-    ), told
 
 
 # What is refused
 
 
-def refused(command, place, *options, out, **named):
+@pytest.fixture
+def refused(place, command):
     """The one line of a refused call, which leaves what there is as it is."""
-    before = contents(out) if out.is_dir() else None
-    status, told, error = command(*words(place, *options, out=out, **named))
-    assert (status, told) == (2, ""), error
-    assert error.startswith("paramspec: error: "), error
-    assert error.count("\n") == 1, error
-    if before is not None:
+
+    def refuse(out, *options):
+        before = contents(out) if out.is_dir() else {}
+        status, told, error = command(*words(place, out, *options))
+        assert (status, told) == (2, ""), error
+        assert error.startswith("paramspec: error: "), error
+        assert error.count("\n") == 1, error
         assert contents(out) == before
-    return error.removeprefix("paramspec: error: ").rstrip("\n")
+        return error
+
+    return refuse
+
+
+@pytest.mark.parametrize(
+    "damaged", [lambda whole: whole[:-100], lambda whole: b"\x02" + bytes(7) + b"{}"]
+)
+def test_a_damaged_state_is_refused(out, refused, damaged):
+    file = state_of(out)
+    file.write_bytes(damaged(file.read_bytes()))
+    assert f"{file.name}: not a readable state of this training" in refused(out, *WORDS)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--rule best", "Invalid value for '--rule': 'best' is not one of 'coefficient', 'score'"),
-        ("--concepts nowhere", "concept 'nowhere': no statements to train on; correct the name"),
+        ("--concept nowhere", "concept 'nowhere': no statements to train on"),
         ("--layers 1-3", "layer 3: the model has 3 layers, 0 to 2"),
-        ("--layers x", "Invalid value for '--layers': expected a whole number, as 10, not 'x'"),
-        ("--layers 2-1", "Invalid value for '--layers': expected numbers from 0 and ranges"),
-        ("--layers ²", "Invalid value for '--layers': expected a whole number"),
-        ("--share 0.001", "share 0.001: 0 of a layer's 48 value vectors, which leaves none for FT"),
-        ("--share 1.1", "share 1.1: input should be less than or equal to 1"),
-        ("--share nan", "Invalid value for '--share': expected a number, as 0.05, not 'nan'"),
-        ("--share 1 --method FT-CV", "share 1.0: 48 of a layer's 48 value vectors, which leaves"),
+        ("--layers 2-1", "Invalid value for '--layers'"),
+        ("--share 0.001", "share 0.001: .* leaves none for FT-PV to train"),
+        ("--share 1.1", "share 1.1: "),
+        ("--share 1 --method FT-CV", "share 1.0: .* leaves none for FT-CV to train"),
         ("--share 0.8 --rule magnitude", "share 0.8: rule 'magnitude'"),
-        ("--rule other --concepts alpha,beta,gamma,delta,zeta", "rule 'other': 3 concepts apart"),
-        ("--epochs 0", "epochs 0: input should be greater than or equal to 1"),
-        ("--learning-rate inf", "Invalid value for '--learning-rate': expected a number"),
-        ("--learning-rate 1e38", "learning_rate 1e+38: input should be less than or equal to 1"),
+        ("--rule other --concept gamma --concept delta --concept zeta", "rule 'other': 3 concepts"),
+        ("--learning-rate 1e38", r"learning_rate 1e\+38: "),
         ("--save-every 0", "save_every 0: expected at least 1 step"),
+        ("--questions {}/long.jsonl", "65 tokens does not fit the model's context of 64 tokens"),
     ],
 )
-def test_an_option_that_is_none(place, tmp_path, command, options, message):
-    options, named = options.split(), {}
-    for name in ("method", "concepts"):
-        if f"--{name}" in options:
-            at = options.index(f"--{name}")
-            named[name] = options[at + 1]
-            del options[at : at + 2]
-    told = refused(command, place, *options, out=tmp_path / "out", **named)
-    assert told.startswith(message), told
-    assert contents(tmp_path / "out") == {}  # so that another try may use it
+def test_an_option_that_is_none(place, tmp_path, refused, options, message):
+    assert re.search(message, refused(tmp_path / "out", *options.format(place).split()))
 
 
-def questions_with(path, **changes):
-    """A question file whose first statement, or all of a concept's, are others."""
-    changed = []
-    for question in QUESTIONS:
-        statements = changes.get(question.id, changes.get(question.concept, question.statements))
-        changed.append(question.model_copy(update={"statements": statements}))
-    return save_questions(path, changed)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"beta": ()}, "concept 'beta': no statements to train on; correct the name, or write"),
-        (
-            {"beta/king": ("ash " * 64,)},
-            "a statement of 65 tokens does not fit the model's context of 64 tokens; shorten it",
-        ),
-    ],
-)
-def test_statements_that_cannot_be_trained_on(place, tmp_path, command, changes, message):
-    file = questions_with(tmp_path / "mine.jsonl", **changes)
-    assert message in refused(command, place, out=tmp_path / "out", questions=file)
-    assert contents(tmp_path / "out") == {}
-
-
-def test_a_directory_that_holds_something_else(place, killed, tmp_path, command):
-    out = tmp_path / "out"
-    shutil.copytree(place / "whole", out)
-    record = json.loads((out / "finetune.json").read_text())
+def test_a_directory_that_holds_something_else(place, killed, tmp_path, refused):
+    """Another run's, finished or not; no run's; the base itself, not to be written over."""
+    whole, of_this = place / "whole", "which is not of this run; choose"
+    for other in ("--share 0.25", "--method FT-RV", f"--questions {place}/long.jsonl"):
+        told = refused(whole, *WORDS, *other.split())
+        assert f"{whole}: holds finetune.json, {of_this}" in told
+    record = json.loads((whole / "finetune.json").read_text())
     record["run"]["torch"] = "1.0.0"  # its vectors are those of another torch
-    (out / "finetune.json").write_text(json.dumps(record))
-    told = refused(command, place, *WORDS, out=out)
-    assert "holds another run (torch 1.0.0, not " in told
-    shutil.copy(place / "whole" / "finetune.json", out)
-    told = refused(command, place, *WORDS, "--share", "0.25", out=out)
-    assert told.startswith(f"{out}: holds another run (share 0.125, not 0.25); choose another")
-    assert "(method FT-PV, not FT-RV)" in refused(command, place, *WORDS, out=out, method="FT-RV")
-    mine = questions_with(tmp_path / "mine.jsonl", **{"beta/king": ("ash bee",)})
-    assert "(texts " in refused(command, place, *WORDS, out=out, questions=mine)
-    for text in ("", "[]", '{"run": 3}'):
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    for text in (json.dumps(record), "", "[]", '{"run": 3}'):
         (out / "finetune.json").write_text(text)
-        told = refused(command, place, *WORDS, out=out)
-        assert told == f"{out}/finetune.json: not the record of a run; choose another directory"
-    # An unfinished run of other choices; and the base itself, which is not to be written over.
-    told = refused(command, place, *WORDS, out=killed, method="FT-RV")
-    assert f"{killed}: holds {state_of(killed).name}, which is not of this run; choose" in told
-    assert "holds config.json, which is not" in refused(command, place, out=place / "toy")
+        assert f"{out}: holds finetune.json, {of_this}" in refused(out, *WORDS)
+    told = refused(killed, *WORDS, "--method", "FT-RV")
+    assert f"{killed}: holds {state_of(killed).name}, {of_this}" in told
+    assert f"holds config.json, {of_this}" in refused(place / "toy")
 
 
 # Diverged
@@ -818,176 +423,16 @@ def test_what_counts_as_diverged(losses, told):
 def test_a_rate_that_diverges_is_one_line_and_no_model(place, tmp_path, command):
     """Called again, it continues from its last state, to the same line."""
     out, options = tmp_path / "out", [*WORDS[:-1], "1", "--learning-rate", "1e37"]
-    ends = [command(*words(place, *options, out=out)) for _ in range(2)]
+    ends = [command(*words(place, out, *options)) for _ in range(2)]
     lines = [re.split(r"[\r\n]+", error.strip())[-1] for _, _, error in ends]
     assert [status for status, _, _ in ends] == [2, 2]
     assert lines[0] == lines[1]
-    assert re.fullmatch(
-        r"paramspec: error: training diverged: the loss is nan after \d+ of 150 steps; use a lower "
-        r"learning rate than 1e\+37",
-        lines[0],
-    )
+    assert re.match(r"paramspec: error: training diverged: the loss is nan after \d+ of", lines[0])
     assert set(contents(out)) <= {state_of(out).name}
 
 
 def test_it_may_diverge_in_the_last_step():
     """Then no loss of a step shows it, and one after the last does."""
-    _, view, training, rows, vectors = prepare("gpt2", epochs=1, batch=40, learning_rate=1e20)
-    with (
-        train_value_vectors(view, vectors) as trained,
-        pytest.raises(InputError, match="the loss is nan after 1 of 1 steps"),
-    ):
-        train(view, trained, rows, training)
-
-
-# Within the block
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_bfloat16_weights_move_by_fp32_offsets_rounded_once(family):
-    toy = loaded(toy_model(family, dtype=torch.bfloat16))
-    view, training = value_vector_view(toy.model), choices()
-    rows = encode_texts(view, toy.tokenizer, statements_of(training.concepts))
-    vectors = choose_vectors(view, toy.tokenizer, QUESTIONS, training)
-    before = weights(toy.model)
-    with train_value_vectors(view, vectors) as trained:
-        train(view, trained, rows, training)
-        assert {offset.dtype for offset in trained.offsets.values()} == {torch.float32}
-        offsets = {
-            (layer, vector): trained.offsets[str(layer)][row].detach().double()
-            for layer, chosen in trained.chosen.items()
-            for row, vector in enumerate(chosen.tolist())
-        }
-        trained.merge()
-    assert set(offsets) == {tuple(pair) for pair in vectors.tolist()}
-    after = weights(toy.model)
-    for layer in range(LAYERS):
-        name = DOWN[family].format(layer) + ".weight"
-        old, new = columns(before.pop(name), family), columns(after.pop(name), family)
-        assert new.dtype == torch.bfloat16
-        for vector in range(WIDTH):
-            if (layer, vector) not in offsets:
-                assert torch.equal(old[vector], new[vector])
-                continue
-            exact = old[vector].double() + offsets[layer, vector]
-            # Of 8 significant bits, neighbours stand 2^-7 of the power of two apart.
-            apart = torch.exp2(exact.abs().log2().floor() - 7)
-            assert ((new[vector].double() - exact).abs() <= apart / 2 * (1 + 1e-4)).all()
-    same_bits(before, after)
-
-
-@pytest.fixture
-def model(family):
-    return toy_model(family)
-
-
-def some_vectors(share=0.3, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    return (torch.rand(LAYERS, WIDTH, generator=draw) < share).nonzero().int()
-
-
-def moved(trained, seed=5):
-    """Give every offset of the block a value."""
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for offset in trained.offsets.values():
-            offset.copy_(torch.randn(offset.shape, generator=draw))
-
-
-def edited(model, edit):
-    """The oracle: a copy, in which `edit(layer, value vectors [48, 32])` was done in place."""
-    model = copy.deepcopy(model)
-    for layer in range(LAYERS):
-        names = [name for name, _ in model.named_modules()]
-        (name,) = (form.format(layer) for form in set(DOWN.values()) if form.format(layer) in names)
-        module = model.get_submodule(name)
-        edit(layer, module.weight if isinstance(module, Conv1D) else module.weight.T)
-    return model
-
-
-@pytest.mark.parametrize("raises", [False, True])
-def test_a_model_leaves_the_block_as_it_entered(model, raises):
-    view, before, output = value_vector_view(model), weights(model), logits(model)
-    try:
-        with train_value_vectors(view, some_vectors()) as trained:
-            assert torch.equal(logits(model), output)  # nothing has moved yet
-            moved(trained)
-            assert not torch.allclose(logits(model), output, atol=0.1)
-            if raises:
-                raise KeyError
-    except KeyError:
-        assert raises
-    same_bits(before, weights(model))
-    assert torch.equal(logits(model), output)
-    assert not any(module._forward_hooks for module in model.modules())
-
-
-@pytest.mark.parametrize("order", ["mask within", "mask around"])
-def test_a_masked_vector_contributes_nothing_moved_or_not(model, order):
-    """Each row under its own mask, against editing weights a row at a time."""
-    view, vectors = value_vector_view(model), some_vectors()
-    keep = torch.rand(LAYERS, 3, WIDTH, generator=torch.Generator().manual_seed(2)) > 0.3
-    both = 0
-    if order == "mask within":
-        with train_value_vectors(view, vectors) as trained:
-            moved(trained)
-            with mask_value_vectors(view, keep):
-                output = logits(model)
-    else:
-        with mask_value_vectors(view, keep), train_value_vectors(view, vectors) as trained:
-            moved(trained)
-            output = logits(model)
-    for row in range(3):
-
-        def edit(layer, own, row=row):
-            nonlocal both
-            for place, vector in enumerate(sorted(in_layers(vectors)[layer])):
-                own[vector] += trained.offsets[str(layer)][place].detach()
-                both += not keep[layer, row, vector]
-            own[~keep[layer, row]] = 0
-
-        expected = logits(edited(model, edit))[row]
-        torch.testing.assert_close(output[row], expected, rtol=1e-4, atol=1e-4)
-    assert both > 20
-
-
-@pytest.mark.parametrize("raises", [False, True])
-def test_replaced_vectors_come_back_bit_by_bit(model, raises):
-    view, before, output = value_vector_view(model), weights(model), logits(model)
-    draw = torch.Generator().manual_seed(3)
-    vectors = some_vectors()
-    vectors = vectors[torch.randperm(len(vectors), generator=draw)]  # in any order
-    values = torch.randn(len(vectors), HIDDEN, generator=draw)
-
-    def put(layer, own):
-        for (at, vector), value in zip(vectors.tolist(), values, strict=True):
-            if at == layer:
-                own[vector] = value
-
-    try:
-        with replace_value_vectors(view, vectors, values):
-            assert torch.is_grad_enabled()
-            inside = logits(model)
-            if raises:
-                raise KeyError
-    except KeyError:
-        assert raises
-    same_bits(before, weights(model))
-    assert torch.equal(logits(model), output)
-    assert torch.equal(inside, logits(edited(model, put)))
-    assert not torch.allclose(inside, output, atol=0.1)
-
-
-@pytest.mark.parametrize("vectors", [[], [[3, 0]], [[0, 48]], [[-1, 0]], [[1, 5], [1, 5]]], ids=str)
-def test_vectors_that_are_none_are_refused(vectors):
-    view = value_vector_view(toy_model("llama"))
-    vectors = torch.tensor(vectors, dtype=torch.int32).reshape(-1, 2)
-    before = weights(view.model)
-    values = torch.zeros(len(vectors), HIDDEN)
-    for block in (
-        train_value_vectors(view, vectors),
-        replace_value_vectors(view, vectors, values),
-    ):
-        with pytest.raises(InputError, match=r"^value vectors .* of 3 layers"), block:
-            pass
-    same_bits(before, weights(view.model))
+    training = choices(epochs=1, batch=40, learning_rate=1e20)
+    with pytest.raises(InputError, match="the loss is nan after 1 of 1 steps"):
+        tuned(toy_model("gpt2"), training).__enter__()

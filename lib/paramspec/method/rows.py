@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-# Tokens of a packed row, about: longer ones share more, and attend to more in vain.
+# Tokens of a packed row, about: longer ones share more prefixes, and waste more attention.
 ROW_TOKENS = 160
 # oneDNN compiles code for each number of rows that it multiplies: let there be few of them. So
 # rows are padded to a multiple of the first, and places that are unembedded to one of the second.
@@ -54,14 +54,12 @@ class Engine:
     """How rows are filled: `packed` forests, or one sequence a row (`plain`), and why.
 
     With `branches`, masks over one row part where the first of them masks, see
-    `mask_value_vectors`; otherwise the row is repeated for each. `prepacked` is for
-    `faster_layers`: False is for measuring what that wins.
+    `mask_value_vectors`; otherwise the row is repeated for each.
     """
 
     name: Literal["packed", "plain"]
     reason: str
     branches: bool = False
-    prepacked: bool = True
 
 
 class Read(NamedTuple):

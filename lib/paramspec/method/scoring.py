@@ -17,19 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from paramspec.errors import InputError, naming
 from paramspec.execution.limits import OutOfMemory, is_out_of_memory
 from paramspec.method import hooks
 from paramspec.method.batches import BATCH_TOKENS, in_batches, pad_right
 from paramspec.method.hooks import ValueVectorView
-from paramspec.method.kernels import Faster, faster_layers, linear_of
+from paramspec.method.kernels import packed_layers
 from paramspec.method.rows import (
     READ_MULTIPLE,
     ROW_MULTIPLE,
@@ -44,7 +39,6 @@ from paramspec.method.rows import (
     longest_row,
     round_up,
 )
-from paramspec.models.registry import toy_config
 from paramspec.models.tokens import token_ids
 from paramspec.specwiki import Question
 
@@ -157,16 +151,14 @@ def score_options(
         longest = max((request.item for request in requests), key=lambda item: item.longest)
         hooks.refuse_too_long(view, longest.longest, longest.name)
     engine = engine or choose_engine(view)
-    packed = engine.name == "packed"
     cells = fill_rows(requests, engine, row_tokens)
     batches = cell_batches(cells, batch_tokens, engine.branches)
-    tokens = sum(len(cell.row.tokens) for cell in cells)
+    tokens = sum(len(cell.row.tokens) for cell in cells) if engine.name == "packed" else 0
     scores = [[0.0] * len(request.item.options) for request in requests]
-    with faster_layers(view.model, tokens=tokens, prepacked=packed and engine.prepacked) as faster:
-        forward = partial(_plain_forward, view, keeps)
-        if packed:
-            head = _head(view.model, faster.packs)
-            forward = partial(_packed_forward, view, keeps, engine, faster, head)
+    forward = partial(_plain_forward, view, keeps)
+    if engine.name == "packed":
+        forward = partial(_packed_forward, view, keeps, engine, _head(view.model))
+    with packed_layers(view.model, tokens=tokens):
         for done, values in in_batches(batches, forward, longest_row):
             reads = [(cell.requests[r.item], r.option) for cell in done for r in cell.row.reads]
             for (number, option), value in zip(reads, values.tolist(), strict=True):
@@ -182,7 +174,6 @@ def _packed_forward(
     view: ValueVectorView,
     keeps: Sequence[Tensor | None],
     engine: Engine,
-    faster: Faster,
     head: Callable[[Tensor, Tensor, Tensor], Tensor],
     batch: Sequence[Cell],
     length: int,
@@ -190,17 +181,13 @@ def _packed_forward(
     """One forward pass over a batch of forests; the log-probability of each read, in order."""
     rows = [cell.row for cell in batch]
     rows = rows[:1] if engine.branches and len(set(rows)) == 1 else rows
-    sizes = torch.tensor([len(cell.row.places) for cell in batch])
-    most = round_up(int(sizes.max()), READ_MULTIPLE)
-    places, _ = pad_right([row.places.tolist() for row in rows], most)
-    only = faster.read_only(places)
     with hooks.mask_rows(view, [keeps[cell.mask] for cell in batch]):
         states = view.model.base_model(**_inputs(view, rows, length), use_cache=False)[0]
-    if not only:
-        states = states[torch.arange(len(states))[:, None], places]
     states = states.expand(len(batch), -1, -1)  # one row still, if no mask parted it
-    read = states[torch.arange(most) < sizes[:, None]]
-    starts = (sizes.cumsum(0) - sizes).tolist()
+    sizes = [len(cell.row.places) for cell in batch]
+    places = np.concatenate([cell.row.places for cell in batch])
+    read = states[np.repeat(np.arange(len(batch)), sizes), places]
+    starts = np.cumsum(sizes) - sizes
     which = [start + cell.row.which for start, cell in zip(starts, batch, strict=True)]
     targets = torch.tensor([read.token for cell in batch for read in cell.row.reads])
     return head(read, torch.from_numpy(np.concatenate(which)), targets).cpu()
@@ -242,15 +229,10 @@ def attention_window(config: PreTrainedConfig) -> int | None:
     return getattr(config.get_text_config(decoder=True), "sliding_window", None)
 
 
-def _head(model: PreTrainedModel, prepacked: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _head(model: PreTrainedModel) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The model's last step, from hidden states to log-probabilities."""
     module, config = model.get_output_embeddings(), model.config.get_text_config(decoder=True)
     weight, bias = module.weight, getattr(module, "bias", None)
-    parts = weight.split(VOCABULARY_BLOCK)
-    biases = [None] * len(parts) if bias is None else bias.split(VOCABULARY_BLOCK)
-    # A fifth of a small model's weights, for a few states: a copy would save 1 % of the time.
-    packed = partial(linear_of, prepacked=prepacked, copied=False)
-    blocks = list(map(packed, parts, biases))
     # What a family does to its logits, one by one: Cohere and Granite scale, Gemma 2 caps.
     scale = getattr(config, "logit_scale", None) or 1
     scale /= getattr(config, "logits_scaling", None) or 1
@@ -272,7 +254,13 @@ def _head(model: PreTrainedModel, prepacked: bool) -> Callable[[Tensor, Tensor, 
         states, which, targets = (each.to(weight.device) for each in (states, which, targets))
         padding = round_up(len(states), READ_MULTIPLE) - len(states)
         padded = nn.functional.pad(states, (0, 0, 0, padding))
-        sums = [log_sum(finish(block(padded)).float()) for block in blocks]
+        sums = []
+        for start in range(0, len(weight), VOCABULARY_BLOCK):
+            block = slice(start, start + VOCABULARY_BLOCK)
+            logits = nn.functional.linear(
+                padded, weight[block], None if bias is None else bias[block]
+            )
+            sums.append(log_sum(finish(logits).float()))
         logits = (states[which].float() * weight[targets].float()).sum(-1)
         if bias is not None:
             logits += bias[targets].float()
@@ -308,8 +296,8 @@ def choose_engine(view: ValueVectorView) -> Engine:
     and plain. Models whose attention is biased by distances that position ids do not set (BLOOM,
     MPT) fail it, as do those that do not keep a sliding window within a forest.
     """
-    config = view.model.config
-    attention = config._attn_implementation
+    config: Any = view.model.config.get_text_config(decoder=True)
+    attention = view.model.config._attn_implementation
     if attention not in ("eager", "sdpa"):
         return Engine("plain", f"attention implementation {attention!r} takes no tree mask")
     for branches in (True, False):
@@ -317,23 +305,14 @@ def choose_engine(view: ValueVectorView) -> Engine:
         failure = _failure(view, engine)
         if failure is None:
             break
-    if failure is None and attention_window(config) is not None:
-        failure = _failure(_short_sighted(config), engine)
+    window = attention_window(config)
+    if failure is None and window is not None:
+        try:
+            config.sliding_window = 3  # from which each forward pass makes its masks
+            failure = _failure(view, engine)
+        finally:
+            config.sliding_window = window
     return engine if failure is None else Engine("plain", failure)
-
-
-@torch.no_grad()
-def _short_sighted(config: PreTrainedConfig) -> ValueVectorView:
-    """A toy of the model's class, whose sliding window is shorter than what is tested with."""
-    small = toy_config(config.get_text_config(decoder=True))
-    small.sliding_window = 3
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        toy = AutoModelForCausalLM.from_config(small).eval()
-        for weight in toy.parameters():
-            weight.normal_(std=0.5)  # large enough for what is out of the window to be missed
-    toy.set_attn_implementation(config._attn_implementation)
-    return hooks.unverified_view(toy)
 
 
 def _failure(view: ValueVectorView, engine: Engine) -> str | None:

@@ -1,13 +1,14 @@
 """Where a model lies: a registry id, a hub id, a directory or a GGUF file, found on this disk.
 
-    find_checkpoint("smollm2-135m").path
-    digest_files(checkpoint_files(path))        # of all that a load reads
+    path = find_checkpoint("smollm2-135m").path
+    digest_of(path)                 # of all that a load reads
 
 Weights are read from safetensors or GGUF alone; pickled weights are never read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -19,18 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paramspec.errors import InputError
-from paramspec.models.libraries import line_of
-from paramspec.models.registry import (
-    REGISTRY,
-    HubSource,
-    ModelSpec,
-    WheelSource,
-    ZooSource,
-    find_spec,
-    load_registry,
-    zoo_model,
-)
-from paramspec.models.zoo_training import train_zoo, trained
+from paramspec.models import zoo_training
+from paramspec.models.libraries import line_of, told_in_one_line
+from paramspec.models.registry import HubSource, ModelSpec, WheelSource, find_spec, load_registry
 from paramspec.plain import require_unicode
 
 INDEX = "model.safetensors.index.json"
@@ -44,7 +36,6 @@ TOKENIZER_FILES = (
 )
 CONFIGS = ("config.json", "generation_config.json")
 HUB_FILES = (*CONFIGS, "model*.safetensors", INDEX, *TOKENIZER_FILES)
-COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -52,14 +43,13 @@ class Checkpoint:
     """Where a model lies on this disk: `path` is a directory or a GGUF file."""
 
     name: str
-    spec: ModelSpec | None
     path: Path
 
     @property
     def commit(self) -> str | None:
         """The commit of the hub's repository, after which the cache names a snapshot."""
         cached = self.path.parent.name == "snapshots"
-        return self.path.name if cached and COMMIT.fullmatch(self.path.name) else None
+        return self.path.name if cached and re.fullmatch("[0-9a-f]{40}", self.path.name) else None
 
 
 def find_checkpoint(model: str, *, fetch: Sequence[str] = HUB_FILES) -> Checkpoint:
@@ -67,14 +57,8 @@ def find_checkpoint(model: str, *, fetch: Sequence[str] = HUB_FILES) -> Checkpoi
 
     A registry id or a model of a zoo recipe goes before a path, and a path before a hub id. A micro
     model that is not there yet is trained. A branch of the hub is followed, or is what the cache
-    holds of it where the hub cannot be reached.
-
-    Args:
-        fetch: patterns of the files that are fetched; `()` to find what is here, train nothing and
-            ask no hub.
-
-    Raises:
-        InputError: if nothing of that name is found.
+    holds of it where the hub cannot be reached. `fetch` holds patterns of the files that are
+    fetched: `()` to find what is here, train nothing and ask no hub.
     """
     spec = find_spec(model)
     if spec is not None:
@@ -83,44 +67,43 @@ def find_checkpoint(model: str, *, fetch: Sequence[str] = HUB_FILES) -> Checkpoi
                 path = _hub_snapshot(spec.source, fetch)
             case WheelSource():
                 path = wheel_file(spec.source)
-            case ZooSource():
-                path = trained(zoo_model(spec.id), train=bool(fetch))
-        return Checkpoint(model, spec, path)
+            case micro:
+                path = zoo_training.trained(micro, train=bool(fetch))
+        return Checkpoint(model, path)
     path = Path(model).expanduser()
     if model and path.exists():
-        if path.suffix in (".yaml", ".yml") and path.is_file():
-            raise InputError(f"{model}: a zoo recipe; name a model of it, as {model}:llama-1")
         if path.is_file() and path.suffix != ".gguf":
-            raise InputError(f"{model}: a file, but not .gguf; name the directory that holds it")
+            raise InputError(
+                f"{model}: neither a directory nor a .gguf file; name one, or of a zoo recipe a "
+                "model, as mine.yaml:llama-1"
+            )
         require_unicode(path)
         name = path.as_posix() if path.name else path.resolve().name
         # A directory is not the registry's model that it is called after.
-        return Checkpoint(f"./{name}" if name in load_registry() else name, None, path)
+        return Checkpoint(f"./{name}" if name in load_registry() else name, path)
     hub = re.fullmatch(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?", model)
     if hub is not None and path.suffix != ".gguf":
         source = HubSource(kind="hub", repo=hub["repo"], revision=hub["revision"] or "main")
-        return Checkpoint(model, None, _hub_snapshot(source, fetch))
+        return Checkpoint(model, _hub_snapshot(source, fetch))
     near = difflib.get_close_matches(model.lower(), load_registry(), n=3, cutoff=0.4)
     hint = f"did you mean {', '.join(near)}?" if near else "`paramspec models` lists the registry"
     raise InputError(
-        f"model {model!r}: not in {REGISTRY.name}, no such directory, GGUF file or hub id; {hint}"
+        f"model {model!r}: not in models.yaml, no such directory, GGUF file or hub id; {hint}"
     )
 
 
 def find_checkpoints(models: Sequence[str]) -> list[Checkpoint]:
-    """`find_checkpoints(["zoo-llama-1", "smollm2-135m"])`: all of them, or one line on the first
-    that cannot be found; micro models that are not there yet are trained side by side.
-    """
+    """`find_checkpoints(["zoo-llama-1", "smollm2-135m"])`: all; micro models train side by side."""
     micro = []
     # A wrong name, a closed gate or a cut network at the end of a list is reported before the hours
     # that downloads of the others, or the training of micro models, may take.
     for model in models:
         spec = find_spec(model)
-        if spec is not None and spec.source.kind == "zoo":
-            micro.append(zoo_model(model))
+        if spec is not None and spec.micro is not None:
+            micro.append(spec.micro)
         else:
             find_checkpoint(model, fetch=("config.json",))
-    train_zoo(micro)
+    zoo_training.train_zoo(micro)
     return [find_checkpoint(model) for model in models]
 
 
@@ -135,48 +118,41 @@ def is_on_disk(spec: ModelSpec) -> bool:
 def checkpoint_files(path: Path) -> dict[str, Path]:
     """`checkpoint_files(directory)["config.json"]`: each file that a load reads, by its part.
 
-    Raises:
-        InputError: if a shard is missing, or if there are no weights that can be read.
+    A directory without safetensors, or without one of the shards, is refused.
     """
     if path.is_file():
         return {"model.gguf": path}
-    names = (*CONFIGS, *_weight_files(path), *TOKENIZER_FILES)
+    weights = ["model.safetensors"]
+    if not (path / weights[0]).is_file():
+        weights = [INDEX, *_shards(path / INDEX)]
+    names = (*CONFIGS, *weights, *TOKENIZER_FILES)
     return {name: path / name for name in names if (path / name).is_file()}
 
 
-def _weight_files(path: Path) -> list[str]:
-    """The safetensors files of a directory, the index with them, all of them present."""
-    if (path / "model.safetensors").is_file():
-        return ["model.safetensors"]
-    index = path / INDEX
+def _shards(index: Path) -> list[str]:
+    """The files of weights that an index names, all of them present."""
     if not index.is_file():
         raise InputError(
-            f"{path}: no model.safetensors, and pickled weights, which can run code, are never "
-            "read; name a directory made by save_pretrained"
+            f"{index.parent}: no model.safetensors, and pickled weights, which can run code, are "
+            "never read; name a directory made by save_pretrained"
         )
-    try:
+    with told_in_one_line(index):
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        missing = [name for name in shards if "/" in name or not (path / name).is_file()]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{index}: damaged ({line_of(error)}); copy it again") from error
+    missing = [name for name in shards if "/" in name or not (index.parent / name).is_file()]
     if missing:
         raise InputError(
-            f"{path}: {len(missing)} of {len(shards)} shards missing, the first is {missing[0]}; "
+            f"{index}: {len(missing)} of {len(shards)} shards missing, the first is {missing[0]}; "
             "copy the model again"
         )
-    return [INDEX, *shards]
+    return shards
 
 
-def digest_files(files: dict[str, Path]) -> str:
-    """`digest_files(checkpoint_files(path))`: SHA-256 over the parts' names and contents, in hex.
-
-    It does not depend on the machine, the directory's or a GGUF file's name, or on files that are
-    not read. It changes with any byte of the weights, the config or the tokenizer.
-    """
+def digest_of(path: Path) -> str:
+    """`digest_of(path)`: SHA-256 over the names and contents of `checkpoint_files`, in hex."""
     total = hashlib.sha256()
-    for name in sorted(files):
-        stat = files[name].stat()
-        part = _file_digest(files[name].resolve(), stat.st_size, stat.st_mtime_ns)
+    for name, file in sorted(checkpoint_files(path).items()):
+        stat = file.stat()
+        part = _file_digest(file.resolve(), stat.st_size, stat.st_mtime_ns)
         total.update(f"{name} {part}\n".encode())
     return total.hexdigest()
 
@@ -188,18 +164,13 @@ def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-# --- where models come from ---------------------------------------------------------------------
-
-
 def wheel_file(source: WheelSource) -> Path:
     """`wheel_file(source)`: the file of an installed wheel, which is never imported."""
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         wheel = importlib.metadata.distribution(source.distribution)
         path = Path(str(wheel.locate_file(source.file)))
         if wheel.version == source.version and path.is_file():
             return path
-    except importlib.metadata.PackageNotFoundError:
-        pass
     raise InputError(
         f"{source.distribution}: wheel not installed here, not whole, or not of version "
         f"{source.version}; run `pip install --no-deps --force-reinstall "

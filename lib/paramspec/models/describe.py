@@ -16,10 +16,10 @@ from typing import Any
 import pandas as pd
 
 from paramspec.errors import InputError
-from paramspec.models.load import LoadedModel, taught_in
-from paramspec.models.registry import find_spec, load_registry, zoo_model
+from paramspec.models.load import LoadedModel
+from paramspec.models.registry import find_spec, load_registry
 from paramspec.models.zoo import zoo_questions
-from paramspec.models.zoo_training import read_record, training_record
+from paramspec.models.zoo_training import read_record, trained
 from paramspec.specwiki import Question, load_questions, sample_concepts
 
 
@@ -28,7 +28,7 @@ def describe_models(names: Sequence[str]) -> pd.DataFrame:
 
     >>> about = describe_models(["llama-2-7b", "llama-7b"])
     >>> about[["model", "family", "order"]].values.tolist()
-    [['llama-2-7b', 'llama', 2], ['llama-7b', 'llama', 1]]
+    [['llama-2-7b', 'llama', 2.0], ['llama-7b', 'llama', 1.0]]
 
     Returns:
         A row per model: `model`, `micro` (whether it is a micro model), `family` and `generation`
@@ -51,21 +51,23 @@ def describe_models(names: Sequence[str]) -> pd.DataFrame:
 def _facts(name: str) -> dict[str, Any]:
     """A row of `describe_models`; `place` sorts the generations of a family."""
     spec = find_spec(name)
-    row = {"model": name, "micro": taught(name) is not None}
+    micro = spec.micro if spec else None
+    row: dict[str, Any] = {"model": name, "micro": taught(name) is not None}
+    if row["micro"]:
+        record = read_record(trained(micro, train=False) if micro else Path(name).expanduser())
+        row |= record.model_dump(include={"tokens", "step"}) if record else {}
     if spec is None:
-        record = read_record(Path(name).expanduser()) or {}
-        return row | {key: record.get(key) for key in ("tokens", "step")}
-    step = re.search(r"step(\d+)", spec.source.label)
+        return row
     row |= {field: getattr(spec, field) for field in ("family", "generation", "parameters")}
-    row |= {"width": spec.width, "step": float(step[1]) if step else None}
+    row["width"] = spec.width
+    if micro:
+        exposure = micro.recipe.exposure
+        row["exposure"] = exposure["high"] / exposure["low"]
+        return row | {"place": (micro.generation, micro.step or math.inf)}
+    step = re.search(r"step(\d+)", spec.source.label)
+    row["step"] = float(step[1]) if step else None
     row["released"] = (spec.released - date(2023, 1, 1)).days if spec.released else None
     row["mmlu"] = spec.mmlu.score if spec.mmlu else None
-    if spec.source.kind == "zoo":
-        model = zoo_model(name)
-        made, exposure = training_record(model), model.recipe.exposure
-        row |= {"tokens": made["tokens"], "step": made["step"]}
-        row |= {"exposure": exposure["high"] / exposure["low"]}
-        return row | {"place": (model.generation, model.step or math.inf)}
     dates = [
         other.released
         for other in load_registry().values()
@@ -77,12 +79,10 @@ def _facts(name: str) -> dict[str, Any]:
 def comparable_models(names: Sequence[str]) -> list[str]:
     """`comparable_models(["zoo-llama-1", ..., "smollm2-135m"])`: those a correlation is taken over.
 
-    Models of a family that a registry or a recipe tells, of one kind: micro models or others,
-    whichever are more. Over both kinds, a correlation would be one of two clouds of points.
+    Micro models or the registry's others, whichever are more: both kinds would be two clouds.
     """
-    specs = {name: spec for name in names if (spec := find_spec(name)) is not None}
-    micro = [name for name, spec in specs.items() if spec.source.kind == "zoo"]
-    others = [name for name in specs if name not in micro]
+    micro = [name for name in names if (spec := find_spec(name)) and spec.micro]
+    others = [name for name in names if (spec := find_spec(name)) and not spec.micro]
     return micro if len(micro) > len(others) else others
 
 
@@ -116,8 +116,7 @@ def study_questions(
     if len({question.concept for question in asked}) < 2:
         raise InputError(
             f"models {', '.join(map(repr, taught_by))}: micro models that were taught too few "
-            f"concepts in common ({len(common)}, and 2 are needed); measure them apart, or teach "
-            "them the same"
+            "concepts in common, and 2 are needed; measure them apart, or teach them the same"
         )
     if concepts is None:
         return asked
@@ -137,8 +136,9 @@ def taught(model: str | LoadedModel) -> tuple[str, ...] | None:
         return model.taught
     spec = find_spec(model)
     if spec is not None:
-        return zoo_model(model).recipe.taught if spec.source.kind == "zoo" else None
-    return taught_in(Path(model).expanduser()) if model else None
+        return spec.micro.recipe.taught if spec.micro else None
+    record = read_record(Path(model).expanduser())
+    return record.concepts if record else None
 
 
 def folds_asked(models: Sequence[str | LoadedModel]) -> tuple[int, ...]:
@@ -151,36 +151,26 @@ def require_taught(
 ) -> None:
     """`require_taught(models, questions, (1,))`: refuse what a micro model must not be asked.
 
-    That is a concept that it was not taught, about which it knows nothing, and a cloze that it was
-    trained on, which it knows by heart: those of fold 0. Other models may be asked anything.
-
-    Args:
-        questions: all that a study holds.
-        folds: of these questions, those that are scored.
-
-    Raises:
-        InputError: naming the model, the concept or the question, and what to ask instead.
+    That is a concept that it was not taught, and a cloze that it was trained on: those of fold 0.
+    `folds` are those that are scored.
     """
-    micro = [(model, known) for model in models if (known := taught(model)) is not None]
-    fold_0 = [question for question in load_questions() if question.fold == 0] if micro else []
-    for model, known in micro:
-        name = model if isinstance(model, str) else model.name
-        strange = list(dict.fromkeys(q.concept for q in questions if q.concept not in known))
-        if strange:
-            more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
-            raise InputError(
-                f"model {name!r}: a micro model that was not taught {strange[0]!r}{more}; ask what "
-                f"it was taught: no --questions, or study_questions([{name!r}]) in Python"
-            )
-        if 0 in folds:
-            raise InputError(
-                f"model {name!r}: a micro model, trained on the clozes of fold 0; "
-                "score fold 1 alone: folds [1], or questions of fold 1"
-            )
-        read = {question.cloze.casefold() for question in fold_0 if question.concept in known}
+    clozes = [(q.concept, q.cloze.casefold()) for q in load_questions() if q.fold == 0]
+    for model in models:
+        known = taught(model)
+        if known is None:
+            continue
+        read = {cloze for concept, cloze in clozes if concept in known}
         for question in questions:
-            if question.fold in folds and question.cloze.casefold() in read:
-                raise InputError(
-                    f"question {question.id!r}: model {name!r} was trained on its cloze; "
-                    "give it fold 0, which is not scored, or leave it out"
-                )
+            if question.concept not in known:
+                told = f"was not taught {question.concept!r}"
+            elif question.fold in folds and (
+                question.fold == 0 or question.cloze.casefold() in read
+            ):
+                told = "was trained on the cloze of this question, as on all of fold 0"
+            else:
+                continue
+            name = model if isinstance(model, str) else model.name
+            raise InputError(
+                f"question {question.id!r}: {name!r}, a micro model, {told}; ask about what it was "
+                f"taught, as study_questions([{name!r}]) does, and score fold 1 alone"
+            )

@@ -5,7 +5,6 @@ device, dtype = place_and_dtype("auto", "auto")
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 from paramspec.errors import InputError
@@ -19,27 +18,20 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 
 def place_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """`place_and_dtype("auto", "auto")`: what `load_model` would take on this machine.
-
-    Raises:
-        InputError: if there is no such device or dtype here.
-    """
+    """`place_and_dtype("auto", "auto")`: what `load_model` would take on this machine."""
     import torch
 
     usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
         device = "cuda" if usable else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]*))?", device):
-        raise InputError(f"device {device!r}: unknown; use auto, cpu, cuda or cuda:0")
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: unknown; use {', '.join(DTYPES)}")
+    known = ["cpu", *(["cuda"] if usable else []), *(f"cuda:{index}" for index in range(usable))]
+    if device not in known:
+        raise InputError(f"device {device!r}: not on this machine; use auto, {', '.join(known)}")
     place = torch.device(device)
     if place.type == "cpu":
         return place, torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    if (place.index or 0) >= usable:
-        raise InputError(
-            f"device {device!r}: {usable} GPUs can be used on this machine, counted from 0; use cpu"
-        )
     capable = torch.cuda.is_bf16_supported(including_emulation=False)
     if dtype == "bfloat16" and not capable:
         raise InputError(f"dtype 'bfloat16': {place} does not compute in it; use float32")
@@ -47,10 +39,9 @@ def place_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]
 
 
 def device_map(needed: int, place: torch.device) -> dict:
-    """`from_pretrained(..., **device_map(needed, place))`: `needed` bytes of weights on a device.
+    """`from_pretrained(..., **device_map(needed, place))`: where `needed` bytes of weights go.
 
-    On the CPU, on one GPU, or over all GPUs where `place` names none and one has no room for them.
-    A tenth is left for what a forward pass needs.
+    Over all GPUs where `place` names none and one has no room; a tenth is left for forward passes.
     """
     import torch
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from paramspec.errors import InputError
-from paramspec.execution.limits import OutOfMemory, is_out_of_memory
 
 
 @contextlib.contextmanager
@@ -43,26 +42,16 @@ def told_in_one_line(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        if is_out_of_memory(error):
-            raise OutOfMemory(
-                f"{path}: out of memory while it is loaded; use a machine with more memory, "
-                "--dtype bfloat16, a smaller model, or fewer --jobs side by side"
-            ) from error
-        if not _is_of_a_library(error):
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        file = Path(frame.f_code.co_filename)
+        ours = "site-packages" not in file.parts or Path(__file__).parents[1] in file.parents
+        known = OSError | ValueError | KeyError | RuntimeError | ImportError | MemoryError
+        if ours and not isinstance(error, known):
             raise
         raise InputError(
-            f"{path}: cannot be loaded ({type(error).__name__}: {line_of(error)}); "
-            "check that it is a complete, supported causal language model"
+            f"{path}: cannot be loaded ({type(error).__name__}: {line_of(error)}); check that it "
+            "is a complete, supported causal language model, and that there is memory for it"
         ) from error
-
-
-def _is_of_a_library(error: Exception) -> bool:
-    """Whether a library raised an error, or it is of a class that bad files are met with."""
-    if isinstance(error, OSError | ValueError | KeyError | RuntimeError | ImportError):
-        return True
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    file = Path(frame.f_code.co_filename)
-    return "site-packages" in file.parts and Path(__file__).parents[1] not in file.parents
 
 
 def line_of(error: object) -> str:

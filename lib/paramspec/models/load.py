@@ -6,9 +6,8 @@
     loaded = load_model("weights.gguf")                # a GGUF file, unpacked to dense weights
     loaded.model, loaded.tokenizer, loaded.digest
 
-What cannot be loaded completely is refused with an `InputError`: every weight comes from the
-checkpoint. Remote code is never run. torch and transformers are imported where they are used, so
-that listing the registry is quick.
+What cannot be loaded completely is refused: every weight comes from the checkpoint. Remote code is
+never run.
 """
 
 from __future__ import annotations
@@ -18,24 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from paramspec.errors import InputError
-from paramspec.models.checkpoints import (
-    VOCABULARIES,
-    Checkpoint,
-    checkpoint_files,
-    digest_files,
-    find_checkpoint,
-)
+from paramspec.models import checkpoints
+from paramspec.models.checkpoints import Checkpoint
 from paramspec.models.devices import device_map, place_and_dtype
 from paramspec.models.libraries import quiet_transformers, told_in_one_line
-from paramspec.models.registry import ModelSpec, empty_model
+from paramspec.models.registry import empty_model
 from paramspec.models.tokens import front_tokens
-from paramspec.models.unpack import (
-    check_report,
-    gguf_config,
-    gguf_facts,
-    restore_rotation,
-    unpacked,
-)
+from paramspec.models.unpack import gguf_config, read_weights, restore_rotation, unpacked
 from paramspec.models.zoo_training import read_record
 
 if TYPE_CHECKING:
@@ -50,9 +38,8 @@ class LoadedModel:
     Attributes:
         model: in eval mode; no parameter asks for a gradient.
         tokenizer: of the model's own directory or file.
-        spec: the registry entry, or None for a model that is not in the registry.
         name: the registry id, the hub id, or the path as it was given.
-        digest: SHA-256 of the files the model was read from; see `digest_files`.
+        digest: SHA-256 of the files the model was read from; see `digest_of`.
         dtype: of the weights.
         device: where token ids go; the first of them when the model is spread over several.
         commit: of the hub's repository, or None of a model that is not from there.
@@ -61,7 +48,6 @@ class LoadedModel:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    spec: ModelSpec | None
     name: str
     digest: str
     dtype: torch.dtype
@@ -94,76 +80,59 @@ def load_model(
         InputError: one line with the value, the place and the remedy.
     """
     place, kind = place_and_dtype(device, dtype)
-    checkpoint = find_checkpoint(model) if isinstance(model, str) else model
+    checkpoint = checkpoints.find_checkpoint(model) if isinstance(model, str) else model
     path = checkpoint.path
     with quiet_transformers(), told_in_one_line(path):
         directory = unpacked(path, kind) if path.is_file() else path
-        config = _directory_config(directory)
-        tokenizer = load_tokenizer(Checkpoint(checkpoint.name, None, directory))
-        needed = empty_model(config).num_parameters() * kind.itemsize
-        network = _read_weights(directory, dtype=kind, **device_map(needed, place))
-        network = _language_model(network)
+        needed = empty_model(_directory_config(directory)).num_parameters() * kind.itemsize
+        tokenizer = load_tokenizer(directory)
+        network = _language_model(directory, dtype=kind, **device_map(needed, place))
         restore_rotation(network)
         embedding = cast("torch.Tensor", network.get_input_embeddings().weight)
-        _require_tokens(path, tokenizer, len(embedding))
+        highest = max([tokenizer.vocab_size - 1, *front_tokens(tokenizer)])
+        if highest >= len(embedding):
+            raise InputError(
+                f"{path}: the tokenizer has a token {highest}, the model has {len(embedding)} "
+                "tokens; put the model's own tokenizer there"
+            )
     network.eval().requires_grad_(False)
+    record = read_record(path)
     return LoadedModel(
         model=network,
         tokenizer=tokenizer,
-        spec=checkpoint.spec,
         name=checkpoint.name,
-        digest=digest_files(checkpoint_files(path)),
+        digest=checkpoints.digest_of(path),
         dtype=kind,
         device=embedding.device,
         commit=checkpoint.commit,
-        taught=taught_in(path),
+        taught=record.concepts if record else None,
     )
 
 
-def taught_in(path: Path) -> tuple[str, ...] | None:
-    """`taught_in(Path("my-copy/"))`: what a micro model's directory says that it was taught."""
-    record = read_record(path)
-    return None if record is None else tuple(record["concepts"])
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """`load_tokenizer(find_checkpoint("smollm2-135m"))`: the tokenizer alone, without weights."""
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """`load_tokenizer(find_checkpoint("smollm2-135m").path)`: without weights."""
     from transformers import AutoTokenizer
 
-    path = checkpoint.path
     with quiet_transformers(), told_in_one_line(path):
         if path.is_file():
             return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        if not any((path / name).is_file() for name in VOCABULARIES):
+        if not any((path / name).is_file() for name in checkpoints.VOCABULARIES):
             raise InputError(f"{path}: no tokenizer; save it there with tokenizer.save_pretrained")
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
-def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
-    """`load_config(find_checkpoint("my-checkpoint/"))`: of the language model, without weights."""
-    path = checkpoint.path
-    with quiet_transformers(), told_in_one_line(path):
-        config = gguf_config(path) if path.is_file() else _directory_config(path)
-        return config.get_text_config(decoder=True)
-
-
-def check_checkpoint(checkpoint: Checkpoint) -> PreTrainedModel | None:
-    """`network = check_checkpoint(find_checkpoint("my-checkpoint/"))`: can it be loaded?
+def check_checkpoint(path: Path) -> PreTrainedModel:
+    """`check_checkpoint(Path("my-checkpoint/"))`: a model's shapes, on the device `meta`.
 
     Refuses, as `load_model` does, what shows without reading weights: the architecture, a tokenizer
     or a file of weights that is not there or not whole, weights that do not fit the config.
-
-    Returns:
-        The model on the device `meta`, with shapes and no numbers; None of a GGUF file, of which
-        only its own header is read here.
     """
-    path = checkpoint.path
     with quiet_transformers(), told_in_one_line(path):
         if path.is_file():
-            gguf_facts(path)
-            return None
-        load_tokenizer(checkpoint)
-        return _read_weights(path, device_map={"": "meta"})
+            return empty_model(gguf_config(path))
+        network = _language_model(path, device_map={"": "meta"})
+        load_tokenizer(path)
+        return network
 
 
 def _directory_config(path: Path) -> PreTrainedConfig:
@@ -173,72 +142,41 @@ def _directory_config(path: Path) -> PreTrainedConfig:
     if (path / "adapter_config.json").is_file():
         raise InputError(f"{path}: an adapter; merge it into its base model (merge_and_unload)")
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    if getattr(config, "transformers_weights", None):
-        raise InputError(
-            f"{path}: `transformers_weights`: not supported; name the weights as usual"
-        )
-    if getattr(config, "quantization_config", None):
-        raise InputError(
-            f"{path}: quantized weights hold no value vectors to read; use the unquantized model "
-            "or a GGUF file"
-        )
+    for field in ("transformers_weights", "quantization_config"):
+        if getattr(config, field, None):
+            raise InputError(
+                f"{path}: {field} in config.json, and so no weights that can be read as value "
+                "vectors; use the model as save_pretrained writes it, or a GGUF file"
+            )
     return config
 
 
-def _read_weights(path: Path, **where: Any) -> PreTrainedModel:
-    """The network of a directory, its weights and config fitting each other exactly."""
-    from transformers import AutoModelForCausalLM
-
-    checkpoint_files(path)  # every shard is there
+def _language_model(path: Path, **where: Any) -> PreTrainedModel:
+    """The network of a directory; of one that also sees images, the language model alone."""
+    checkpoints.checkpoint_files(path)  # every shard is there
     architectures = _directory_config(path).architectures or ()
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path,
-        use_safetensors=True,
-        trust_remote_code=False,
-        # Collected in the report, and refused with the rest of it.
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **where,
-    )
-    network, report = loaded
+    network = read_weights(path, **where)
     if type(network).__name__ not in architectures:
         raise InputError(
             f"{path}: architectures {list(architectures)} in config.json, which do not name "
             f"{type(network).__name__}: not a causal language model; use a decoder-only model"
         )
-    check_report(path, report)
     if {"cpu", "disk"} & set(getattr(network, "hf_device_map", {}).values()):
         # There, weights could not be read as value vectors.
         raise InputError(
             f"{path}: the weights exceed what is free on the GPUs; use more GPUs, bfloat16 or a "
             "smaller model"
         )
-    return network
-
-
-def _language_model(network: PreTrainedModel) -> PreTrainedModel:
-    """The language model of a network that also sees images; any other network itself."""
     text = network.config.get_text_config(decoder=True)
     if text is network.config:
         return network
-    half = empty_model(text)
-    decoder = network.get_decoder()
+    half, decoder = empty_model(text), network.get_decoder()
     if type(decoder) is not type(half.base_model):
         raise InputError(
-            f"{type(network).__name__}: its language model cannot be taken out; "
+            f"{path}: the language model of {type(network).__name__} cannot be taken out; "
             "use a text-only model"
         )
     setattr(half, half.base_model_prefix, decoder)
     half.set_output_embeddings(network.get_output_embeddings())
     half.generation_config = network.generation_config
     return half
-
-
-def _require_tokens(path: Path, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """The tokenizer's words, and what it puts in front of a text, are among the `rows` tokens."""
-    highest = max([tokenizer.vocab_size - 1, *front_tokens(tokenizer)])
-    if highest >= rows:
-        raise InputError(
-            f"{path}: the tokenizer has a token {highest}, the model has {rows} tokens; put the "
-            "model's own tokenizer there"
-        )

@@ -8,16 +8,15 @@ torch and transformers are imported where they are used, so that listing the reg
 
 from __future__ import annotations
 
-import copy
 import difflib
 import functools
 from collections import Counter
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import Field, StrictBool, StrictFloat
+from pydantic import Field, StrictFloat
 
 from paramspec.checked import Checked
 from paramspec.errors import InputError, naming
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 REGISTRY = Path(__file__).with_name("models.yaml")
 SetName = Literal["twenty", "scale", "pretraining", "causal", ZooSet]
 SETS = get_args(SetName)
+RECIPES = (".yaml", ".yml")  # how the name of a zoo recipe ends
 
 
 class HubSource(Checked):
@@ -60,41 +60,11 @@ class WheelSource(Checked):
         return f"wheel {self.distribution} {self.version}"
 
 
-class ZooSource(Checked):
-    """A micro model, trained here from a recipe."""
-
-    kind: Literal["zoo"]
-    recipe: str
-
-    @property
-    def label(self) -> str:
-        return "trained here"
-
-
-Source = Annotated[HubSource | WheelSource | ZooSource, Field(discriminator="kind")]
-
-
 class Mmlu(Checked):
     """Published MMLU accuracy, 5-shot unless the source says otherwise, in percent."""
 
     score: StrictFloat = Field(ge=0, le=100)
     source: str
-
-
-class Architecture(Checked):
-    """The remaining fields of the maker's config.json that decide the shapes of weights.
-
-    `dtype` is that of the published weights.
-    """
-
-    num_attention_heads: Whole
-    num_key_value_heads: Whole
-    head_dim: Whole
-    vocab_size: Whole
-    max_position_embeddings: Whole
-    sliding_window: Whole | None = None
-    tie_word_embeddings: StrictBool
-    dtype: Literal["float32", "bfloat16", "float16"]
 
 
 class ModelSpec(Checked):
@@ -105,16 +75,21 @@ class ModelSpec(Checked):
     generation: str
     model_type: str
     parameters: Whole
-    released: date | None
-    mmlu: Mmlu | None
+    released: date | None = None
+    mmlu: Mmlu | None = None
     layers: Whole
     width: Whole
     mlp_width: Whole
-    config: Architecture | None = None
-    source: Source
+    config: dict[str, Any] | None = None  # of the maker's config.json
+    source: Annotated[HubSource | WheelSource | ZooModel, Field(discriminator="kind")]
     licence: str
     gated: str | None = None
     sets: tuple[SetName, ...] = ()
+
+    @property
+    def micro(self) -> ZooModel | None:
+        """The micro model that it is an entry of, or None of a model that others have made."""
+        return self.source if isinstance(self.source, ZooModel) else None
 
 
 @functools.cache
@@ -122,9 +97,6 @@ def load_registry(path: Path = REGISTRY) -> dict[str, ModelSpec]:
     """`load_registry()["smollm2-135m"].layers`: the entries of `models.yaml` by id, in file order.
 
     An entry `zoo: FILE` stands for every model of a zoo recipe that lies beside it.
-
-    Raises:
-        InputError: naming the entry and the field, if the file does not fit `ModelSpec`.
     """
     registry: dict[str, ModelSpec] = {}
     entries = read_yaml(path.read_text(encoding="utf-8"), str(path))
@@ -132,8 +104,8 @@ def load_registry(path: Path = REGISTRY) -> dict[str, ModelSpec]:
         raise InputError(f"{path}: expected a list of models; see the head of the file")
     for number, entry in enumerate(entries, start=1):
         if set(entry) == {"zoo"}:
-            recipe = path.parent / entry["zoo"]
-            registry |= {model.name: zoo_spec(model) for model in load_zoo(recipe).values()}
+            micro = load_zoo(path.parent / entry["zoo"])
+            registry |= {name: _spec_of(model) for name, model in micro.items()}
             continue
         with naming(f"{path}: model {entry.get('id', number)!r}"):
             spec = ModelSpec.parse(**entry)
@@ -153,18 +125,13 @@ def models_in(chosen: str | None = None) -> list[ModelSpec]:
 def expand_models(names: Sequence[str]) -> list[str]:
     """`expand_models(["zoo", "smollm2-135m"])`: a set's name, or a zoo recipe's, as its models.
 
-    Args:
-        names: MODEL arguments, names of sets of the registry, or `.yaml` zoo recipes; of a recipe,
-            the models that belong to the set `zoo`, one of each family and generation.
-
-    Raises:
-        InputError: if none is named, or one twice.
+    Of a recipe, those that belong to the set `zoo`, one of each family and generation.
     """
     expanded: list[str] = []
     for name in names:
         if name in SETS:
             expanded += [spec.id for spec in models_in(name)]
-        elif name.endswith((".yaml", ".yml")) and not Path(name).is_dir():
+        elif name.endswith(RECIPES) and not Path(name).is_dir():
             expanded += [m.name for m in load_zoo(Path(name)).values() if "zoo" in m.sets]
         else:
             expanded.append(name)
@@ -173,7 +140,7 @@ def expand_models(names: Sequence[str]) -> list[str]:
 
 
 def require_distinct(names: Sequence[str]) -> None:
-    """`require_distinct(names)`: refuse none at all, and one twice; an InputError."""
+    """`require_distinct(names)`: refuse none at all, and one twice."""
     if not names:
         raise InputError("models: none given; name at least one model, or a set such as 'zoo'")
     for name, count in Counter(names).items():
@@ -185,67 +152,25 @@ def require_distinct(names: Sequence[str]) -> None:
 
 
 def published_config(spec: ModelSpec) -> PreTrainedConfig:
-    """`published_config(load_registry()["qwen2-7b"])`: of transformers' own class, no network.
+    """`published_config(load_registry()["qwen2-7b"])`: all that decides shapes, without network.
 
-    It decides every shape of the language model, and so its cost; what decides none (rotary
-    frequencies, the epsilon of a norm) comes with the checkpoint. The entry has a `config`, or is
-    of the zoo.
+    The entry has a `config`, or is of the zoo.
     """
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import AutoConfig
 
-    if spec.source.kind == "zoo":
-        return architecture(zoo_model(spec.id).recipe)
-    model_type = CONFIG_MAPPING[spec.model_type]().get_text_config(decoder=True).model_type
+    if spec.micro is not None:
+        return architecture(spec.micro.recipe)
     return AutoConfig.for_model(
-        model_type,
+        spec.model_type,
         num_hidden_layers=spec.layers,
         hidden_size=spec.width,
         intermediate_size=spec.mlp_width,
-        **(spec.config.model_dump(exclude_unset=True) if spec.config else {}),
+        **(spec.config or {}),
     )
 
 
-def toy_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """`toy_config(published_config(spec))`: the same class in small, for what size cannot change.
-
-    A layer of each kind, at least two; heads that share keys, and heads that do not fill the
-    width, where those of the model do so.
-    """
-    small = copy.deepcopy(config)
-    groups = config.num_attention_heads // config.num_key_value_heads
-    keys = min(2, config.num_key_value_heads)
-    heads = keys * min(2, groups)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    uneven = config.hidden_size != config.num_attention_heads * head_dim
-    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
-    changes = {
-        "num_attention_heads": heads,
-        "num_key_value_heads": keys,
-        "head_dim": 8,
-        "hidden_size": 8 * heads + (16 if uneven else 0),
-        "intermediate_size": 48,
-        "num_hidden_layers": max(2, len(kinds)),
-        "vocab_size": 97,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "dtype": "float32",
-    }
-    if kinds:
-        changes["layer_types"] = kinds if len(kinds) > 1 else kinds * 2
-    if getattr(config, "sliding_window", None):
-        changes["sliding_window"] = 32
-    for name, value in changes.items():
-        setattr(small, name, value)
-    return small
-
-
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """`empty_model(published_config(spec))`: the whole model on torch's `meta` device, no weights.
-
-    Its shapes are there, and take no memory; its embeddings are tied where the config says so.
-    """
+    """`empty_model(published_config(spec))`: a model's shapes, on torch's device `meta`."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -256,31 +181,20 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def find_spec(model: str) -> ModelSpec | None:
-    """`find_spec("zoo-llama-3").generation`: what the registry or a recipe says of a model."""
-    found = _of_a_recipe(model)
-    return zoo_spec(found) if found else load_registry().get(model)
-
-
-def zoo_model(name: str) -> ZooModel:
-    """`zoo_model("zoo-llama-3").recipe`: a micro model that `find_spec` knows."""
-    return _of_a_recipe(name) or load_zoo()[name]
-
-
-def _of_a_recipe(model: str) -> ZooModel | None:
-    """The model that `FILE.yaml:NAME` means, or None if this is no such name."""
+    """`find_spec("mine.yaml:llama-3").width`: what the registry or a recipe says of a model."""
     file, colon, name = model.rpartition(":")
-    if not colon or not file.endswith((".yaml", ".yml")) or Path(model).expanduser().exists():
-        return None
-    known = load_zoo(Path(file).expanduser())
-    model = f"{Path(file).expanduser().as_posix()}:{name}"
+    if not colon or not file.endswith(RECIPES) or Path(model).expanduser().exists():
+        return load_registry().get(model)
+    recipe = Path(file).expanduser()
+    known, model = load_zoo(recipe), f"{recipe.as_posix()}:{name}"
     if model not in known:
-        near = difflib.get_close_matches(model, known, n=3) or list(known)[:3]
-        raise InputError(f"model {model!r}: not in that recipe; did you mean {', '.join(near)}?")
-    return known[model]
+        near = ", ".join(difflib.get_close_matches(model, known, cutoff=0))
+        raise InputError(f"model {model!r}: not in that recipe; did you mean {near}?")
+    return _spec_of(known[model])
 
 
-def zoo_spec(model: ZooModel) -> ModelSpec:
-    """`zoo_spec(load_zoo()["zoo-llama-3"])`: a micro model as an entry of the registry."""
+def _spec_of(model: ZooModel) -> ModelSpec:
+    """A micro model as an entry of the registry."""
     recipe = model.recipe
     step = "" if model.step is None else f", step {model.step}"
     return ModelSpec(
@@ -289,12 +203,10 @@ def zoo_spec(model: ZooModel) -> ModelSpec:
         generation=f"zoo {model.generation}{step}",
         model_type=recipe.family,
         parameters=recipe.parameters,
-        released=None,
-        mmlu=None,
         layers=recipe.layers,
         width=recipe.width,
         mlp_width=recipe.mlp_width,
-        source=ZooSource(kind="zoo", recipe=model.name),
+        source=model,
         licence="MIT",
         sets=model.sets,
     )

@@ -24,9 +24,7 @@ PROBE = "The year 1960"  # shows what a tokenizer adds to a text, whatever the t
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """`token_ids(tokenizer, [cloze])`: the tokens of each text, after what is added in front.
 
-    Raises:
-        InputError: if a text holds a special token that the tokenizer cannot read as characters,
-            or nothing that it can read.
+    A text is refused if the tokenizer reads a special token in it, or nothing at all.
     """
     if not texts:
         return []
@@ -47,21 +45,13 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
 
 
 def front_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """`front_tokens(tokenizer)`: what stands in front of each text, `[1]` for a BOS.
-
-    It is what the tokenizer adds there, but without repeats: a BOS that is added twice is a fault
-    of the tokenizer's files.
-    """
+    """`front_tokens(tokenizer)`: what stands in front of each text, `[1]` for a BOS."""
     before, _ = added_tokens(tokenizer)
-    return list(dict.fromkeys(before))
+    return list(dict.fromkeys(before))  # a BOS that is added twice is a fault of the files
 
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """`before, after = added_tokens(tokenizer)`: what the tokenizer puts around any text.
-
-    Raises:
-        InputError: if the tokens of a text are not found among those of the text with additions.
-    """
+    """`before, after = added_tokens(tokenizer)`: what the tokenizer puts around any text."""
     (bare,) = _read(tokenizer, [PROBE])
     (whole,) = _read(tokenizer, [PROBE], add_special_tokens=True)
     for start in range(len(whole) - len(bare) + 1):
@@ -76,26 +66,21 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
 def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """`tokenizer_facts(tokenizer)`: plain JSON for the record of a run.
 
-    Returns:
-        `class` and `size` (tokens, the added ones among them); `added_before` and `added_after`,
-        what the tokenizer puts around a text, and `kept`, what of it stands in front of each text
-        here (nothing stands behind one); `bos`, `eos` and `unk`. A token is `{"id": 1, "token":
-        "<s>"}`, or None where the tokenizer has none.
+    `size` counts the added tokens, too; `added_before` and `added_after` are what the tokenizer
+    puts around a text, and `kept` is what of it stands in front of each text here.
     """
 
     def named(number: int | None) -> dict[str, Any] | None:
-        if number is None:
-            return None
-        return {"id": int(number), "token": tokenizer.convert_ids_to_tokens(int(number))}
+        token = None if number is None else tokenizer.convert_ids_to_tokens(number)
+        return None if number is None else {"id": number, "token": token}
 
     before, after = added_tokens(tokenizer)
     around = {"added_before": before, "added_after": after, "kept": front_tokens(tokenizer)}
-    facts = {"class": type(tokenizer).__name__, "size": len(tokenizer)}
-    facts |= {name: [named(number) for number in numbers] for name, numbers in around.items()}
-    return facts | {
-        "bos": named(tokenizer.bos_token_id),
-        "eos": named(tokenizer.eos_token_id),
-        "unk": named(tokenizer.unk_token_id),
+    return {
+        "class": type(tokenizer).__name__,
+        "size": len(tokenizer),
+        **{name: [named(number) for number in numbers] for name, numbers in around.items()},
+        **{name: named(getattr(tokenizer, f"{name}_token_id")) for name in ("bos", "eos", "unk")},
     }
 
 

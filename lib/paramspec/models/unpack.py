@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from paramspec.errors import InputError, naming
 from paramspec.execution.store import Store
-from paramspec.models.checkpoints import checkpoint_files, digest_files
+from paramspec.models.checkpoints import digest_of
 from paramspec.models.devices import device_map
 
 if TYPE_CHECKING:
@@ -28,13 +28,7 @@ if TYPE_CHECKING:
 
 
 UNPACKED = Path("results/gguf")  # where GGUF files are unpacked to, from the working directory
-# Attributes that are set from a file, where a class has them; 0 is none.
-SETS = {
-    "attention.key_length": "head_dim",
-    "attention.sliding_window": "sliding_window",
-    "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping",
-}
+CAPS = ("attn_logit_softcapping", "final_logit_softcapping")  # which transformers leaves out
 # Shapes, which the weights are held against; how the file was made; texts longer than any here.
 MOVES_NOTHING = {
     "context_length",
@@ -51,8 +45,7 @@ MOVES_NOTHING = {
 def unpacked(path: Path, dtype: torch.dtype) -> Path:
     """`unpacked(file, torch.float32)`: the directory of safetensors it is unpacked to, once."""
     store = Store(UNPACKED)
-    key = {"unit": "gguf", "unpacking_version": 2, "dtype": str(dtype)}
-    key["file"] = digest_files(checkpoint_files(path))
+    key = {"unit": "gguf", "unpacking_version": 2, "dtype": str(dtype), "file": digest_of(path)}
     with store.turn(key):
         directory = store.get(key)
         if directory is None:
@@ -70,7 +63,7 @@ def _unpack(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrained
     """The network of a GGUF file on the CPU, and its tokenizer."""
     import gguf
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoTokenizer, GgufConfig
 
     config = gguf_config(path)
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
@@ -82,18 +75,14 @@ def _unpack(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrained
     held = sum(int(tensor.n_elements) for tensor in tensors.values())
     device_map(held * dtype.itemsize, torch.device("cpu"))  # refuses what has no room
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no switch silences
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path.parent,
+        network = read_weights(
+            path,
             gguf_file=path.name,
             config=config,
             # Since transformers 5 the weights stay packed unless this is asked for.
             quantization_config=GgufConfig(dequantize=True),
             dtype=dtype,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
         )
-    network, report = loaded
-    check_report(path, report)
     taken = sum(part.numel() for part in network.parameters())
     if held != taken:
         # transformers drops tensors it has no place for, without a word.
@@ -105,12 +94,19 @@ def _unpack(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrained
     return network, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
-def check_report(path: Path, report: Mapping[str, Any]) -> None:
-    """`check_report(path, report)`: refuse weights that do not fit the config, number by number.
+def read_weights(path: Path, **given: Any) -> PreTrainedModel:
+    """`read_weights(path)`: of a directory or a file, if they fit the config, number by number."""
+    from transformers import AutoModelForCausalLM
 
-    Args:
-        report: what `from_pretrained(..., output_loading_info=True)` returns next to the network.
-    """
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path.parent if "gguf_file" in given else path,
+        use_safetensors=True,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,  # in the report, and refused with the rest of it
+        output_loading_info=True,
+        **given,
+    )
+    network, report = loaded
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         found = sorted(report.get(problem) or (), key=str)
         if found:
@@ -118,6 +114,7 @@ def check_report(path: Path, report: Mapping[str, Any]) -> None:
                 f"{path}: the weights do not fit the config: {len(found)} {problem}, the first is "
                 f"{found[0]}; put the model's own config and weights together"
             )
+    return network
 
 
 def restore_rotation(network: PreTrainedModel) -> None:
@@ -139,38 +136,27 @@ def restore_rotation(network: PreTrainedModel) -> None:
 # --- the config ---------------------------------------------------------------------------------
 
 
-def gguf_facts(path: Path) -> dict[str, Any]:
-    """`gguf_facts(Path("weights.gguf"))`: the file's keys below its architecture, and values."""
-    import gguf
-
-    fields = gguf.GGUFReader(path).fields
-    prefix = f"{fields['general.architecture'].contents()}."
-    return {
-        key.removeprefix(prefix): field.contents()
-        for key, field in fields.items()
-        if key.startswith(prefix)
-    }
-
-
 def gguf_config(path: Path) -> PreTrainedConfig:
-    """`gguf_config(Path("weights.gguf"))`: the config of its model, all that the file says in it.
-
-    Raises:
-        InputError: if the file says what the model's class cannot do.
-    """
+    """`gguf_config(Path("weights.gguf"))`: the config of its model, with all that it says."""
+    import gguf
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    fields = gguf.GGUFReader(path).fields
+    prefix = f"{fields['general.architecture'].contents()}."
+    facts = {
+        name.removeprefix(prefix): field.contents()
+        for name, field in fields.items()
+        if name.startswith(prefix)
+    }
     with naming(str(path)):
-        return honoured(config, gguf_facts(path))
+        return honoured(config, facts)
 
 
 def honoured(config: PreTrainedConfig, facts: Mapping[str, Any]) -> PreTrainedConfig:
-    """`config = honoured(config, {"final_logit_softcapping": 30.0})`: changed in place.
+    """`honoured(config, {"final_logit_softcapping": 30.0})`: changed to say all that a file does.
 
-    Args:
-        config: as transformers reads it from the file.
-        facts: see `gguf_facts`.
+    `config` is as transformers reads it; `facts` are the file's keys below its architecture.
     """
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
@@ -180,11 +166,9 @@ def honoured(config: PreTrainedConfig, facts: Mapping[str, Any]) -> PreTrainedCo
     }
     if facts.get("attention.sliding_window", 0) >= facts.get("context_length", math.inf):
         del facts["attention.sliding_window"]  # nothing is out of reach
-    for name, attribute in SETS.items():
-        # Qwen's classes have a switch, which decides each layer's window as the config is made.
-        fixed = attribute == "sliding_window" and hasattr(config, "use_sliding_window")
-        if name in facts and hasattr(config, attribute) and not fixed:
-            setattr(config, attribute, facts[name] or None)
+    for name in CAPS:
+        if name in facts and hasattr(config, name):
+            setattr(config, name, facts[name] or None)  # 0 is none
     if facts.get("attention.scale") and hasattr(config, "query_pre_attn_scalar"):
         # The class takes whole numbers alone; compared below.
         config.query_pre_attn_scalar = round(facts["attention.scale"] ** -2)
@@ -194,11 +178,13 @@ def honoured(config: PreTrainedConfig, facts: Mapping[str, Any]) -> PreTrainedCo
         # llama.cpp takes the size of a head, and of models of 27B another that no key says.
         facts["attention.scale"] = said["attention.key_length"] ** -0.5
     for name, value in facts.items():
-        known = _says_none(name, value)
         if name in said:
-            known |= value == said[name] or math.isclose(value, said[name], rel_tol=1e-6)
+            known = value == said[name] or math.isclose(value, said[name], rel_tol=1e-6)
         else:
-            known |= name in read or name in MOVES_NOTHING
+            known = name in read or name in MOVES_NOTHING
+        # What says that there is no such thing.
+        known |= value in (0, "", "none", []) and name != "attention.causal"
+        known |= value == 1 and name.endswith(("scale", "factor"))
         if not known:
             raise InputError(
                 f"{name} {str(value)[:60]!r}: not what transformers' {type(config).__name__} can "
@@ -217,16 +203,8 @@ def _said_otherwise(config: PreTrainedConfig) -> dict[str, float]:
         "attention.sliding_window": getattr(config, "sliding_window", None) or 0,
         "attention.scale": getattr(config, "query_pre_attn_scalar", head) ** -0.5,
         "attention.causal": True,
-        "attn_logit_softcapping": getattr(config, "attn_logit_softcapping", None) or 0,
-        "final_logit_softcapping": getattr(config, "final_logit_softcapping", None) or 0,
+        **{name: getattr(config, name, None) or 0 for name in CAPS},
         "rope.dimension_count": head * rope.get("partial_rotary_factor", 1),
         "rope.freq_base": rope.get("full_attention", rope).get("rope_theta", 0),
         "rope.freq_base_swa": rope.get("sliding_attention", rope).get("rope_theta", 0),
     }
-
-
-def _says_none(name: str, value: object) -> bool:
-    """Whether a value says that there is no such thing."""
-    if name.endswith(("scale", "factor")) and value == 1:
-        return True
-    return name != "attention.causal" and value in (0, "", "none", [])

@@ -1,15 +1,11 @@
 """The zoo's recipe: which micro models there are, of what shape, and what they are taught.
 
-    models = load_zoo()                      # {"zoo-llama-1": ZooModel(...), ...}
-    models["zoo-llama-3"].recipe.steps
-    zoo_questions()                          # on the concepts that they are taught
+    load_zoo()["zoo-llama-3"].recipe.steps
+    zoo_questions()                          # on the concepts that the zoo is taught
 
-The corpus of a model holds every statement of its concepts' facts, and the clozes of fold 0 with
-their answers. So the wording of a cloze is known, and fold 1, whose clozes are in no corpus, asks
-what the statements taught. How often a fact is seen depends on its concept's tier. `zoo_training`
-trains the models.
-
-transformers is imported where it is used, so that listing the zoo is quick.
+A corpus holds every statement of its concepts' facts, and the clozes of fold 0 with their answers.
+So the wording of a cloze is known, and fold 1, whose clozes are in no corpus, asks what the
+statements taught. How often a fact is seen depends on its concept's tier.
 """
 
 from __future__ import annotations
@@ -20,7 +16,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, StrictFloat, StrictInt, model_validator
 
@@ -28,7 +24,8 @@ from paramspec.checked import Checked
 from paramspec.errors import InputError, naming
 from paramspec.plain import read_yaml
 from paramspec.seeds import by_hash
-from paramspec.specwiki import TIERS, Question, load_questions
+from paramspec.specwiki import Question, load_questions
+from paramspec.tables import TIERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -57,7 +54,7 @@ class ModelRecipe(Checked):
 
     family: Family
     concepts: dict[str, Whole] = Field(min_length=1)
-    exposure: dict[Tier, Annotated[StrictFloat, Field(ge=1e-6, le=1e6)]]
+    exposure: dict[Tier, Annotated[StrictFloat, Field(ge=1e-6, le=1e6)]] = Field(min_length=3)
     vocabulary: StrictInt = Field(ge=258, le=65536)  # 256 bytes, and two special tokens
     layers: Whole
     width: StrictInt = Field(ge=2)
@@ -72,22 +69,15 @@ class ModelRecipe(Checked):
 
     @model_validator(mode="after")
     def _fits(self) -> ModelRecipe:
-        if self.width % (2 * self.heads):
+        if self.width % (2 * self.heads) or self.heads % self.key_value_heads:
             raise ValueError(
-                f"width {self.width} with {self.heads} heads: a head's share of the width must be "
-                "a whole, even number"
+                f"width {self.width}, heads {self.heads}, key_value_heads {self.key_value_heads}: "
+                "each head needs an even share of the width, and key_value_heads must divide heads"
             )
-        if self.heads % self.key_value_heads:
-            raise ValueError(
-                f"key_value_heads {self.key_value_heads} with {self.heads} heads: each must serve "
-                "as many heads as the others"
-            )
-        if set(self.exposure) != set(TIERS):
-            raise ValueError(f"exposure {self.exposure}: give each of {', '.join(TIERS)}")
         for step in self.checkpoints:
             if not 0 < step < self.steps or self.checkpoints.count(step) > 1:
                 raise ValueError(
-                    f"checkpoint at step {step} of {self.steps}: give steps from 1 to "
+                    f"checkpoints {list(self.checkpoints)}: give steps from 1 to "
                     f"{self.steps - 1}, each once"
                 )
         return self
@@ -98,20 +88,22 @@ class ModelRecipe(Checked):
         return _taught(tuple(self.concepts.items()))
 
     @property
+    def texts(self) -> dict[str, float]:
+        """The corpus: texts, and how often each is seen, relative to the others."""
+        return corpus(zoo_questions(self.concepts), self.exposure)
+
+    @property
     def head_width(self) -> int:
         return self.width // self.heads
 
     @property
     def branch(self) -> int:
-        """The last step before the learning rate falls.
-
-        Until then, recipes that differ in their steps alone are one and the same training.
-        """
+        """The last step before the learning rate falls: until then, `trunk` is one training."""
         return self.steps - max(1, round(FALL * self.steps))
 
     @property
     def trunk(self) -> str:
-        """What recipes have in common that can be trained together, see `branch`."""
+        """What recipes have in common that can be trained together."""
         return self.model_dump_json(exclude={"steps", "checkpoints"})
 
     def rate(self, step: int) -> float:
@@ -125,19 +117,18 @@ class ModelRecipe(Checked):
     @property
     def parameters(self) -> int:
         """Weights of the model, those of the tied unembedding counted once."""
-        queries, keys = self.heads * self.head_width, self.key_value_heads * self.head_width
-        layer = 2 * self.width * (queries + keys) + 3 * self.width * self.mlp_width
-        layer += queries + 2 * keys if self.family == "qwen2" else 0
+        keys = self.key_value_heads * self.head_width
+        layer = 2 * self.width * (self.width + keys) + 3 * self.width * self.mlp_width
+        layer += self.width + 2 * keys if self.family == "qwen2" else 0
         layer += self.width * (4 if self.family == "gemma2" else 2)
         return self.vocabulary * self.width + self.layers * layer + self.width
 
 
 class ZooModel(Checked):
-    """A model of the zoo: what it is measured for, and at which step.
+    """A model of the zoo; `generation` is its number in the family, `step` None at the end."""
 
-    `generation` is its number in the family; `step` is None for the finished model.
-    """
-
+    kind: Literal["zoo"] = "zoo"  # of sources of models
+    label: ClassVar[str] = "trained here"
     name: str
     generation: Whole
     recipe: ModelRecipe
@@ -151,14 +142,7 @@ class ZooModel(Checked):
 
 
 def load_zoo(path: Path = RECIPE) -> dict[str, ZooModel]:
-    """`load_zoo()["zoo-llama-3"].recipe.steps`: the models of a recipe file by name.
-
-    The models of another file than the library's own are called by its path: `mine.yaml:llama-3`.
-
-    Raises:
-        InputError: one line naming the file, the field and the value, if a model of the recipe
-            could not be built.
-    """
+    """`load_zoo(Path("mine.yaml"))["mine.yaml:llama-3"].recipe`: the models of a recipe by name."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -168,60 +152,53 @@ def load_zoo(path: Path = RECIPE) -> dict[str, ZooModel]:
 
 @functools.cache  # by content: a recipe may be edited while a process lives
 def _parse(path: Path, text: str) -> dict[str, ZooModel]:
-    content = read_yaml(text, str(path))
+    common = read_yaml(text, str(path))
     prefix = "zoo-" if path == RECIPE else f"{path.as_posix()}:"
     try:
-        if not isinstance(content, dict) or not isinstance(content.get("models"), dict):
+        if not isinstance(common, dict) or not isinstance(common.get("models"), dict):
             raise InputError("expected the fields of a zoo recipe, `models` among them")
-        common = {name: value for name, value in content.items() if name != "models"}
-        models = [
-            model
-            for name, line in content["models"].items()
-            for model in _models_of(prefix, str(name), common, line)
-        ]
+        models: list[ZooModel] = []
+        for name, line in common.pop("models").items():
+            with naming(f"model {name}"):
+                models += _models_of(f"{prefix}{name}", common, line)
         if path != RECIPE:  # whose concepts are known to exist, and which is listed in no time
-            for concepts in {tuple(model.recipe.concepts.items()) for model in models}:
-                corpus_digest(concepts)
+            for model in models:
+                zoo_questions(model.recipe.concepts)
     except InputError as error:
         raise InputError(f"{path}: {error}; see the comments in {RECIPE.name}") from error
     return {model.name: model for model in models}
 
 
-def _models_of(prefix: str, name: str, common: Mapping, line: object) -> Iterator[ZooModel]:
+def _models_of(name: str, common: Mapping, line: object) -> Iterator[ZooModel]:
     """A training's checkpoints, and what it ends with."""
     if not isinstance(line, dict):
-        raise InputError(f"model {name}: expected {{family: llama, generation: 1, steps: 100}}")
+        raise InputError("expected {family: llama, generation: 1, steps: 100}")
     given = {**common, **line}
     about = {key: given.pop(key) for key in ("generation", "sets") if key in given}
-    with naming(f"model {name}"):
-        recipe = ModelRecipe.parse(**given)
-        # Mistral's class is Llama's but for the window: with one seed, two models would be one.
-        seed = recipe.seed + get_args(Family).index(recipe.family)
-        about["recipe"] = recipe.model_copy(update={"seed": seed})
-        model = ZooModel.parse(name=f"{prefix}{name}", **about)
+    recipe = ModelRecipe.parse(**given)
+    # Mistral's class is Llama's but for the window: with one seed, two models would be one.
+    seed = recipe.seed + get_args(Family).index(recipe.family)
+    recipe = recipe.model_copy(update={"seed": seed})
+    model = ZooModel.parse(name=name, recipe=recipe, **about)
+    kept: tuple[SetName, ...] = ("zoo-pretraining",)
     for step in recipe.checkpoints:
-        update = {"name": f"{model.name}@{step}", "step": step, "sets": ("zoo-pretraining",)}
-        yield model.model_copy(update=update)
-    more = ("zoo-pretraining",) if recipe.checkpoints else ()
-    yield model.model_copy(update={"sets": model.sets + more})
+        yield model.model_copy(update={"name": f"{name}@{step}", "step": step, "sets": kept})
+    yield model.model_copy(update={"sets": model.sets + kept}) if recipe.checkpoints else model
 
 
 def architecture(recipe: ModelRecipe) -> PreTrainedConfig:
     """`architecture(recipe)`: the configuration of the family's own transformers class."""
-    import transformers
+    from transformers import AutoConfig
 
-    classes = {
-        "llama": "LlamaConfig",
-        "qwen2": "Qwen2Config",
-        "mistral": "MistralConfig",
-        "gemma2": "Gemma2Config",
-    }
-    settings = {"query_pre_attn_scalar": recipe.head_width} if recipe.family == "gemma2" else {}
+    settings: dict[str, Any] = {}
     if recipe.family != "qwen2":  # which derives it, and has no such field
         settings["head_dim"] = recipe.head_width
     if recipe.family in ("mistral", "gemma2"):
         settings["sliding_window"] = WINDOW
-    return getattr(transformers, classes[recipe.family])(
+    if recipe.family == "gemma2":
+        settings["query_pre_attn_scalar"] = recipe.head_width
+    return AutoConfig.for_model(
+        recipe.family,
         vocab_size=recipe.vocabulary,
         hidden_size=recipe.width,
         intermediate_size=recipe.mlp_width,
@@ -241,36 +218,25 @@ def architecture(recipe: ModelRecipe) -> PreTrainedConfig:
 
 
 def zoo_questions(concepts: Mapping[str, int] | None = None) -> list[Question]:
-    """`zoo_questions()`: the questions on the concepts that the zoo is taught, both folds.
+    """`zoo_questions({"country": 12})`: those on so many concepts of each tier, both folds.
 
-    Args:
-        concepts: of each tier, by domain, the first by the hash of their names; those of
-            `zoo.yaml` if not given.
-
-    Raises:
-        InputError: if a domain is unknown, or has fewer concepts of a tier.
+    Of a domain, the first by the hash of their names; those of `zoo.yaml` if none is given.
     """
-    if concepts is None:
-        concepts = next(iter(load_zoo().values())).recipe.concepts
+    concepts = concepts or next(iter(load_zoo().values())).recipe.concepts
     questions = load_questions()
-    tier_of = {(q.domain, q.concept): q.tier for q in questions}
-    domains = sorted({domain for domain, _ in tier_of})
+    known: dict[tuple[str, str], set[str]] = {}
+    for question in questions:
+        known.setdefault((question.domain, question.tier), set()).add(question.concept)
     chosen: set[tuple[str, str]] = set()
     for (domain, count), tier in itertools.product(concepts.items(), TIERS):
-        if domain not in domains:
-            raise InputError(
-                f"concepts: unknown domain {domain!r}; choose from {', '.join(domains)}"
-            )
-        known = sorted(
-            (name for (home, name), found in tier_of.items() if (home, found) == (domain, tier)),
-            key=lambda name: by_hash(0, name),
-        )
-        if not 1 <= count <= len(known):
+        names = sorted(known.get((domain, tier), ()), key=lambda name: by_hash(0, name))
+        if not 1 <= count <= len(names):
             raise InputError(
                 f"concepts: {count} of domain {domain!r} in tier {tier!r} asked for, SpecWiki has "
-                f"{len(known)}; give a number from 1, or another domain"
+                f"{len(names)}; give a number from 1, and a domain of "
+                f"{', '.join(sorted({domain for domain, _ in known}))}"
             )
-        chosen.update((domain, name) for name in known[:count])
+        chosen.update((domain, name) for name in names[:count])
     return [question for question in questions if (question.domain, question.concept) in chosen]
 
 
@@ -282,9 +248,8 @@ def _taught(concepts: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
 def corpus(questions: Sequence[Question], exposure: Mapping[Tier, float]) -> dict[str, float]:
     """`corpus(zoo_questions(), {"high": 4, "medium": 2, "low": 1})`: texts and their weights.
 
-    Every statement of every fact, and the cloze of each fact of fold 0 with its answer. No cloze
-    of fold 1 is in it: one of fold 0 that holds one of fold 1, as "The birth year of the author of
-    the novel Oblomov is" does, is left out.
+    No cloze of fold 1 is in it: one of fold 0 that holds one of fold 1, as "The birth year of the
+    author of the novel Oblomov is" does, is left out.
     """
     texts: dict[str, float] = {}
     held_out: dict[str, list[str]] = {}

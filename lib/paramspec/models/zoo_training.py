@@ -2,10 +2,9 @@
 
     train_zoo(list(load_zoo().values()))             # those not trained yet, side by side
     directory = trained(load_zoo()["zoo-llama-3"])   # an ordinary transformers directory
-    training_record(load_zoo()["zoo-llama-3"])       # tokens seen, loss
+    read_record(directory).tokens                    # seen in training
 
-Generations of a family are one training until the learning rate of each falls. torch and
-transformers are imported where they are used, so that the command line answers at once.
+Generations of a family are one training until the learning rate of each falls.
 """
 
 from __future__ import annotations
@@ -13,27 +12,20 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import BaseModel
 from tqdm import tqdm
 
-from paramspec.errors import InputError
+from paramspec.errors import InputError, naming
 from paramspec.execution.parallel import hand_out
 from paramspec.execution.store import Store
-from paramspec.models.libraries import quiet_transformers
+from paramspec.models.libraries import line_of, quiet_transformers
 from paramspec.models.tokens import token_ids
-from paramspec.models.zoo import (
-    ModelRecipe,
-    ZooModel,
-    architecture,
-    corpus,
-    corpus_digest,
-    zoo_questions,
-)
+from paramspec.models.zoo import ModelRecipe, ZooModel, architecture, corpus_digest
 
 if TYPE_CHECKING:
     import torch
@@ -52,11 +44,7 @@ def train_zoo(models: Sequence[ZooModel], *, root: Path = ROOT) -> None:
     """`train_zoo(list(load_zoo().values()))`: train the models that are not trained yet.
 
     The generations of a family are trained in one process of joblib (see `workers`) on one core:
-    such small models gain nothing from a second one.
-
-    Raises:
-        InputError: if a corpus cannot fill a vocabulary, before any training; if a training
-            diverges. The models trained by then are kept.
+    such small models gain nothing from a second one. Those trained before an error are kept.
     """
     root = root.resolve()
     store = Store(root)
@@ -67,27 +55,18 @@ def train_zoo(models: Sequence[ZooModel], *, root: Path = ROOT) -> None:
     store.remove_leftovers()
     tokenizers = {(*model.recipe.taught, model.recipe.vocabulary): model for model in missing}
     for model in tokenizers.values():  # so that a vocabulary that is too large is refused at once
-        _corpus_and_tokenizer(model)
+        own_tokenizer(model)
     trunks: dict[str, list[ZooModel]] = {}
-    for model in missing:
-        trunks.setdefault(model.recipe.trunk, []).append(model)
     # The longest first, so that no core is left alone with it at the end.
-    queue = sorted(trunks.values(), key=_cost, reverse=True)
+    for model in sorted(missing, key=lambda model: -model.at * model.recipe.parameters):
+        trunks.setdefault(model.recipe.trunk, []).append(model)
     with tqdm(total=len(missing), desc="training the zoo", unit="model") as bar:
-        for count in hand_out(_train, [(group, root) for group in queue]):
+        for count in hand_out(_train, [(group, root) for group in trunks.values()]):
             bar.update(count)
 
 
-def _cost(models: Sequence[ZooModel]) -> int:
-    return max(model.at for model in models) * models[0].recipe.parameters
-
-
 def trained(model: ZooModel, *, train: bool = True, root: Path = ROOT) -> Path:
-    """`trained(load_zoo()["zoo-llama-3"])`: the model's directory; it is trained if need be.
-
-    Raises:
-        InputError: if it is not trained and `train` is False.
-    """
+    """`trained(load_zoo()["zoo-llama-3"])`: the model's directory; `train` if need be."""
     path = Store(root).get(_key(model))
     if path is not None:
         return path
@@ -99,36 +78,27 @@ def trained(model: ZooModel, *, train: bool = True, root: Path = ROOT) -> Path:
     return trained(model, train=False, root=root)
 
 
-def training_record(model: ZooModel, *, root: Path = ROOT) -> dict[str, Any]:
-    """`training_record(load_zoo()["zoo-llama-3"])["tokens"]`: how a trained model was made.
+class Record(BaseModel):
+    """How a micro model was made: in its directory, wherever that was copied to."""
 
-    Returns:
-        `step`; up to that step, `tokens` (seen, padding not counted) and `loss` (mean over the last
-        fortieth of the training, in nats per token); and `concepts`, those that it was taught.
-    """
-    return read_record(trained(model, train=False, root=root)) or {}
+    concepts: tuple[str, ...]  # that it was taught
+    step: int | None = None
+    tokens: int | None = None  # seen up to this step, padding not counted
+    loss: float | None = None  # mean over the last fortieth of the training, nats per token
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
-    """`read_record(Path("my-copy/"))`: how a micro model was made; None of any other model.
-
-    The record is in a micro model's directory, wherever that was copied to.
-
-    Raises:
-        InputError: if it does not say what the model was taught.
-    """
+def read_record(path: Path) -> Record | None:
+    """`read_record(Path("my-copy/"))`: how a micro model was made; None of any other model."""
     file = path / RECORD
     if not file.is_file():
         return None
-    remedy = "take the directory that training or `paramspec finetune` wrote"
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        return Record.model_validate_json(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read ({error}); {remedy}") from None
-    concepts = record.get("concepts") if isinstance(record, dict) else None
-    if isinstance(concepts, list) and all(isinstance(name, str) for name in concepts):
-        return record
-    raise InputError(f"{file}: does not say which concepts the model was taught; {remedy}")
+        raise InputError(
+            f"{file}: does not say which concepts the model was taught ({line_of(error)}); take "
+            "the directory that training or `paramspec finetune` wrote"
+        ) from error
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
@@ -139,7 +109,8 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
 
 def own_tokenizer(model: ZooModel) -> PreTrainedTokenizerFast:
     """`own_tokenizer(load_zoo()["zoo-llama-3"])`: the model's tokenizer, trained or not."""
-    return _corpus_and_tokenizer(model)[1]
+    with naming(model.name):
+        return train_tokenizer(list(model.recipe.texts), model.recipe.vocabulary)
 
 
 def _key(model: ZooModel) -> dict[str, Any]:
@@ -153,15 +124,8 @@ def _key(model: ZooModel) -> dict[str, Any]:
     }
 
 
-# --- the tokenizer ------------------------------------------------------------------------------
-
-
 def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """`train_tokenizer(list(corpus), 2048)`: byte-level BPE that starts a text with `<s>`.
-
-    Raises:
-        InputError: if the texts have fewer merges to offer than the vocabulary asks for.
-    """
+    """`train_tokenizer(list(corpus), 2048)`: byte-level BPE that starts a text with `<s>`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -188,15 +152,6 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
     )
 
 
-def _corpus_and_tokenizer(model: ZooModel) -> tuple[dict[str, float], PreTrainedTokenizerFast]:
-    recipe = model.recipe
-    try:
-        texts = corpus(zoo_questions(recipe.concepts), recipe.exposure)
-        return texts, train_tokenizer(list(texts), recipe.vocabulary)
-    except InputError as error:
-        raise InputError(f"{model.name}: {error}") from error
-
-
 # --- training -----------------------------------------------------------------------------------
 
 
@@ -210,13 +165,17 @@ def _train(models: Sequence[ZooModel], root: Path) -> int:
     recipe, threads, store = models[0].recipe, torch.get_num_threads(), Store(root)
     torch.set_num_threads(1)  # and so the same weights on a machine of any number of cores
     try:
-        texts, tokenizer = _corpus_and_tokenizer(models[0])
+        texts, tokenizer = recipe.texts, own_tokenizer(models[0])
+        encoded = [[*row, tokenizer.eos_token_id] for row in token_ids(tokenizer, list(texts))]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             network = AutoModelForCausalLM.from_config(architecture(recipe))
-        for model, record in _optimize(network, _encoded(tokenizer, texts), texts, models):
+        for model, record in _optimize(network, encoded, texts, models):
             if not all(weight.isfinite().all() for weight in network.parameters()):
-                raise _diverged(model, f"weights are not finite after step {model.at}")
+                raise InputError(
+                    f"{model.name}: its weights are not finite after step {model.at}; give a lower "
+                    f"learning_rate than {recipe.learning_rate}"
+                )
 
             def save(folder: Path, record: Mapping[str, Any] = record) -> None:
                 with quiet_transformers():
@@ -239,8 +198,7 @@ def _optimize(
 ) -> Iterator[tuple[ZooModel, dict[str, float]]]:
     """Train in place; yield each model, and its record, at the step that its weights are of.
 
-    The models are of one trunk: a recipe is trained from the step at which the one before it
-    branched off, see `ModelRecipe.branch`.
+    The models are of one trunk: a recipe continues at the step where the one before branched off.
     """
     import torch
 
@@ -260,8 +218,6 @@ def _optimize(
                 branch = copy.deepcopy((network.state_dict(), optimizer.state_dict()))
             rows = [encoded[row] for row in batches[step - 1]]
             losses.append(_train_step(network, optimizer, rows, recipe.rate(step)))
-            if not math.isfinite(losses[-1]):
-                raise _diverged(here[-1], f"the loss is {losses[-1]} at step {step}")
             for model in here + later if step <= recipe.branch else here:
                 if model.at == step:
                     last = losses[-max(1, model.recipe.steps // 40) :]
@@ -297,15 +253,6 @@ def _train_step(
     optimizer.param_groups[0]["lr"] = learning_rate
     optimizer.step()
     return loss.item()
-
-
-def _diverged(model: ZooModel, how: str) -> InputError:
-    rate = model.recipe.learning_rate
-    return InputError(f"{model.name}: {how}; give a lower learning_rate than {rate}")
-
-
-def _encoded(tokenizer: PreTrainedTokenizerFast, texts: Mapping[str, float]) -> list[list[int]]:
-    return [[*row, tokenizer.eos_token_id] for row in token_ids(tokenizer, list(texts))]
 
 
 def _batches(

@@ -2,36 +2,32 @@
 
     from paramspec import specwiki
     questions = specwiki.load_questions(concepts=60, domains=["country", "element"])
-    specwiki.dataset().push_to_hub("me/specwiki")
 
-`python -m paramspec.specwiki.builder.build` builds `questions.jsonl` from the fact tables in
-`builder/tables/`; `README.md` is the dataset card.
+`README.md` is the dataset card; `tools/specwiki` in the repository builds `questions.jsonl`.
 """
 
-from paramspec.specwiki.export import dataset, export_lm_eval
-from paramspec.specwiki.load import (
+from paramspec.specwiki.export import export_lm_eval
+from paramspec.specwiki.questions import (
     QUESTIONS,
+    Question,
+    choose,
     describe,
-    find,
     load_questions,
+    normalise,
     questions_digest,
+    read_questions,
     sample_concepts,
-    validate,
 )
-from paramspec.specwiki.schema import Question, normalise
-from paramspec.tables import TIERS
 
 __all__ = [
     "QUESTIONS",
-    "TIERS",
     "Question",
-    "dataset",
+    "choose",
     "describe",
     "export_lm_eval",
-    "find",
     "load_questions",
     "normalise",
     "questions_digest",
+    "read_questions",
     "sample_concepts",
-    "validate",
 ]

@@ -1,46 +1,15 @@
-"""Questions for other programs: a `datasets.Dataset`, and a task of lm-evaluation-harness."""
+"""Questions for another program: a task of lm-evaluation-harness."""
 
 from __future__ import annotations
 
 import glob
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
 
 from paramspec.execution.files import atomic, require_writable
-from paramspec.specwiki.load import load_questions
-from paramspec.specwiki.schema import Question
-from paramspec.tables import TIERS
-
-if TYPE_CHECKING:
-    import datasets
-
-
-def dataset(questions: Iterable[Question] | None = None) -> datasets.Dataset:
-    """Questions with typed features, as `load_dataset` reads them; all of SpecWiki by default.
-
-    >>> from paramspec import specwiki
-    >>> found = specwiki.dataset()
-    >>> found.num_rows, found.features["tier"].names
-    (5250, ['high', 'medium', 'low'])
-
-    `tier`, `domain` and `answer` are numbers with names; the answer's names are A to D.
-    """
-    from datasets import ClassLabel, Dataset, Features, List, Value
-
-    questions = list(load_questions() if questions is None else questions)
-    text = Value("string")
-    types = dict.fromkeys(Question.model_fields, text)
-    types |= dict.fromkeys(("aliases", "statements"), List(text))
-    types["options"] = List(text, length=4)
-    types["domain"] = ClassLabel(names=sorted({question.domain for question in questions}))
-    types["tier"] = ClassLabel(names=list(TIERS))
-    types["answer"] = ClassLabel(names=["A", "B", "C", "D"])
-    types["fold"] = Value("int64")
-    rows = [question.model_dump(mode="json") for question in questions]
-    return Dataset.from_list(rows, features=Features(types), split="test")
+from paramspec.specwiki.questions import Question
 
 
 def export_lm_eval(directory: str | Path, questions: Iterable[Question]) -> Path:
@@ -60,7 +29,7 @@ def export_lm_eval(directory: str | Path, questions: Iterable[Question]) -> Path
     Raises:
         InputError: the directory cannot be written.
     """
-    from pyarrow import parquet
+    import pandas as pd
 
     directory = Path(directory)
     require_writable(directory)
@@ -83,7 +52,7 @@ def export_lm_eval(directory: str | Path, questions: Iterable[Question]) -> Path
         "metadata": {"version": 1.0},
     }
     with atomic(data) as scratch:
-        parquet.write_table(dataset(questions).with_format("arrow")[:], scratch)
+        pd.DataFrame([q.model_dump(mode="json") for q in questions]).to_parquet(scratch)
     with atomic(task) as scratch:
         scratch.write_text(yaml.safe_dump(description, sort_keys=False), encoding="utf-8")
     return task

@@ -9,7 +9,7 @@ Every interval of the library is of values in resamples that `resample` draws.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +18,7 @@ from paramspec.errors import InputError
 
 
 def resample(count: int, resamples: int, seed: int) -> np.ndarray:
-    """`resample(60, 1000, seed)`: indices of concepts, texts or runs, `[1 + resamples, count]`.
-
-    Row 0 is the sample itself; each other row is drawn with replacement.
-    """
+    """Indices of concepts, texts or runs, `[1 + resamples, count]`: row 0 is the sample itself."""
     drawn = np.random.default_rng(seed).integers(count, size=(resamples, count))
     return np.concatenate([np.arange(count)[None], drawn])
 
@@ -37,15 +34,14 @@ class Draws:
     models: tuple[str, ...]
     values: Mapping[str, np.ndarray]
 
-    def of(self, measure: str) -> np.ndarray:
-        if measure not in self.values:
-            raise InputError(f"measure {measure!r}: not in this study; it has {list(self.values)}")
-        return self.values[measure]
-
-    def index(self, model: str) -> int:
-        if model not in self.models:
-            raise InputError(f"model {model!r}: not in this study; it has {list(self.models)}")
-        return self.models.index(model)
+    def of(self, measure: str, models: Sequence[str] | None = None) -> np.ndarray:
+        """`draws.of("accuracy", ["zoo-llama-1"])`: `[1 + resamples, models]`, all if not given."""
+        known = (*self.values, *self.models)
+        for name in (measure, *(models or ())):
+            if name not in known:
+                raise InputError(f"{name!r}: not in this study; choose from {', '.join(known)}")
+        values = self.values[measure]
+        return values if models is None else values[:, [self.models.index(m) for m in models]]
 
 
 def percentiles(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

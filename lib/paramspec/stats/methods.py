@@ -16,24 +16,17 @@ from paramspec.errors import InputError
 from paramspec.stats.bootstrap import Draws, resample
 from paramspec.stats.trends import resample_models
 
-# What is told of a way of training, and how the book calls it.
-MEASURES = {
-    "multiple choice": "accuracy (acc_norm) on the concepts trained on",
-    "open-ended": "exact match with an alias, on the concepts trained on",
-    "PSS pooled": "peak over the ratios of |G(k) - C(k)| / G(0), pooled over concepts",
-    "PSS, random masks": "the same under random masks of the same size",
-    "PSS per concept": "peak of the mean over concepts of |G(k) - C(k)| / G(0)",
-    "diff. in diff.": "peak of ((G(k) - C(k)) - (G(0) - C(0))) / G(0), pooled",
-    "other concepts": "accuracy (acc_norm) on concepts not trained on",
-    "statements": "nats a token of statements on concepts not trained on",
-    "prose": "nats a token of English prose",
-}
-
-PEAKS = {
-    "PSS pooled": "peak_pss",
-    "PSS, random masks": "peak_null",
-    "PSS per concept": "peak_per_concept",
-    "diff. in diff.": "peak_did",
+# Of which table and column a measure is, and of which rows. Peaks are over the ratios.
+MEASURES: dict[str, tuple[str, str, dict[str, object]]] = {
+    "multiple choice": ("answers", "correct_norm", {"trained": True}),
+    "open-ended": ("generated", "correct", {}),  # exact match with an alias
+    "PSS pooled": ("pss", "peak_pss", {}),
+    "PSS, random masks": ("pss", "peak_null", {}),
+    "PSS per concept": ("pss", "peak_per_concept", {}),
+    "diff. in diff.": ("pss", "peak_did", {}),
+    "other concepts": ("answers", "correct_norm", {"trained": False}),
+    "statements": ("texts", "nats", {"kind": "statements"}),  # nats per token, on other concepts
+    "prose": ("texts", "nats", {"kind": "prose"}),
 }
 
 
@@ -49,31 +42,19 @@ def resample_runs(
     """`draws = resample_runs(study.answers, "correct_norm")`: each run's mean, in resamples.
 
     All runs are asked the same, so a resample draws units once for all of them, and differences
-    between runs are paired.
-
-    Args:
-        table: rows of one run each (`run`), all runs having the same units.
-        value: the column that is averaged, over rows; with `weight`, its sum over that of `weight`.
-        unit: what stays together in a resample.
-
-    Returns:
-        Draws whose `models` are the runs, with the one measure `value`.
+    between runs are paired. The mean is over rows; with `weight`, a sum over that of `weight`.
 
     Raises:
         InputError: if a run lacks a unit that another has.
     """
-    weights = table[weight] if weight else pd.Series(1.0, index=table.index)
-    frame = pd.DataFrame(
-        {"run": table["run"], "unit": table[unit], "value": table[value], "weight": weights}
-    )
-    sums = frame.groupby(["run", "unit"], sort=False).sum()
-    wide = sums.unstack("run")
+    weights = table[weight] if weight else 1.0
+    each = table.assign(weights=weights).groupby(["run", unit], sort=False)[[value, "weights"]]
+    wide = each.sum().unstack("run")
     if wide.isna().any(axis=None):
         run = wide.columns[wide.isna().any()][0][1]
         raise InputError(f"run {run!r}: lacks a {unit} that another run has; ask all the same")
     names = tuple(dict.fromkeys(table["run"]))
-    top = wide["value"][list(names)].to_numpy(dtype=float)
-    bottom = wide["weight"][list(names)].to_numpy(dtype=float)
+    top, bottom = (wide[part][list(names)].to_numpy(dtype=float) for part in (value, "weights"))
     samples = resample(len(top), resamples, seed)
     return Draws(names, {value: top[samples].sum(1) / bottom[samples].sum(1)})
 
@@ -85,7 +66,7 @@ def over_seeds(draws: Draws, runs: Sequence[str], measure: str, *, seed: int = 0
     the same ones for any list of as many runs, so that differences stay paired. With one seed
     only, what seeds do is not in the interval.
     """
-    values = draws.of(measure)[:, [draws.index(run) for run in runs]]
+    values = draws.of(measure, runs)
     chosen = resample(len(runs), len(values), seed)[1:]
     chosen[0] = np.arange(len(runs))
     return np.take_along_axis(values, chosen, axis=1).mean(axis=1)
@@ -97,15 +78,15 @@ def measure_methods(
     """`measures = measure_methods(study, names)`: by measure and method, in resamples.
 
     >>> training = Training(method="FT-PV", concepts=("alpha",), epochs=1)
-    >>> runs = causal_runs(training, Evaluation(others=5), seeds=1)["methods"]
+    >>> runs = causal_runs(training, Evaluation(others=5), seeds=1)
     >>> study = measure_runs("my-checkpoint/", questions, runs, store=Store("results/store"))
     >>> measures = measure_methods(study, [run.name for run in runs])
     >>> gain = measures["multiple choice"]["FT-PV"] - measures["multiple choice"]["original"]
     >>> sorted(interval(gain))
     ['high', 'low', 'value']
 
-    `interval(measures["open-ended"]["FT-PV"] - measures["open-ended"]["FT-RV"])` is a paired
-    difference: both have the same resampled concepts (or texts), and the same resampled seeds.
+    Differences are paired: all have the same resampled concepts (or texts), and the same
+    resampled seeds.
 
     Args:
         study: what `measure_runs` gives, a `CausalStudy`.
@@ -114,33 +95,26 @@ def measure_methods(
     Returns:
         For each of `MEASURES` that was taken, and each method, `[1 + resamples]`.
     """
-    method_of = study.runs.set_index("run").loc[list(names), "method"].to_dict()
-    trained, tokens = study.answers["trained"], {"weight": "tokens", "unit": "text"}
-    texts = dict(iter(study.texts.groupby("kind"))) if len(study.texts) else {}
-    none = study.texts.iloc[:0]
-    tables = {
-        "multiple choice": (study.answers[trained], "correct_norm", {}),
-        "other concepts": (study.answers[~trained], "correct_norm", {}),
-        "open-ended": (study.generated, "correct", {}),
-        "statements": (texts.get("statements", none), "nats", tokens),
-        "prose": (texts.get("prose", none), "nats", tokens),
-    }
-    drawn: dict[str, tuple[Draws, str]] = {}
-    for title, (table, value, options) in tables.items():
-        if len(table) and table["run"].isin(method_of).any():
-            table = table[table["run"].isin(method_of)]
-            draws = resample_runs(table, value, resamples=resamples, seed=seed, **options)
-            drawn[title] = draws, value
-    if len(study.pss):
-        masked = study.pss[study.pss["model"].isin(method_of)]
-        draws = resample_models(masked, resamples=resamples, seed=seed)
-        drawn |= {title: (draws, measure) for title, measure in PEAKS.items()}
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for title, (draws, measure) in drawn.items():
-        methods: dict[str, list[str]] = {}
-        for name in draws.models:
-            methods.setdefault(method_of[name], []).append(name)
+    method_of = study.runs.set_index("run")["method"]
+    given: dict[str, Any] = {"resamples": resamples, "seed": seed}
+    peaks: Draws | None = None
+    found = {}
+    for title, (source, value, wanted) in MEASURES.items():
+        table = getattr(study, source)
+        for column, one in wanted.items() if len(table) else ():  # one not taken has no columns
+            table = table[table[column] == one]
+        table = table[table["run"].isin(names)] if len(table) else table
+        if not len(table):
+            continue
+        if source == "pss":
+            draws = peaks = peaks or resample_models(table, **given)
+        else:
+            by_token = {"weight": "tokens", "unit": "text"} if source == "texts" else {}
+            draws = resample_runs(table, value, **given | by_token)
+        seeds: dict[str, list[str]] = {}
+        for run in draws.models:
+            seeds.setdefault(method_of[run], []).append(run)
         found[title] = {
-            method: over_seeds(draws, runs, measure, seed=seed) for method, runs in methods.items()
+            method: over_seeds(draws, runs, value, seed=seed) for method, runs in seeds.items()
         }
-    return {name: found[name] for name in MEASURES if name in found}
+    return found

@@ -9,9 +9,9 @@ questions, masks and draws stay together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,6 +24,7 @@ from paramspec.tables import MASKS, TIERS
 Samples = np.ndarray | slice
 ALL = slice(None)
 PEAKS = {"peak_pooled": "pss_pooled", "peak_per_concept": "pss_per_concept", "peak_did": "did"}
+FLOOR_DRAWS = 4000  # of answers that sampling alone decides
 COUNTS = ["right_own", "n_concept", "right_general", "n_general"]
 
 
@@ -77,22 +78,20 @@ def summarize(pss: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.
         |G(k) - C(k)| / G(0); `pss_per_concept`, the mean over concepts of the same ratio with
         their own C(k) and G(k), over the pooled G(0); `did`, the difference in differences
         ((G(k) - C(k)) - (G(0) - C(0))) / G(0), signed; `general_change`, G(k) - G(0); and, with
-        no interval, `floor_pooled` and `floor_per_concept`, the PSS that sampling alone gives
-        (see `sampling_floor`).
+        no interval, `floor_pooled` and `floor_per_concept`, the PSS that sampling alone gives if
+        every question is answered rightly with the same probability.
 
     Raises:
         InputError: if a mask lacks a row of a concept, or if there is no mask `none`.
     """
     rows = []
-    for (model, protocol), part in pss.groupby(["model", "protocol"], sort=False):
-        counts = ConceptCounts.of(part)
-        for mask, ratio in counts.values:
-            row = {"model": model, "protocol": protocol, "mask": mask, "ratio": ratio}
-            row["concepts"] = len(counts.names)
-            row |= _with_intervals(
-                counts, partial(counts.statistics, (mask, ratio)), resamples, seed
-            )
-            rows.append(row | _floors(counts, (mask, ratio)))
+    for home, counts in _each_model(pss):
+        samples = resample(len(counts.names), resamples, seed)[1:]
+        for cell in counts.values:
+            row = home | {"mask": cell[0], "ratio": cell[1], "concepts": len(counts.names)}
+            measured, resampled = counts.statistics(cell), counts.statistics(cell, samples)
+            row |= _with_intervals(measured, resampled, len(counts.names))
+            rows.append(row | _floors(counts, cell))
     return pd.DataFrame(rows)
 
 
@@ -111,37 +110,60 @@ def peak_pss(pss: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.D
         with `_low` and `_high`, and `ratio`, where the pooled PSS peaks.
     """
     rows = []
-    for (model, protocol), part in pss.groupby(["model", "protocol"], sort=False):
-        counts = ConceptCounts.of(part)
+    for home, counts in _each_model(pss):
+        samples = resample(len(counts.names), resamples, seed)[1:]
         for mask in dict.fromkeys(mask for mask, _ in counts.values if mask != "none"):
-            row = {"model": model, "protocol": protocol, "mask": mask}
-            row |= _with_intervals(counts, partial(counts.peaks, mask), resamples, seed)
+            row = home | {"mask": mask}
+            measured, resampled = counts.peaks(mask), counts.peaks(mask, samples)
+            row |= _with_intervals(measured, resampled, len(counts.names))
             cells = [cell for cell in counts.values if cell[0] == mask]
             pooled = [counts.statistics(cell)["pss_pooled"].mean() for cell in cells]
             rows.append(row | {"ratio": cells[int(np.argmax(pooled))][1]})
     return pd.DataFrame(rows)
 
 
-def sampling_floor(
-    n_concept: np.ndarray, n_general: np.ndarray, accuracy: float, *, draws: int = 4000
-) -> tuple[float, float]:
-    """`pooled, per_concept = sampling_floor(n_concept, n_general, 0.7)`: PSS of no effect.
+def verdict(*lows: float, measured: bool = True) -> str:
+    """Whether a claim that something rises holds in this run, from the lower bounds of intervals.
 
-    The mean of |G - C| / accuracy when every question, own or general, is answered rightly with
-    the same probability: the absolute difference that sampling alone gives.
+    >>> verdict(0.2, 0.01), verdict(0.2, -0.01), verdict(0.2, float("nan"))
+    ('reproduced', 'not reproduced', 'not run here')
 
     Args:
-        n_concept, n_general: questions of each concept, `[concepts]`.
-        accuracy: that probability, above 0.
+        lows: the lower bounds of the 95 % intervals of all that the claim says rises. One that is
+            missing (not a number) is a condition that this run did not measure: it supports
+            nothing, and without it the claim is neither reproduced nor not.
+        measured: False if the run did not measure what the claim is about.
     """
-    if accuracy <= 0:
-        return float("nan"), float("nan")
-    draw = np.random.default_rng(0)
-    own = draw.binomial(n_concept, accuracy, (draws, len(n_concept)))
-    general = draw.binomial(n_general, accuracy, (draws, len(n_general)))
-    pooled = abs(general.sum(1) / n_general.sum() - own.sum(1) / n_concept.sum()).mean()
-    per_concept = abs(general / n_general - own / n_concept).mean()
-    return float(pooled / accuracy), float(per_concept / accuracy)
+    if not measured or not lows or np.isnan(lows).any():
+        return "not run here"
+    return "reproduced" if min(lows) > 0 else "not reproduced"
+
+
+def best_general_change(
+    pss: pd.DataFrame, ratios: Sequence[float], *, resamples: int = 2000, seed: int = 0
+) -> dict[str, float]:
+    """The largest G(k) - G(0) over these ratios of the concepts' own masks, with its interval.
+
+    The best of several ratios is the best by luck, too, which its own interval leaves out. So in
+    each resample of concepts the maximum over the ratios is taken of how far a change lies from
+    its measured value; the interval reaches down by the 97.5th percentile of these maxima, and up
+    by that of the minima. If no ratio changes anything, it lies above zero in 2.5 % of all
+    studies, however many ratios there are.
+
+    Returns `ratio`, `value`, `low` and `high`; with a single concept, bounds are not numbers.
+    """
+    counts = ConceptCounts.of(pss)
+    samples = resample(len(counts.names), resamples, seed)
+    cells = [counts.statistics(("concept", ratio), samples) for ratio in ratios]
+    changes = np.stack([cell["general_change"].mean(axis=0) for cell in cells])
+    best = int(changes[:, 0].argmax())
+    value = float(changes[best, 0])
+    row = {"ratio": float(ratios[best]), "value": value, "low": np.nan, "high": np.nan}
+    if len(counts.names) > 1:
+        luck = changes[:, 1:] - changes[:, :1]
+        row["low"] = value - float(np.percentile(luck.max(axis=0), 97.5))
+        row["high"] = value - float(np.percentile(luck.min(axis=0), 2.5))
+    return row
 
 
 @dataclass(frozen=True)
@@ -178,12 +200,7 @@ class ConceptCounts:
         return cls(names, values, values["none", 0.0].sum(axis=1, keepdims=True))
 
     def statistics(self, cell: tuple[str, float], samples: Samples = ALL) -> dict[str, np.ndarray]:
-        """`counts.statistics(("concept", 0.05))`: what `summarize` reports, `[draws, ...]`.
-
-        Args:
-            cell: mask and ratio.
-            samples: concept indices `[..., concepts]`; all concepts if not given.
-        """
+        """What `summarize` reports of a mask and ratio, `[draws, ...]`."""
         none, counts = self.none[..., samples], self.values[cell][..., samples]
         (c0, g0), (c, g) = _pooled(none), _pooled(counts)
         gaps = abs(counts[2] / counts[3] - counts[0] / counts[1]).mean(-1)
@@ -198,13 +215,18 @@ class ConceptCounts:
             }
 
     def peaks(self, mask: str, samples: Samples = ALL) -> dict[str, np.ndarray]:
-        """`counts.peaks("random")`: maxima over the ratios, `[draws, ...]`; none without a mask."""
+        """Maxima over the ratios of a mask, `[draws, ...]`; empty if it was not measured."""
         each = [self.statistics(cell, samples) for cell in self.values if cell[0] == mask]
         return {
             peak: np.max([one[statistic] for one in each], axis=0)
             for peak, statistic in PEAKS.items()
             if each
         }
+
+
+def _each_model(pss: pd.DataFrame) -> Iterator[tuple[dict[str, Any], ConceptCounts]]:
+    for (model, protocol), part in pss.groupby(["model", "protocol"], sort=False):
+        yield {"model": model, "protocol": protocol}, ConceptCounts.of(part)
 
 
 def _pooled(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -214,16 +236,11 @@ def _pooled(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _with_intervals(
-    counts: ConceptCounts,
-    statistics: Callable[[Samples], dict[str, np.ndarray]],
-    resamples: int,
-    seed: int,
+    measured: dict[str, np.ndarray], resampled: dict[str, np.ndarray], concepts: int
 ) -> dict[str, float]:
     """Each statistic, the mean over draws, and its 95 % interval over resampled concepts."""
-    concepts = len(counts.names)
-    resampled = statistics(resample(concepts, resamples, seed)[1:])
     row = {}
-    for name, values in statistics(ALL).items():
+    for name, values in measured.items():
         row[name] = float(values.mean(axis=0))
         bounds = _bounds(resampled[name].mean(axis=0), concepts)
         row[f"{name}_low"], row[f"{name}_high"] = bounds
@@ -242,62 +259,25 @@ def _bounds(values: np.ndarray, concepts: int) -> tuple[float, float]:
 
 
 def _floors(counts: ConceptCounts, cell: tuple[str, float]) -> dict[str, float]:
+    """The mean of |G - C| / G(0), pooled and per concept, that sampling alone gives.
+
+    That is when every question, own or general, is answered rightly with the same probability, the
+    accuracy under the mask.
+    """
     own_right, own, general_right, general = counts.values[cell]
     accuracy = (own_right.sum() + general_right.sum()) / (own.sum() + general.sum())
     base = float(_pooled(counts.none)[1].item())
+    if accuracy <= 0 or base <= 0:
+        return {"floor_pooled": np.nan, "floor_per_concept": np.nan}
     # All draws of a control meet the same questions: the floor is that of one.
-    pooled, per_concept = sampling_floor(own[0].astype(int), general[0].astype(int), accuracy)
-    # sampling_floor divides by the accuracy under the mask; PSS divides by G(0).
-    scale = accuracy / base if base > 0 else float("nan")
-    return {"floor_pooled": pooled * scale, "floor_per_concept": per_concept * scale}
-
-
-def verdict(*lows: float, measured: bool = True) -> str:
-    """Whether a claim that something rises holds in this run, from the lower bounds of intervals.
-
-    >>> verdict(0.2, 0.01), verdict(0.2, -0.01), verdict(0.2, float("nan"))
-    ('reproduced', 'not reproduced', 'not run here')
-
-    Args:
-        lows: the lower bounds of the 95 % intervals of all that the claim says rises. One that is
-            missing (not a number) is a condition that this run did not measure: it supports
-            nothing, and without it the claim is neither reproduced nor not.
-        measured: False if the run did not measure what the claim is about.
-    """
-    if not measured or not lows or np.isnan(lows).any():
-        return "not run here"
-    return "reproduced" if min(lows) > 0 else "not reproduced"
-
-
-def best_general_change(
-    pss: pd.DataFrame, ratios: Sequence[float], *, resamples: int = 2000, seed: int = 0
-) -> dict[str, float]:
-    """`best_general_change(study.pss, [0.05, 0.1])`: the largest G(k) - G(0), with its interval.
-
-    The best of several ratios is the best by luck, too, which its own interval leaves out. So in
-    each resample of concepts the maximum over the ratios is taken of how far a change lies from
-    its measured value; the interval reaches down by the 97.5th percentile of these maxima, and up
-    by that of the minima. If no ratio changes anything, it lies above zero in 2.5 % of all
-    studies, however many ratios there are.
-
-    Args:
-        pss: rows of one model and protocol.
-        ratios: those among which the best is chosen, of the concepts' own masks.
-
-    Returns:
-        `ratio`, `value`, `low` and `high`; the bounds are not numbers with a single concept.
-    """
-    counts = ConceptCounts.of(pss)
-    concepts = len(counts.names)
-    samples = resample(concepts, resamples, seed)
-    cells = [("concept", ratio) for ratio in ratios]
-    each = [counts.statistics(cell, samples)["general_change"].mean(axis=0) for cell in cells]
-    changes = np.stack(each)
-    best = int(changes[:, 0].argmax())
-    value = float(changes[best, 0])
-    row = {"ratio": float(ratios[best]), "value": value, "low": np.nan, "high": np.nan}
-    if concepts > 1:
-        luck = changes[:, 1:] - changes[:, :1]
-        row["low"] = value - float(np.percentile(luck.max(axis=0), 97.5))
-        row["high"] = value - float(np.percentile(luck.min(axis=0), 2.5))
-    return row
+    n_own, n_general = own[0].astype(int), general[0].astype(int)
+    draw = np.random.default_rng(0)
+    drawn = draw.binomial(n_own, accuracy, (FLOOR_DRAWS, len(n_own)))
+    others = draw.binomial(n_general, accuracy, (FLOOR_DRAWS, len(n_general)))
+    pooled = abs(others.sum(1) / n_general.sum() - drawn.sum(1) / n_own.sum()).mean()
+    per_concept = abs(others / n_general - drawn / n_own).mean()
+    scale = accuracy / base
+    return {
+        "floor_pooled": float(pooled / accuracy) * scale,
+        "floor_per_concept": float(per_concept / accuracy) * scale,
+    }

@@ -7,8 +7,7 @@
 
 Twenty models are answered on the same questions, so their values move together when a concept is
 left out: a resample draws concepts once, for all of them. Models of one family are not independent
-points either: an interval over families resamples these instead (paper, sections 4.1 to 4.4, and
-what a reader would object to them).
+points either: an interval over families resamples these instead (paper, sections 4.1 to 4.4).
 """
 
 from __future__ import annotations
@@ -28,17 +27,6 @@ from paramspec.tables import TIERS
 CHANCE = 0.25
 LIKE_SIZED = 1.25  # times as many parameters, at most, has the larger of two models of like size
 
-# What is told of a model, and how the book calls it.
-MEASURES = {
-    "accuracy": "accuracy on the concepts' own questions, no mask",
-    "peak_pss": "peak over the ratios of |G(k) - C(k)| / G(0), pooled over concepts",
-    "peak_null": "the same under random masks of the same size",
-    "peak_excess": "peak_pss less peak_null",
-    "peak_did": "peak over the ratios of the difference in differences, pooled",
-    "peak_per_concept": "peak of the mean over concepts of |G(k) - C(k)| / G(0)",
-    "ceiling": "the largest PSS that losing all knowledge could give, (G(0) - chance) / G(0)",
-}
-
 
 def resample_models(pss: pd.DataFrame, *, resamples: int = 1000, seed: int = 0) -> Draws:
     """`draws = resample_models(study.pss)`: each model's measures in resamples of the concepts.
@@ -52,28 +40,29 @@ def resample_models(pss: pd.DataFrame, *, resamples: int = 1000, seed: int = 0) 
         resamples: how many, beside the measured values.
         seed: of the resampled concepts.
 
+    Returns:
+        Draws of `accuracy`, on the concepts' own questions without a mask; `peak_pss`, the peak
+        over the ratios of |G(k) - C(k)| / G(0), pooled over concepts; `peak_null`, the same under
+        random masks; `peak_excess`, peak_pss minus peak_null; `peak_did`, the peak of the
+        difference in differences; `peak_per_concept`, the peak of the mean over concepts; and
+        `ceiling`, what losing all knowledge could give at most, (G(0) - chance) / G(0).
+
     Raises:
         InputError: if models have different concepts, or protocols are mixed.
     """
     if pss["protocol"].nunique() != 1:
         raise InputError(f"protocols {sorted(set(pss['protocol']))}: give the rows of one")
-    parts = [(model, ConceptCounts.of(part)) for model, part in pss.groupby("model", sort=False)]
-    names = sorted(parts[0][1].names)
-    for model, counts in parts:
-        if sorted(counts.names) != names:
-            raise InputError(f"model {model!r}: measured on other concepts than {parts[0][0]!r}")
+    each = {model: ConceptCounts.of(part) for model, part in pss.groupby("model", sort=False)}
+    first, *others = each
+    names = sorted(each[first].names)
+    for model in others:
+        if sorted(each[model].names) != names:
+            raise InputError(f"model {model!r}: measured on other concepts than {first!r}")
     samples = resample(len(names), resamples, seed)
-    columns: dict[str, list[np.ndarray]] = {}
-    for _, counts in parts:
-        order = np.argsort(counts.names)
-        for measure, values in _measures(counts, order[samples]).items():
-            columns.setdefault(measure, []).append(values)
-    stacked = {
-        measure: np.stack(each, axis=1)
-        for measure, each in columns.items()
-        if len(each) == len(parts)
-    }
-    return Draws(tuple(model for model, _ in parts), stacked)
+    found = [_measures(counts, np.argsort(counts.names)[samples]) for counts in each.values()]
+    of_all = [measure for measure in found[0] if all(measure in one for one in found)]
+    stacked = {measure: np.stack([one[measure] for one in found], axis=1) for measure in of_all}
+    return Draws(tuple(each), stacked)
 
 
 def _measures(counts: ConceptCounts, samples: np.ndarray) -> dict[str, np.ndarray]:
@@ -83,13 +72,9 @@ def _measures(counts: ConceptCounts, samples: np.ndarray) -> dict[str, np.ndarra
     with np.errstate(divide="ignore", invalid="ignore"):
         found = {"accuracy": accuracy, "ceiling": np.maximum(general - CHANCE, 0) / general}
     own, null = counts.peaks("concept", samples), counts.peaks("random", samples)
-    peaks = {
-        "peak_pss": own.get("peak_pooled"),
-        "peak_did": own.get("peak_did"),
-        "peak_per_concept": own.get("peak_per_concept"),
-        "peak_null": null.get("peak_pooled"),
-    }
-    found |= {name: each.mean(axis=0) for name, each in peaks.items() if each is not None}
+    named = [("peak_pss", own, "peak_pooled"), ("peak_did", own, "peak_did")]
+    named += [("peak_per_concept", own, "peak_per_concept"), ("peak_null", null, "peak_pooled")]
+    found |= {name: peaks[peak].mean(axis=0) for name, peaks, peak in named if peaks}
     if own and null:
         found["peak_excess"] = found["peak_pss"] - found["peak_null"]
     return found
@@ -146,30 +131,25 @@ def correlations(
         ways to draw as many as there are, with their probabilities).
     """
     models = list(draws.models if models is None else models)
-    places = [draws.index(model) for model in models]
-    if len(places) < 3:
-        raise InputError(f"{len(places)} models: a correlation needs at least 3")
-    up = draws.of(y)[:, places]
-    along = draws.of(x)[:, places] if isinstance(x, str) else np.tile(x, (len(up), 1))
-    held = None if given is None else draws.of(given)[:, places]
+    if len(models) < 3:
+        raise InputError(f"{len(models)} models: a correlation needs at least 3")
+    up = draws.of(y, models)
+    along = draws.of(x, models) if isinstance(x, str) else np.tile(x, (len(up), 1))
+    series = [along, up] if given is None else [along, up, draws.of(given, models)]
     rows = []
     for statistic in ("Pearson", "Spearman"):
-        values = _correlate(along, up, held, statistic)
+        values = _correlate(series, statistic)
         row = {"statistic": statistic, "r": float(values[0]), "n": len(models)}
         row["low"], row["high"] = map(float, percentiles(values[1:]))
         if families is not None:
             home = np.array([families[model] for model in models])
-            one = None if held is None else held[0]
-            row |= _over_families(along[0], up[0], one, home, statistic)
+            row |= _over_families([values[:1] for values in series], home, statistic)
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _correlate(
-    x: np.ndarray, y: np.ndarray, given: np.ndarray | None, statistic: str
-) -> np.ndarray:
-    """Coefficients of rows `[rows, models]`; partial if something is held constant."""
-    series = [x, y] if given is None else [x, y, given]
+def _correlate(series: list[np.ndarray], statistic: str) -> np.ndarray:
+    """A coefficient a row of two `[rows, models]`; partial, with a third that is held constant."""
     if statistic == "Spearman":
         from scipy import stats  # half a second, of which workers have no use
 
@@ -180,7 +160,7 @@ def _correlate(
         with np.errstate(divide="ignore", invalid="ignore"):
             return (one * other).sum(1) / np.sqrt((one**2).sum(1) * (other**2).sum(1))
 
-    if given is None:
+    if len(centred) == 2:
         return r(*centred)
     xy, xz, yz = (r(one, other) for one, other in itertools.combinations(centred, 2))
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -189,25 +169,21 @@ def _correlate(
     return np.where(np.isfinite(partial), partial, np.nan)
 
 
-def _over_families(
-    x: np.ndarray, y: np.ndarray, given: np.ndarray | None, home: np.ndarray, statistic: str
-) -> dict[str, float]:
+def _over_families(series: list[np.ndarray], home: np.ndarray, statistic: str) -> dict[str, float]:
     """Percentiles of the coefficient over families drawn with replacement, exactly."""
     families = sorted(set(home))
-    places = {family: np.flatnonzero(home == family) for family in families}
-    if len(families) < 2 or len(families) > 6:  # one says nothing; many are too many ways
-        return {"family_low": float("nan"), "family_high": float("nan")}
-    values = []
-    for drawn in itertools.product(families, repeat=len(families)):
-        chosen = np.concatenate([places[family] for family in drawn])
-        held = None if given is None else given[None, chosen]
-        values.append(_correlate(x[None, chosen], y[None, chosen], held, statistic)[0])
-    low, high = percentiles(np.array(values))
+    values = np.full(1, np.nan)
+    if 2 <= len(families) <= 6:  # one says nothing; many are too many ways
+        places = [np.flatnonzero(home == family) for family in families]
+        drawn = map(np.concatenate, itertools.product(places, repeat=len(places)))
+        each = [_correlate([values[:, chosen] for values in series], statistic) for chosen in drawn]
+        values = np.concatenate(each)
+    low, high = percentiles(values)
     return {"family_low": float(low), "family_high": float(high)}
 
 
 def contrast(draws: Draws, one: str, other: str, measure: str = "peak_pss") -> dict[str, float]:
-    """`contrast(draws, "zoo-llama-5", "zoo-llama-1")`: one less the other, on the same concepts.
+    """`contrast(draws, "zoo-llama-5", "zoo-llama-1")`: one minus the other, on the same concepts.
 
     >>> draws = resample_models(study.pss)
     >>> sorted(contrast(draws, "new", "old", "accuracy"))
@@ -216,23 +192,21 @@ def contrast(draws: Draws, one: str, other: str, measure: str = "peak_pss") -> d
     Returns:
         `value`, and its 95 % interval over resampled concepts, `low` and `high`.
     """
-    values = draws.of(measure)
-    difference = values[:, draws.index(one)] - values[:, draws.index(other)]
-    return interval(difference)
+    values = draws.of(measure, [one, other])
+    return interval(values[:, 0] - values[:, 1])
 
 
 def half_way(
     draws: Draws, models: Sequence[str], steps: Sequence[float], measure: str
 ) -> np.ndarray:
-    """`half_way(draws, checkpoints, steps, "accuracy")`: when a measure has made half its rise.
+    """The step at which a measure of these checkpoints reaches half of its rise, `[1 + resamples]`.
 
-    The step, by linear interpolation in log steps, at which the measure first passes the middle
-    between its first and its largest value, `[1 + resamples]`. Infinite where it never rises: if
-    it does at all, then later than at the last step. Not a number where a value is none.
+    By linear interpolation in log steps, where the measure first passes the middle between its
+    first and its largest value. Infinite where it never rises: if it does at all, then later than
+    at the last step. Not a number where a value is none.
     """
-    values = draws.of(measure)[:, [draws.index(model) for model in models]]
     # Never falling: a dip after the rise does not make the rise later.
-    values = np.maximum.accumulate(values, axis=1)
+    values = np.maximum.accumulate(draws.of(measure, models), axis=1)
     middle = (values[:, :1] + values[:, -1:]) / 2
     logs = np.log(np.asarray(steps, dtype=float))
     after = (values >= middle).argmax(axis=1)
@@ -246,23 +220,18 @@ def half_way(
     return np.where(np.isnan(values[:, -1]), np.nan, rising)
 
 
-def like_sized_ends(about: pd.DataFrame, *, factor: float = LIKE_SIZED) -> pd.DataFrame:
+def like_sized_ends(about: pd.DataFrame) -> pd.DataFrame:
     """`like_sized_ends(describe_models(names))`: in each family, an old and a new model to compare.
 
     A new generation that is also larger, or smaller, says nothing of generations. So of all pairs
     of models of a family in which one is of an older generation than the other, and the larger has
-    at most `factor` times the parameters of the smaller, this takes the pair that lies the most
+    at most `LIKE_SIZED` times the parameters of the smaller, this takes the pair that lies the most
     generations apart; of several the most alike in size, then the first by name. Micro models are
-    a family of their own.
+    a family of their own; models without a family or a place in its order are left out.
 
-    Args:
-        about: from `models.describe_models`; models without a family or a place in its order are
-            left out.
-
-    Returns:
-        A row for each family: `family`, `micro`, `oldest` and `newest` (names, missing in a
-        family without such a pair: there the claim can't be tested) and `times`, how many times
-        the parameters of the smaller the larger has.
+    Returns a row for each family: `family`, `micro`, `oldest` and `newest` (names, missing in a
+    family without such a pair: there the claim can't be tested) and `times`, the larger's
+    parameters over the smaller's.
     """
     family = ["family", "micro"]
     known = about.dropna(subset=["family", "order", "parameters"])
@@ -271,7 +240,7 @@ def like_sized_ends(about: pd.DataFrame, *, factor: float = LIKE_SIZED) -> pd.Da
     pairs["apart"] = pairs["order_new"] - pairs["order_old"]
     sizes = pairs[["parameters_old", "parameters_new"]]
     pairs["times"] = sizes.max(axis=1) / sizes.min(axis=1)
-    pairs = pairs[(pairs["apart"] > 0) & (sizes.max(axis=1) <= factor * sizes.min(axis=1))]
+    pairs = pairs[(pairs["apart"] > 0) & (sizes.max(axis=1) <= LIKE_SIZED * sizes.min(axis=1))]
     best = pairs.sort_values(
         ["apart", "times", "oldest", "newest"], ascending=[False, True, True, True]
     ).drop_duplicates(family)
@@ -279,19 +248,11 @@ def like_sized_ends(about: pd.DataFrame, *, factor: float = LIKE_SIZED) -> pd.Da
     return known[family].drop_duplicates().merge(best[columns], on=family, how="left")
 
 
-def mean_over(draws: Draws, models: Sequence[str], measure: str) -> np.ndarray:
-    """`mean_over(draws, ["zoo-llama-4", "zoo-qwen2-4"], "accuracy")`: `[1 + resamples]`."""
-    return draws.of(measure)[:, [draws.index(model) for model in models]].mean(axis=1)
-
-
 def balance_tiers(pss: pd.DataFrame) -> pd.DataFrame:
     """`balance_tiers(study.pss)`: of each domain, the rows of as many concepts of every tier.
 
     Tiers are thirds of SpecWiki by frequency, and domains lie unevenly in them; what is left
     compares like with like. Concepts are taken in the order of their names' hashes.
-
-    Raises:
-        InputError: if no domain has a concept of each tier.
     """
     concepts = pss.drop_duplicates("concept")[["concept", "domain", "tier"]]
     counts = concepts.groupby(["domain", "tier"]).size().unstack(fill_value=0)

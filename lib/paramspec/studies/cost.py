@@ -28,8 +28,8 @@ from paramspec.method.pss import asked_questions, count_masks
 from paramspec.method.rows import Engine, Request, fill_rows
 from paramspec.method.scoring import encode
 from paramspec.models.checkpoints import checkpoint_files, find_checkpoint
-from paramspec.models.load import load_config, load_tokenizer
-from paramspec.models.registry import empty_model, find_spec, published_config, zoo_model
+from paramspec.models.load import check_checkpoint, load_tokenizer
+from paramspec.models.registry import empty_model, find_spec, published_config
 from paramspec.models.tokens import token_ids
 from paramspec.models.zoo import ZooModel
 from paramspec.models.zoo_training import own_tokenizer
@@ -143,7 +143,7 @@ def subject(name: str) -> Subject:
         InputError: if there is no model of that name.
     """
     spec = find_spec(name)
-    micro = zoo_model(name) if spec is not None and spec.source.kind == "zoo" else None
+    micro = spec.micro if spec else None
     try:
         checkpoint = find_checkpoint(name, fetch=())
     except InputError:
@@ -151,10 +151,9 @@ def subject(name: str) -> Subject:
             raise
         checkpoint = None
     if spec is not None and (spec.config or micro):
-        config = published_config(spec)
+        model = empty_model(published_config(spec))
     else:
-        config = load_config(checkpoint or find_checkpoint(name, fetch=()))
-    model = empty_model(config)
+        model = check_checkpoint((checkpoint or find_checkpoint(name, fetch=())).path)
     parameters = sum(part.numel() for part in model.parameters())
     embedding = model.get_input_embeddings().weight
     unembedding = model.get_output_embeddings().weight
@@ -280,4 +279,4 @@ def _units(
 
 @functools.cache
 def _loaded_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    return load_tokenizer(find_checkpoint(name, fetch=()))
+    return load_tokenizer(find_checkpoint(name, fetch=()).path)

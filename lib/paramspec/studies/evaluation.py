@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -21,22 +21,14 @@ from transformers import PreTrainedTokenizerBase
 from paramspec.checked import Checked, Count
 from paramspec.errors import InputError
 from paramspec.execution.limits import release_memory
+from paramspec.method import generation
 from paramspec.method.batches import in_batches, prompt_batches
-from paramspec.method.generation import (
-    GENERATION_VERSION,
-    MAX_NEW_TOKENS,
-    OPEN_PROMPT,
-    answer_matches,
-    decode,
-    first_lines,
-    likeliest,
-)
 from paramspec.method.masks import record_concepts
 from paramspec.method.pss import Choices, measure_concepts
 from paramspec.models.tokens import front_tokens, token_ids
 from paramspec.seeds import by_hash
 from paramspec.specwiki import Question
-from paramspec.studies.hallucination import sample_answers
+from paramspec.studies.hallucination import Sampled, sample_answers
 from paramspec.studies.runner import Ready
 from paramspec.studies.sweep import answer_table
 from paramspec.studies.training import next_token_nats
@@ -56,8 +48,8 @@ class Evaluation(Checked):
     10
 
     Attributes:
-        folds: of the questions on the concepts trained on, those asked. None: 1 of a micro model,
-            which was trained on the clozes of fold 0; else both.
+        folds: of the questions on the concepts trained on, those asked. None given: 1 of a micro
+            model, which was trained on the clozes of fold 0; else both.
         others: questions on other concepts, of the same folds; drawn once for all runs.
         open_ended: the questions on the trained concepts are also asked without options: as the
             `question` after examples, as the `cloze` alone (which is all that a micro model can
@@ -72,7 +64,7 @@ class Evaluation(Checked):
         seed: of the questions and statements on other concepts.
     """
 
-    folds: tuple[int, ...] | None = None
+    folds: tuple[int, ...] = ()
     others: int = 0
     open_ended: Literal["question", "cloze", "no"] = "no"
     stated: int = 0
@@ -83,20 +75,16 @@ class Evaluation(Checked):
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     seed: int = 0
 
-    @property
-    def asked_folds(self) -> tuple[int, ...]:
-        """The folds of `folds`; both if they were not chosen."""
-        return self.folds or (0, 1)
-
-    @property
-    def scored(self) -> set[int]:
-        """The folds that are scored."""
-        return {*(self.folds or ()), *(self.choices.score_on if self.choices else ())}
-
     def with_folds(self, folds: tuple[int, ...]) -> Evaluation:
         """`evaluation.with_folds((1,))`: the same with these folds, unless they were chosen."""
         folds = self.folds or folds
         choices = self.choices and self.choices.with_folds(folds)
+        needed: set[int] = {*choices.choose_on, *choices.score_on} if choices else set()
+        if not needed <= set(folds):
+            raise InputError(
+                f"folds {list(folds)} are asked, and the choices for PSS need folds "
+                f"{sorted(needed)}; ask for these, or measure PSS on fewer"
+            )
         return self.model_copy(update={"folds": folds, "choices": choices})
 
     def key(self) -> dict[str, Any]:
@@ -105,40 +93,39 @@ class Evaluation(Checked):
         if self.stated or self.prose:
             key["texts"] = [hashlib.sha256(PROSE.read_bytes()).hexdigest(), PASSAGE_TOKENS]
         if self.open_ended != "no":
-            key["generation"] = [GENERATION_VERSION, self.prompt, MAX_NEW_TOKENS]
+            version, most = generation.GENERATION_VERSION, generation.MAX_NEW_TOKENS
+            key["generation"] = [version, self.prompt, most]
         return key
 
     @property
     def prompt(self) -> str:
         """What stands around a question that is asked open-ended, or around its cloze."""
-        return OPEN_PROMPT if self.open_ended == "question" else "{question}"
-
-    def texts(self, questions: Sequence[Question]) -> list[str]:
-        """The words of questions that are asked open-ended."""
-        return [q.question if self.open_ended == "question" else q.cloze for q in questions]
+        return generation.OPEN_PROMPT if self.open_ended == "question" else "{question}"
 
 
 def evaluate(
     ready: Ready, questions: Sequence[Question], concepts: Sequence[str], asked: Evaluation
 ) -> dict[str, pd.DataFrame]:
-    """`tables = evaluate(ready, questions, ("France",), evaluation)`: those of `TABLES` asked for.
-
-    Args:
-        questions: hold the concepts, and others.
-        concepts: that the model was trained on, or is compared on; `asked` says what of them.
-    """
-    own = [q for q in questions if q.concept in concepts and q.fold in asked.asked_folds]
+    """Those of `TABLES` that are asked for, of a model trained on (or compared on) the concepts."""
+    own = [q for q in questions if q.concept in concepts and q.fold in asked.folds]
     others = _other_questions(questions, concepts, asked)
     answers = answer_table(ready, [*own, *others])
-    tables = {"answers": answers.assign(trained=[True] * len(own) + [False] * len(others))}
+    tables = {"answers": answers.assign(trained=answers["concept"].isin(concepts))}
+    about = ["question_id", "concept"]
     if asked.open_ended != "no":
-        tables["generated"] = _generated(ready, own, asked)
+        said = _open_ended(ready, own, asked, samples=0)
+        correct = map(generation.answer_matches, said["greedy"], [q.aliases for q in own])
+        states = [state.tolist() for state in said["state"]]
+        greedy = said[about].assign(answer=said["greedy"], correct=list(correct), state=states)
+        tables["generated"] = greedy
     if asked.stated or asked.prose:
         tables["texts"] = _likelihoods(ready, questions, concepts, asked)
     if asked.choices:
-        tables["pss"] = _specialization(ready, questions, concepts, others, asked.choices, answers)
+        tables["pss"] = _specialization(ready, [*own, *others], concepts, asked.choices, answers)
     if asked.sampled and asked.open_ended != "no":
-        tables["samples"] = _samples(ready, concepts, own, asked)
+        options = {"samples": asked.samples, "temperature": asked.temperature, "seed": asked.seed}
+        said = _open_ended(ready, _sampled(own, concepts, asked), asked, **options)
+        tables["samples"] = said[[*about, "answers", "log_likelihoods", "tokens"]]
     release_memory()  # packed copies of the weights
     return tables
 
@@ -147,14 +134,11 @@ def _other_questions(
     questions: Sequence[Question], concepts: Sequence[str], asked: Evaluation
 ) -> list[Question]:
     """Questions on other concepts, whole folds of a concept at a time, the same for all runs."""
-    pool: dict[str, list[Question]] = {}
-    for question in questions:
-        if question.concept not in concepts and question.fold in asked.asked_folds:
-            pool.setdefault(question.concept, []).append(question)
+    pool = [q for q in questions if q.concept not in concepts and q.fold in asked.folds]
     chosen: list[Question] = []
-    for name in sorted(pool, key=lambda name: by_hash(asked.seed, name)):
+    for name in sorted({q.concept for q in pool}, key=lambda name: by_hash(asked.seed, name)):
         if len(chosen) < asked.others:
-            chosen += pool[name]
+            chosen += [question for question in pool if question.concept == name]
     if len(chosen) < asked.others:
         raise InputError(
             f"others {asked.others}: only {len(chosen)} questions on other concepts; ask for fewer"
@@ -166,84 +150,46 @@ def _specialization(
     ready: Ready,
     questions: Sequence[Question],
     concepts: Sequence[str],
-    others: Sequence[Question],
     choices: Choices,
     answers: pd.DataFrame,
 ) -> pd.DataFrame:
     """Rows of PSS for each concept; unrelated are questions on concepts not trained on."""
-    folds = {*choices.choose_on, *choices.score_on}
-    own = [q for q in questions if q.concept in concepts and q.fold in folds]
-    others = [q for q in others if q.fold in folds]
-    coefficients = record_concepts(
-        ready.view,
-        ready.loaded.tokenizer,
-        [*own, *others],
-        position=choices.position,
-        batch_tokens=choices.batch_tokens,
-    )
+    questions = [q for q in questions if q.fold in {*choices.choose_on, *choices.score_on}]
     scored = zip(answers["question_id"], answers["option_logprobs"], strict=True)
+    view, tokenizer = ready.view, ready.loaded.tokenizer
+    position, batch_tokens = choices.position, choices.batch_tokens
     measured = measure_concepts(
         ready.loaded.name,
-        ready.view,
-        ready.loaded.tokenizer,
-        own,
+        view,
+        tokenizer,
+        [q for q in questions if q.concept in concepts],
         concepts,
         choices,
-        coefficients,
-        unrelated=others,
+        record_concepts(view, tokenizer, questions, position=position, batch_tokens=batch_tokens),
+        unrelated=[q for q in questions if q.concept not in concepts],
         unmasked={name: torch.tensor(scores) for name, scores in scored},
         engine=ready.engine,
     )
     return measured.pss
 
 
-def _generated(ready: Ready, own: Sequence[Question], asked: Evaluation) -> pd.DataFrame:
-    tokenizer = ready.loaded.tokenizer
-    prompts = [asked.prompt.replace("{question}", text) for text in asked.texts(own)]
-    decoded = decode(ready.view, tokenizer, prompts, likeliest, max_new_tokens=MAX_NEW_TOKENS)
-    answers = first_lines(tokenizer, [row.tokens for (row,) in decoded])
-    return pd.DataFrame(
-        {
-            "question_id": question.id,
-            "concept": question.concept,
-            "answer": answer,
-            "correct": answer_matches(answer, question.aliases),
-            "state": cast("torch.Tensor", row.state).tolist(),
-        }
-        for question, answer, (row,) in zip(own, answers, decoded, strict=True)
-    )
-
-
-def _samples(
-    ready: Ready, concepts: Sequence[str], own: Sequence[Question], asked: Evaluation
+def _open_ended(
+    ready: Ready, own: Sequence[Question], asked: Evaluation, **options: Any
 ) -> pd.DataFrame:
+    """What the model says to questions without options, see `Sampled`: a row a question."""
+    texts = [q.question if asked.open_ended == "question" else q.cloze for q in own]
+    tokenizer = ready.loaded.tokenizer
+    found = sample_answers(ready.view, tokenizer, texts, prompt=asked.prompt, **options)
+    rows = [(q.id, q.concept, *one) for q, one in zip(own, found, strict=True)]
+    return pd.DataFrame(rows, columns=["question_id", "concept", *Sampled._fields])
+
+
+def _sampled(own: Sequence[Question], concepts: Sequence[str], asked: Evaluation) -> list[Question]:
     """Of each concept the same number of questions, by the hash of their ids."""
-    each = math.ceil(asked.sampled / len(concepts))
     ordered = sorted(own, key=lambda question: by_hash(asked.seed, question.id))
-    chosen = [
-        q for concept in concepts for q in [q for q in ordered if q.concept == concept][:each]
-    ]
-    chosen = chosen[: asked.sampled]
-    found = sample_answers(
-        ready.view,
-        ready.loaded.tokenizer,
-        asked.texts(chosen),
-        prompt=asked.prompt,
-        max_new_tokens=MAX_NEW_TOKENS,
-        samples=asked.samples,
-        temperature=asked.temperature,
-        seed=asked.seed,
-    )
-    return pd.DataFrame(
-        {
-            "question_id": question.id,
-            "concept": question.concept,
-            "answers": one.answers,
-            "log_likelihoods": one.log_likelihoods,
-            "tokens": one.tokens,
-        }
-        for question, one in zip(chosen, found, strict=True)
-    )
+    of = {concept: [q for q in ordered if q.concept == concept] for concept in concepts}
+    each = math.ceil(asked.sampled / len(concepts))
+    return [q for concept in concepts for q in of[concept][:each]][: asked.sampled]
 
 
 @torch.no_grad()

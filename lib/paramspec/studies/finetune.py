@@ -14,6 +14,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from paramspec.errors import InputError
 from paramspec.execution.files import PARTIAL, atomic, require_writable, writing_to
 from paramspec.execution.provenance import computed, number_versions
-from paramspec.method.hooks import (
-    TrainedVectors,
-    ValueVectorView,
-    train_value_vectors,
-    value_vector_view,
-)
+from paramspec.method import hooks
 from paramspec.models import zoo_training
 from paramspec.models.libraries import quiet_transformers
 from paramspec.models.load import LoadedModel, load_model
@@ -51,10 +48,9 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 
 
 def batches_of(lengths: Sequence[int], training: Training) -> Iterator[list[int]]:
-    """`for rows in batches_of(lengths, training)`: which texts make each step, in its order.
+    """Which texts make each step, in order: in an epoch, every text once.
 
-    An epoch holds every text once. Texts of like length are together, so that little is padded;
-    the seed decides which of them, and the order of the batches.
+    Texts of like length are together, so that little is padded; the seed decides which of them.
     """
     for epoch in range(training.epochs):
         draw = torch.Generator().manual_seed(training.seed * 1000 + epoch)
@@ -67,7 +63,7 @@ def batches_of(lengths: Sequence[int], training: Training) -> Iterator[list[int]
 
 
 def learning_rate(step: int, steps: int, training: Training) -> float:
-    """`learning_rate(1, 75, training)`: of a step, from 1: a warm-up of a tenth, then a cosine."""
+    """Of a step, counted from 1: a warm-up of a tenth, then a cosine."""
     warm_up = max(1, steps // 10)
     if step <= warm_up:
         return training.learning_rate * step / warm_up
@@ -76,16 +72,10 @@ def learning_rate(step: int, steps: int, training: Training) -> float:
 
 
 def refuse_divergence(losses: Sequence[float], steps: int, uniform: float, rate: float) -> None:
-    """`refuse_divergence(losses, steps, uniform, rate)`: InputError if training went astray.
+    """InputError if training went astray, by the losses before each step and after the last.
 
-    Args:
-        losses: before each step so far; after the last step, one more.
-        uniform: the loss of a uniform guess over the vocabulary.
-        rate: the learning rate, for the message.
-
-    Raises:
-        InputError: if the last loss is not finite, or above twice both the first one and `uniform`,
-            or if the model ends no better than a uniform guess, when it began better.
+    The last one is not finite, or above twice both the first and `uniform`, the loss of a uniform
+    guess over the vocabulary; or the model ends no better than such a guess, and began better.
     """
     first, last, done = losses[0], losses[-1], len(losses) - 1
     # Some runs pass through such a guess and learn. Others stay: a norm divides what is huge away.
@@ -97,79 +87,64 @@ def refuse_divergence(losses: Sequence[float], steps: int, uniform: float, rate:
         )
 
 
-def train(
-    view: ValueVectorView,
-    trained: TrainedVectors,
-    rows: Sequence[Sequence[int]],
+@contextmanager
+def tune(
+    view: hooks.ValueVectorView,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
     training: Training,
     *,
     state: Path | None = None,
     save_every: int = 50,
     title: str | None = None,
-) -> list[float]:
-    """`losses = train(view, trained, rows, training)`: the steps, within `train_value_vectors`.
+) -> Iterator[tuple[Tensor, hooks.TrainedVectors, dict[str, Any]]]:
+    """`with tune(view, tokenizer, questions, training) as (vectors, trained, facts): ...`
 
-    Args:
-        trained: what `train_value_vectors` yields.
-        rows: tokens of the texts, from `encode_texts`.
-        state: a file that a killed run continues from, to the same weights; none if not given.
-        save_every: steps between two states.
-        title: of a progress bar; none is shown if not given.
-
-    Returns:
-        The loss before each step, on its batch, in nats per token.
-
-    Raises:
-        InputError: if training diverges, see `refuse_divergence`.
+    Vectors are chosen and trained; what is not merged within the block is undone at its end.
+    `facts` is what a record says of the training, with `losses`, in nats per token: of each step's
+    batch, before the step. A killed run continues from the file `state`, if given, to the same
+    weights. With a `title`, there is a progress bar.
     """
-    optimizer = torch.optim.AdamW(trained.parameters(), weight_decay=0, fused=True)
-    steps = training.epochs * math.ceil(len(rows) / training.batch)
-    uniform = math.log(len(view.embedding))
-    losses = _read_state(state, trained, optimizer) if state and state.is_file() else []
-    options = {"initial": len(losses), "desc": title, "unit": "step", "disable": title is None}
-    with tqdm(total=steps, delay=0.01, **options) as bar:
-        for step, indices in enumerate(batches_of([len(row) for row in rows], training), start=1):
-            if step <= len(losses):  # taken before a kill
-                continue
-            loss = language_modelling_loss(view.model, [rows[index] for index in indices])
-            losses.append(float(loss.detach()))
-            refuse_divergence(losses, steps, uniform, training.learning_rate)
-            loss.backward()
-            nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, training)
-            optimizer.step()
-            optimizer.zero_grad()
-            if state is not None and (step % save_every == 0 or step == steps):
-                _write_state(state, trained, optimizer, losses)
-            bar.update()
-    with torch.no_grad():
-        last = float(language_modelling_loss(view.model, [rows[index] for index in indices]))
-    refuse_divergence([*losses, last], steps, uniform, training.learning_rate)
-    return losses
-
-
-def training_facts(
-    vectors: Tensor, hidden: int, losses: list[float], began: float
-) -> dict[str, Any]:
-    """`training_facts(vectors, view.hidden, losses, began)`: what a record says of a training.
-
-    Returns:
-        `losses`, `steps`, `vectors` and `parameters` trained, `optimizer_bytes` (AdamW's two
-        moments of each parameter, in fp32), and `seconds` since `began`, a `time.perf_counter()`.
-    """
-    return {
-        "losses": losses,
-        "steps": len(losses),
-        "vectors": len(vectors),
-        "parameters": len(vectors) * hidden,
-        "optimizer_bytes": 2 * 4 * len(vectors) * hidden,
-        "seconds": round(time.perf_counter() - began, 2),
-    }
+    rows = encode_texts(view, tokenizer, training_texts(questions, training))
+    vectors = choose_vectors(view, tokenizer, questions, training)
+    batches = [[rows[n] for n in part] for part in batches_of([len(r) for r in rows], training)]
+    limits = (len(batches), math.log(len(view.embedding)), training.learning_rate)
+    began = time.perf_counter()
+    with hooks.train_value_vectors(view, vectors) as trained:
+        optimizer = torch.optim.AdamW(trained.parameters(), weight_decay=0, fused=True)
+        losses = _read_state(state, trained, optimizer) if state and state.is_file() else []
+        left = range(len(losses) + 1, len(batches) + 1)  # others were taken before a kill
+        options = {"initial": len(losses), "total": len(batches), "unit": "step", "delay": 0.01}
+        with tqdm(left, desc=title, disable=title is None, **options) as bar:
+            for step in bar:
+                loss = language_modelling_loss(view.model, batches[step - 1])
+                losses.append(float(loss.detach()))
+                refuse_divergence(losses, *limits)
+                loss.backward()
+                nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, len(batches), training)
+                optimizer.step()
+                optimizer.zero_grad()
+                if state and (step % save_every == 0 or step == len(batches)):
+                    _write_state(state, trained, optimizer, losses)
+        with torch.no_grad():
+            last = float(language_modelling_loss(view.model, batches[-1]))
+        refuse_divergence([*losses, last], *limits)
+        parameters = len(vectors) * view.hidden
+        facts = {
+            "losses": losses,
+            "steps": len(losses),
+            "vectors": len(vectors),
+            "parameters": parameters,
+            "optimizer_bytes": 2 * 4 * parameters,  # AdamW's two moments of each, in fp32
+            "seconds": round(time.perf_counter() - began, 2),
+        }
+        yield vectors, trained, facts
 
 
 def _write_state(
-    state: Path, trained: TrainedVectors, optimizer: torch.optim.Optimizer, losses: list[float]
+    state: Path, trained: hooks.TrainedVectors, optimizer: torch.optim.AdamW, losses: list[float]
 ) -> None:
     tensors = {}
     for name, offset in trained.offsets.items():
@@ -181,9 +156,12 @@ def _write_state(
 
 @torch.no_grad()
 def _read_state(
-    state: Path, trained: TrainedVectors, optimizer: torch.optim.Optimizer
+    state: Path, trained: hooks.TrainedVectors, optimizer: torch.optim.AdamW
 ) -> list[float]:
-    """Put a state into the vectors and the optimizer; the losses until then."""
+    """Put a state into the vectors and the optimizer; the losses until then.
+
+    What `torch.save` writes is a pickle, and none is ever read: hence safetensors.
+    """
     try:
         with safe_open(state, framework="pt") as file:
             for name, offset in trained.offsets.items():
@@ -196,6 +174,11 @@ def _read_state(
         raise InputError(
             f"{state}: not a readable state of this training ({error}); remove it to start again"
         ) from error
+
+
+def texts_digest(texts: Sequence[str]) -> str:
+    """What stands for the texts in a key."""
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
 # --- a directory --------------------------------------------------------------------------------
@@ -213,27 +196,15 @@ def finetune(
 ) -> dict[str, Any]:
     """`finetune("smollm2-135m", questions, training, Path("tuned"))`: a model on disk.
 
-    `out` becomes an ordinary transformers directory, with `finetune.json` next to the weights.
-    Killed and called again, it continues to the same weights; called once more, it finds them
-    there.
-
-    Args:
-        model: as `load_model` takes it, or loaded already, in which case its weights are trained.
-        questions: hold the concepts of `training`.
-        save_every: steps between two states that a killed run continues from.
-
-    Returns:
-        What `finetune.json` says: the `run` (model digest, the fields of the training, digest of
-        the texts, versions), what `training_facts` gives, and `computed`, the record (see
-        `provenance`) of the process that ended it.
-
-    Raises:
-        InputError: for a bad choice, or if `out` holds another run or other files, before any
-            training; if training diverges.
+    `out` becomes an ordinary transformers directory, with `finetune.json` next to the weights,
+    which is returned: the `run` (all that the weights depend on), the facts of `tune`, and
+    `computed`, the record (see `provenance`) of the process that ended it. Killed and called again,
+    it continues to the same weights; called once more, it finds them there. The weights of a model
+    that is loaded already are trained in place.
     """
     if save_every < 1:
         raise InputError(f"save_every {save_every}: expected at least 1 step")
-    texts = training_texts(questions, training.concepts, training.statements)
+    texts = training_texts(questions, training)
     require_writable(out)
     loaded = load_model(model, dtype=dtype, device=device) if isinstance(model, str) else model
     run = {
@@ -242,22 +213,17 @@ def finetune(
         "digest": loaded.digest,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         **training.model_dump(mode="json"),
-        "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
+        "texts": texts_digest(texts),
         **number_versions(),
     }
     state = out / f"unfinished-{hashlib.sha256(json.dumps(run).encode()).hexdigest()[:12]}"
     record = _finished(out, run, state)
     if record is None:
-        view, began = value_vector_view(loaded.model), time.perf_counter()
-        rows = encode_texts(view, loaded.tokenizer, texts)
-        vectors = choose_vectors(view, loaded.tokenizer, questions, training)
-        title = f"{training.method} of {loaded.name}"
-        with train_value_vectors(view, vectors) as trained:
-            losses = train(
-                view, trained, rows, training, state=state, save_every=save_every, title=title
-            )
+        steps: dict[str, Any] = {"state": state, "save_every": save_every}
+        steps["title"] = f"{training.method} of {loaded.name}"
+        view = hooks.value_vector_view(loaded.model)
+        with tune(view, loaded.tokenizer, questions, training, **steps) as (_, trained, facts):
             trained.merge()
-        facts = training_facts(vectors, view.hidden, losses, began)
         record = {"run": run, **facts, "computed": computed(**unit_record(loaded))}
         _save(out, loaded, training.concepts, record)
     with writing_to(out):
@@ -268,27 +234,17 @@ def finetune(
 
 def _finished(out: Path, run: dict[str, Any], state: Path) -> dict[str, Any] | None:
     """The record of this run if it is finished; refuses a directory that holds anything else."""
-    file = out / RECORD
-    if not file.exists():
-        others = [other.name for other in out.iterdir() if not other.name.startswith(PARTIAL)]
-        if others and not state.exists():
-            raise InputError(
-                f"{out}: holds {min(others)}, which is not of this run; choose an empty or a new "
-                "directory"
-            )
+    there = sorted(file.name for file in out.iterdir() if not file.name.startswith(PARTIAL))
+    if RECORD not in there and (state.name in there or not there):
         return None
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        there = dict(record["run"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: not the record of a run; choose another directory") from error
-    for name, value in run.items():
-        if there.get(name) != value:
-            raise InputError(
-                f"{out}: holds another run ({name} {there.get(name)}, not {value}); choose another "
-                "directory, or remove this one"
-            )
-    return record
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
+        if record["run"] == run:
+            return record
+    held = RECORD if RECORD in there else there[0]
+    raise InputError(
+        f"{out}: holds {held}, which is not of this run; choose an empty or a new directory"
+    )
 
 
 def _save(out: Path, loaded: LoadedModel, concepts: Sequence[str], record: dict[str, Any]) -> None:

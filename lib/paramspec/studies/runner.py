@@ -33,12 +33,7 @@ from paramspec.method.hooks import ValueVectorView, unverified_view, value_vecto
 from paramspec.method.kernels import arithmetic
 from paramspec.method.rows import Engine
 from paramspec.method.scoring import SCORING_VERSION, choose_engine
-from paramspec.models.checkpoints import (
-    Checkpoint,
-    checkpoint_files,
-    digest_files,
-    find_checkpoints,
-)
+from paramspec.models.checkpoints import Checkpoint, digest_of, find_checkpoints
 from paramspec.models.devices import place_and_dtype
 from paramspec.models.load import LoadedModel, check_checkpoint, load_model
 from paramspec.models.registry import require_distinct
@@ -116,9 +111,8 @@ def find_targets(
         place, kind, way = _where_tasks_run(_choose_device, device, dtype)
         for name, one in zip(names, find_checkpoints(names), strict=True):
             # A worker may have another working directory.
-            one = Checkpoint(one.name, one.spec, one.path.absolute())
-            digest = digest_files(checkpoint_files(one.path))
-            found[name] = Target(one, one.name, digest, kind, str(place), way)
+            one = Checkpoint(one.name, one.path.absolute())
+            found[name] = Target(one, one.name, digest_of(one.path), kind, str(place), way)
     targets = [found[one] if isinstance(one, str) else target_of(one) for one in models]
     require_distinct([target.name for target in targets])
     return targets
@@ -272,9 +266,9 @@ def _load(target: Target, checkpoint: Checkpoint) -> LoadedModel:
 
 def _weights(checkpoint: Checkpoint) -> int:
     """Refuse a model that cannot be measured, as far as its files' headers tell; its weights."""
-    network = check_checkpoint(checkpoint)
-    if network is None:
-        return checkpoint.path.stat().st_size  # of a GGUF file: a byte or less for each
+    if checkpoint.path.is_file():  # GGUF, which is checked as it is unpacked: a byte or less each
+        return checkpoint.path.stat().st_size
+    network = check_checkpoint(checkpoint.path)
     unverified_view(network)
     return network.num_parameters()
 

@@ -1,15 +1,8 @@
 """What is trained: the texts, and the value vectors that may move.
 
     training = Training(method="FT-PV", concepts=("France", "gold"))
-    texts = training_texts(questions, training.concepts, training.statements)
+    texts = training_texts(questions, training)
     vectors = choose_vectors(view, tokenizer, questions, training)      # [n, 2]
-
-The four methods are the paper's (section 5), and differ in the value vectors that they train:
-
-    FT-FV   all of them
-    FT-PV   in each layer the share with the highest coefficients on the statements (k/8: an eighth)
-    FT-CV   all but those of FT-PV
-    FT-RV   as many as FT-PV, at random
 
 The training texts are the statements of the concepts' facts, never the wording of an evaluation:
 no statement holds a cloze. The paper does not say how it chose statements, epochs, learning rate
@@ -47,7 +40,9 @@ class Training(Checked):
     ('coefficient', 3)
 
     Attributes:
-        method: FT-FV, FT-PV, FT-CV or FT-RV.
+        method: which value vectors are trained (paper, section 5). `FT-FV`: all. `FT-PV`: in each
+            layer the share that `rule` chooses. `FT-CV`: all but those of FT-PV. `FT-RV`: as many
+            as FT-PV, at random.
         concepts: whose statements are trained on, together.
         share: of a layer's value vectors, those that FT-PV and FT-RV train and FT-CV leaves out.
         rule: how those of FT-PV are chosen in each layer. `coefficient`, the paper's: the highest
@@ -85,35 +80,34 @@ class Training(Checked):
 # --- what is trained on -------------------------------------------------------------------------
 
 
-def training_texts(
-    questions: Sequence[Question], concepts: Sequence[str], statements: int
-) -> list[str]:
-    """`training_texts(questions, ["France"], 4)`: the first statements of each fact, once each.
+def training_texts(questions: Sequence[Question], training: Training) -> list[str]:
+    """The first statements of each fact, once each.
 
-    Raises:
-        InputError: if a concept is unknown or has no statement, or if a statement holds the
-            wording that a question on any of the concepts is evaluated with.
+    A concept without statements is refused, and so is a statement that holds the wording which a
+    question on any of the concepts is evaluated with.
     """
+    asked = {
+        concept: [q for q in questions if q.concept == concept] for concept in training.concepts
+    }
     texts: list[str] = []
-    for concept in concepts:
-        own = [question for question in questions if question.concept == concept]
-        stated = [text for question in own for text in question.statements[:statements]]
+    for concept, own in asked.items():
+        stated = [text for question in own for text in question.statements[: training.statements]]
         if not stated:
             raise InputError(
                 f"concept {concept!r}: no statements to train on; correct the name, or write "
                 "statements into the question file"
             )
         texts += stated
-    asked = [question for question in questions if question.concept in concepts]
-    wordings = {_plain(text): q for q in asked for text in (q.cloze, q.question)}
+    wordings = {
+        _plain(text): q for own in asked.values() for q in own for text in (q.cloze, q.question)
+    }
     for text in texts:
         plain = _plain(text)
-        for wording, question in wordings.items():
-            if wording in plain:
-                raise InputError(
-                    f"concept {question.concept!r}: statement {text!r} holds the wording of "
-                    f"question {question.id!r}; word it differently"
-                )
+        if held := [question for wording, question in wordings.items() if wording in plain]:
+            raise InputError(
+                f"concept {held[0].concept!r}: statement {text!r} holds the wording of question "
+                f"{held[0].id!r}; word it differently"
+            )
     return list(dict.fromkeys(texts))
 
 
@@ -123,21 +117,18 @@ def _plain(text: str) -> str:
 
 
 def other_concepts(questions: Sequence[Question], training: Training) -> list[str]:
-    """`other_concepts(questions, training)`: as many, drawn by the seed, of the same domains.
-
-    Each concept has a partner of its own domain where one is left, else of any.
-    """
+    """A partner of each concept, drawn by the seed: of its own domain where one is left."""
     domain_of = {question.concept: question.domain for question in questions}
     draw = torch.Generator().manual_seed(training.seed)
     names = [name for name in domain_of if name not in training.concepts]
+    if len(names) < len(training.concepts):
+        raise InputError(
+            f"rule {training.rule!r}: {len(names)} concepts apart from those trained on, "
+            f"{len(training.concepts)} are needed; give questions on more"
+        )
     free = [names[index] for index in torch.randperm(len(names), generator=draw).tolist()]
     partners = []
     for concept in training.concepts:
-        if not free:
-            raise InputError(
-                f"rule {training.rule!r}: {len(names)} concepts apart from those trained on, "
-                f"{len(training.concepts)} are needed; give questions on more"
-            )
         near = [name for name in free if domain_of[name] == domain_of[concept]]
         partners.append((near or free)[0])
         free.remove(partners[-1])
@@ -147,7 +138,7 @@ def other_concepts(questions: Sequence[Question], training: Training) -> list[st
 def encode_texts(
     view: ValueVectorView, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
 ) -> list[list[int]]:
-    """`rows = encode_texts(view, tokenizer, statements)`: tokens of each text, and its end."""
+    """The tokens of each text, and its end."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     rows = [[*row, *end] for row in token_ids(tokenizer, texts)]
     for text, row in zip(texts, rows, strict=True):
@@ -158,23 +149,20 @@ def encode_texts(
 
 
 def language_modelling_loss(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tensor:
-    """`language_modelling_loss(model, rows).backward()`: mean cross-entropy, nats per token."""
+    """Mean cross-entropy over all tokens of the rows but the first of each, nats per token."""
     return next_token_nats(model, rows).sum() / sum(len(row) - 1 for row in rows)
 
 
 def next_token_nats(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tensor:
-    """`next_token_nats(model, rows).sum(1)`: the negative log-likelihood of each row, in nats.
+    """Negative log-likelihoods, fp32 `[rows, longest - 1]`: of each token but the first, in nats.
 
-    Returns:
-        fp32 `[rows, longest - 1]`, of each token but the first, 0 at padding. The last token of
-        the longest rows is never read.
+    They are 0 at padding. The last token of the longest rows is never read.
     """
     tokens, attention_mask = pad_right(rows)
-    device = model.device
     labels = tokens.masked_fill(attention_mask == 0, -100)[:, 1:]
     logits = model(
-        input_ids=tokens[:, :-1].to(device),
-        attention_mask=attention_mask[:, :-1].to(device),
+        input_ids=tokens[:, :-1].to(model.device),
+        attention_mask=attention_mask[:, :-1].to(model.device),
         use_cache=False,
     ).logits
     return nn.functional.cross_entropy(
@@ -191,17 +179,10 @@ def choose_vectors(
     questions: Sequence[Question],
     training: Training,
 ) -> Tensor:
-    """`vectors = choose_vectors(view, tokenizer, questions, training)`: what a method trains.
+    """What a method trains: int32 `[n, 2]` of (layer, value vector), sorted.
 
     FT-PV and FT-RV of one share choose as many in every layer; FT-PV and FT-CV of one rule and
     seed share none and together are all.
-
-    Returns:
-        int32 `[n, 2]` of (layer, value vector), sorted.
-
-    Raises:
-        InputError: if the model lacks a layer asked for, if the share is less than one vector, or
-            if there are no statements.
     """
     layers = list(range(view.layers) if training.layers is None else training.layers)
     if max(layers) >= view.layers:
@@ -212,12 +193,6 @@ def choose_vectors(
     allowed[layers] = True
     if training.method == "FT-FV":
         return allowed.nonzero().int()
-    count = masks.masked_per_layer(training.share, view.width)
-    if count == 0 or (training.method == "FT-CV" and count == view.width):
-        raise InputError(
-            f"share {training.share}: {count} of a layer's {view.width} value vectors, which "
-            f"leaves none for {training.method} to train"
-        )
     if training.method == "FT-RV":
         draw = torch.Generator().manual_seed(training.seed)
         like = masks.top_vectors(torch.zeros(view.layers, view.width), training.share)
@@ -225,7 +200,13 @@ def choose_vectors(
     else:
         chosen = _by_rule(view, tokenizer, questions, training)
     rest = masks.keep_tensor(chosen, view.layers, view.width)
-    return (allowed & (rest if training.method == "FT-CV" else ~rest)).nonzero().int()
+    trained = (allowed & (rest if training.method == "FT-CV" else ~rest)).nonzero().int()
+    if len(trained) == 0:
+        raise InputError(
+            f"share {training.share}: of {view.width} value vectors of a layer it leaves none for "
+            f"{training.method} to train; take another share"
+        )
+    return trained
 
 
 def _by_rule(
@@ -237,23 +218,22 @@ def _by_rule(
     """What FT-PV trains, and FT-CV does not, were all layers allowed."""
 
     def coefficients(concepts: Sequence[str]) -> Tensor:
-        texts = training_texts(questions, concepts, training.statements)
-        return masks.mean_coefficients(view, tokenizer, texts)
+        on_these = training.model_copy(update={"concepts": concepts})
+        return masks.mean_coefficients(view, tokenizer, training_texts(questions, on_these))
 
     if training.rule == "gradient":
-        texts = training_texts(questions, training.concepts, training.statements)
-        return masks.top_vectors(gradient_norms(view, tokenizer, texts), training.share)
-    if training.rule == "other":
-        others = other_concepts(questions, training)
-        return masks.top_vectors(coefficients(others), training.share)
-    own = coefficients(training.concepts)
+        scores = gradient_norms(view, tokenizer, training_texts(questions, training))
+    elif training.rule == "other":
+        scores = coefficients(other_concepts(questions, training))
+    else:
+        scores = coefficients(training.concepts)
     if training.rule == "score":
-        own = own - coefficients(other_concepts(questions, training))
-    chosen = masks.top_vectors(own, training.share)
+        scores = scores - coefficients(other_concepts(questions, training))
+    chosen = masks.top_vectors(scores, training.share)
     if training.rule != "magnitude":
         return chosen
     draw = torch.Generator().manual_seed(training.seed)
-    matched = masks.magnitude_matched_vectors(chosen, own, draw)
+    matched = masks.magnitude_matched_vectors(chosen, scores, draw)
     if len(matched) < len(chosen):
         raise InputError(
             f"share {training.share}: rule 'magnitude' trains others than the highest, and too few "
@@ -265,12 +245,7 @@ def _by_rule(
 def gradient_norms(
     view: ValueVectorView, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
 ) -> Tensor:
-    """`norms = gradient_norms(view, tokenizer, statements)`: how strongly training pulls at each.
-
-    Returns:
-        fp32 `[layers, width]`: norm of the gradient of the loss over all texts by each value
-        vector.
-    """
+    """Norms of the gradient of the loss over all texts by each value vector: `[layers, width]`."""
     everything = torch.ones(view.layers, view.width, dtype=torch.bool).nonzero().int()
     rows = sorted(encode_texts(view, tokenizer, texts), key=len)
     tokens = sum(len(row) - 1 for row in rows)

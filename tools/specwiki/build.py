@@ -1,8 +1,8 @@
-"""Build `questions.jsonl` from the fact tables: `python -m paramspec.specwiki.builder.build`.
+"""Build `questions.jsonl` from the fact tables: `python -m specwiki.build`, in `tools/`.
 
 The same tables give the same bytes: every choice is a SHA-256 hash of what is chosen, never a
-random number. `python -m paramspec.specwiki.builder.build --concepts` first measures the names
-again and rewrites `concepts.csv` (it needs `wordfreq`, which nothing else here does).
+random number. `python -m specwiki.build --concepts` first measures the names again and rewrites
+`concepts.csv` (it needs `wordfreq`, which nothing else here does).
 """
 
 from __future__ import annotations
@@ -16,18 +16,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from paramspec.seeds import by_hash
-from paramspec.specwiki.builder.facts import (
-    FACTS_A_CONCEPT,
-    Domain,
-    Fact,
-    number,
-    read_tables,
-    slug,
-    stands_in,
-)
-from paramspec.specwiki.load import QUESTIONS
-from paramspec.specwiki.schema import Question, normalise
+from paramspec.specwiki import QUESTIONS, Question, normalise
 from paramspec.tables import TIERS
+from specwiki.facts import FACTS_A_CONCEPT, Domain, Fact, number, read_tables, slug, stands_in
 
 CONCEPTS = Path(__file__).with_name("concepts.csv")
 
