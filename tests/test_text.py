@@ -181,13 +181,11 @@ def drawn_figures() -> dict[str, tuple[object, list[str]]]:
         table = table.assign(**{name: 0.3, f"{name}_low": 0.2, f"{name}_high": 0.4})
     one = table.assign(by="domain", n=4, low=0.2, high=0.4, method="FT-PV", measure="m", value=0.3)
     square = pd.DataFrame(np.eye(len(NAMES)), index=NAMES, columns=NAMES)
-    tiers = pd.concat([table.assign(tier=tier) for tier in ("high", "medium", "low")])
     return {
         "accuracy_by": (figures.accuracy_by(one), [f"{name}  (n = 4)" for name in NAMES]),
         "overlap": (figures.overlap(square, NAMES, 0.1), NAMES),
         "along": (figures.along(table, "x", "x"), NAMES),
         "against_accuracy": (figures.against_accuracy(table), NAMES),
-        "tiers": (figures.tiers(tiers), NAMES),
         "by_method": (figures.by_method(one, {"m": "m"}), NAMES),
     }
 
