@@ -18,7 +18,7 @@ from paramspec.method import generation, masks
 from paramspec.method.hooks import value_vector_view
 from paramspec.method.masks import record_concepts
 from paramspec.method.pss import Choices
-from paramspec.method.scoring import choose, encode
+from paramspec.method.scoring import encode, mark
 from paramspec.models.load import load_model
 from paramspec.stats.methods import MEASURES, measure_methods, over_seeds, resample_runs
 from paramspec.studies import causal, evaluation, runner
@@ -109,7 +109,7 @@ def test_tables_are_those_of_the_model_that_finetune_saves(method, model, study,
         expected = score_one_at_a_time(view, encode(loaded.tokenizer, question))
         stored = answers.loc[question.id]
         np.testing.assert_allclose(stored["option_logprobs"], expected, atol=1e-4)
-        right = choose(expected.tolist(), question.options).by_characters == question.answer
+        right = mark(expected.tolist(), question)["correct_norm"]
         assert (stored["correct_norm"], stored["trained"]) == (right, question.concept in TAUGHT)
         moved += not np.allclose(before.loc[question.id, "option_logprobs"], expected, atol=1e-3)
         if question.id not in samples.index:
