@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
@@ -19,7 +20,7 @@ from paramspec.method.hooks import value_vector_view
 from paramspec.method.rows import Engine, Item, Request
 from paramspec.method.scoring import choose_engine, encode, mark, score_options
 from toy_study import toy_questions, toy_tokenizer
-from toys import FAMILIES, toy_model
+from toys import FAMILIES, random_model, toy_model
 
 # Families whose attention is biased by distances that `position_ids` does not set.
 PLAIN_FAMILIES = {"bloom", "mpt"}
@@ -74,6 +75,16 @@ def test_scores_equal_one_option_at_a_time(family):
     for row_tokens, batch_tokens in ((1, 1), (24, 200), (400, 4000)):
         budgets = {"row_tokens": row_tokens, "batch_tokens": batch_tokens}
         require_right(view, requests, random_masks(view, 3), **budgets)
+
+
+@pytest.mark.parametrize("family", ["bloom", "mpt", "falcon"])
+def test_distances_that_position_ids_do_not_set_are_scored_plainly_in_bfloat16_too(family):
+    """There, an error of theirs is as small as rounding."""
+    name, settings = FAMILIES[family]
+    config = getattr(transformers, name)(**settings)
+    config.alibi = True  # of Falcon; the others have it always
+    view = value_vector_view(random_model(config, dtype=torch.bfloat16))
+    assert choose_engine(view).name == "plain"
 
 
 def longer_than_the_window(family):

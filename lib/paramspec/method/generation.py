@@ -5,7 +5,6 @@ generate_answers(view, tokenizer, ["What is the capital of France?"])      # ["P
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
@@ -17,7 +16,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from paramspec.method import hooks
 from paramspec.method.hooks import ValueVectorView
-from paramspec.method.scoring import attention_window
+from paramspec.method.scoring import attention_window, takes_positions
 from paramspec.models.tokens import token_ids
 from paramspec.specwiki import normalise
 
@@ -130,8 +129,7 @@ def decode(
     beginning, shared = _read_beginning(view, encoded if unmasked else [])
     # Rows of unlike length: only with positions of their own, and within the window.
     window = attention_window(view.model.config)
-    takes_positions = "position_ids" in inspect.signature(view.model.forward).parameters
-    pads = shared > 0 and takes_positions and (window is None or longest <= window)
+    pads = shared > 0 and takes_positions(view.model) and (window is None or longest <= window)
     answers = [[Decoded(index, copy) for copy in range(copies)] for index in range(len(prompts))]
     for part in _parts(encoded, max(1, batch_size // copies), equal=not pads):
         cache = deepcopy(beginning)

@@ -10,6 +10,7 @@ tokens, given the cloze and a space. How little of that has to be computed, `row
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -43,7 +44,7 @@ from paramspec.models.tokens import token_ids
 from paramspec.specwiki import Question
 
 # Raised whenever a change could move a score; part of every result's key.
-SCORING_VERSION = 4
+SCORING_VERSION = 5
 # Two scores are a tie if they differ by no more than this share of them: by float32's rounding.
 TIE = 1e-6
 VOCABULARY_BLOCK = 4096  # logits that are in memory at once, of each place that is read off
@@ -224,6 +225,12 @@ def _inputs(view: ValueVectorView, rows: Sequence[Row], length: int) -> dict[str
     }
 
 
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether position ids decide how far tokens are apart. ALiBi counts places in the row."""
+    named = "position_ids" in inspect.signature(model.forward).parameters
+    return named and not getattr(model.config, "alibi", False)
+
+
 def attention_window(config: PreTrainedConfig) -> int | None:
     """How many tokens a sliding attention reaches back, itself included, if there is one."""
     return getattr(config.get_text_config(decoder=True), "sliding_window", None)
@@ -292,14 +299,16 @@ def _plain_forward(
 def choose_engine(view: ValueVectorView) -> Engine:
     """`engine = choose_engine(view)`: packed rows if the model computes them correctly.
 
-    Decided by a test: a forest that branches at every depth, under three masks, is scored packed
-    and plain. Models whose attention is biased by distances that position ids do not set (BLOOM,
-    MPT) fail it, as do those that do not keep a sliding window within a forest.
+    Models whose attention is biased by distances that position ids do not set (BLOOM, MPT, Falcon
+    with ALiBi) do not: in bfloat16 no test would show it. A test decides on others: a forest that
+    branches at every depth, under three masks, is scored packed and plain.
     """
     config: Any = view.model.config.get_text_config(decoder=True)
     attention = view.model.config._attn_implementation
     if attention not in ("eager", "sdpa"):
         return Engine("plain", f"attention implementation {attention!r} takes no tree mask")
+    if not takes_positions(view.model):
+        return Engine("plain", "the distance between two tokens does not follow their position ids")
     for branches in (True, False):
         engine = Engine("packed", "verified by a test forward", branches=branches)
         failure = _failure(view, engine)
