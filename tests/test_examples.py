@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import paramspec
-from paramspec.specwiki import export_lm_eval
+from paramspec.specwiki import dataset, export_lm_eval
 from paramspec.studies.sweep import measure_pss
 from toy_study import save_toy, toy_loaded, toy_questions
 
@@ -45,10 +45,10 @@ def names():
     }
 
 
-@pytest.mark.parametrize("name", [*PUBLIC, "export_lm_eval"])
+@pytest.mark.parametrize("name", [*PUBLIC, "dataset", "export_lm_eval"])
 def test_the_example_runs(name, names, folder, monkeypatch):
     monkeypatch.chdir(folder)
-    text = (PUBLIC | {"export_lm_eval": export_lm_eval})[name].__doc__
+    text = (PUBLIC | {"dataset": dataset, "export_lm_eval": export_lm_eval})[name].__doc__
     example = doctest.DocTestParser().get_doctest(text, dict(names), name, None, 0)
     assert example.examples
     told = io.StringIO()

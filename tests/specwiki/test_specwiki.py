@@ -14,6 +14,7 @@ import pytest
 from paramspec.errors import InputError
 from paramspec.specwiki import (
     QUESTIONS,
+    dataset,
     export_lm_eval,
     load_questions,
     questions_digest,
@@ -224,12 +225,14 @@ def test_the_command_validates(tmp_path, command):
 
 
 def test_the_dataset_is_what_the_card_gives(tmp_path):
-    """`load_dataset` on the directory, as its README configures it: labels by number."""
+    """`load_dataset` on the directory, as its README configures it, and `dataset()`."""
     import datasets
 
     loaded = datasets.load_dataset(str(QUESTIONS.parent), cache_dir=str(tmp_path))
     assert list(loaded) == ["test"]
     features = loaded["test"].features
+    assert dataset().features == features
+    assert list(dataset()) == list(loaded["test"])
     names = {field: features[field].int2str for field in ("tier", "domain")}
     rows = [
         row | {field: name(row[field]) for field, name in names.items()} for row in loaded["test"]

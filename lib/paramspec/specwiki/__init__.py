@@ -6,7 +6,7 @@
 `README.md` is the dataset card; `tools/specwiki` in the repository builds `questions.jsonl`.
 """
 
-from paramspec.specwiki.export import export_lm_eval
+from paramspec.specwiki.export import dataset, export_lm_eval
 from paramspec.specwiki.questions import (
     QUESTIONS,
     Question,
@@ -23,6 +23,7 @@ __all__ = [
     "QUESTIONS",
     "Question",
     "choose",
+    "dataset",
     "describe",
     "export_lm_eval",
     "load_questions",

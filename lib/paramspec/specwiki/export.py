@@ -1,15 +1,45 @@
-"""Questions for another program: a task of lm-evaluation-harness."""
+"""Questions for other programs: a `datasets.Dataset`, and a task of lm-evaluation-harness."""
 
 from __future__ import annotations
 
 import glob
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from paramspec.execution.files import atomic, require_writable
-from paramspec.specwiki.questions import Question
+from paramspec.specwiki.questions import Question, load_questions
+from paramspec.tables import TIERS
+
+if TYPE_CHECKING:
+    import datasets
+
+
+def dataset() -> datasets.Dataset:
+    """All questions with typed features, as `load_dataset` reads them by the card next to them.
+
+    >>> from paramspec import specwiki
+    >>> found = specwiki.dataset()
+    >>> found.num_rows, found.features["tier"].names
+    (5250, ['high', 'medium', 'low'])
+
+    `tier`, `domain` and `answer` are numbers with names; the answer's names are A to D.
+    """
+    from datasets import ClassLabel, Dataset, Features, List, Value
+
+    questions = load_questions()
+    text = Value("string")
+    types = dict.fromkeys(Question.model_fields, text)
+    types |= dict.fromkeys(("aliases", "statements"), List(text))
+    types["options"] = List(text, length=4)
+    types["domain"] = ClassLabel(names=sorted({question.domain for question in questions}))
+    types["tier"] = ClassLabel(names=list(TIERS))
+    types["answer"] = ClassLabel(names=["A", "B", "C", "D"])
+    types["fold"] = Value("int64")
+    rows = [question.model_dump(mode="json") for question in questions]
+    return Dataset.from_list(rows, features=Features(types), split="test")
 
 
 def export_lm_eval(directory: str | Path, questions: Iterable[Question]) -> Path:
