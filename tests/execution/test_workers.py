@@ -67,7 +67,7 @@ def patience(monkeypatch):
 
 def cluster(workers=2):
     """A scheduler, and workers that are processes of their own, of one thread each."""
-    return LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None)
+    return LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=":0")
 
 
 @pytest.fixture(scope="module")
