@@ -51,28 +51,17 @@ jobs: int = 2  # processes
 ```
 """
 OPTIONS = ["--ratios", "0.25", "--general", "2", "--jobs", "2", "--out", "out"]
-TUNING = [
-    "--method",
-    "FT-PV",
-    "--concept",
-    "France",
-    "--concept",
-    "gold",
-    "--epochs",
-    "40",
-    "--save-every",
-    "1",
-]
+TUNING = ["--method", "FT-PV", "--concept", "France", "--concept", "gold", "--out", "tuned"]
+TUNING += ["--epochs", "40", "--save-every", "1"]
 COMMANDS = {
     "build": ["build"],
     "run": ["run", "measured"],
     "pss": ["pss", *MODELS, *OPTIONS],
-    "finetune": ["finetune", MODELS[1], *TUNING, "--out", "tuned"],
+    "finetune": ["finetune", MODELS[1], *TUNING],
 }
 # Most of an undisturbed run's computing time, in that of `pss`, whose workers import torch, too.
 LENGTHS = {"build": 1.2, "run": 0.85, "pss": 1.0, "finetune": 0.28}
 MOMENTS = {"build": 3, "run": 5, "pss": 6, "finetune": 6}
-FEW = 6  # ends after each other, before a run that may finish
 LOOK = 0.25  # seconds between two looks at the progress
 WITHIN = 5.0  # seconds until nothing runs, of a process that has a core, see `seconds_given`
 
@@ -89,31 +78,11 @@ class End:
     told: str
 
 
-@dataclass
-class Expected:
-    """What an undisturbed run gives: a command's numbers, and its computing time in seconds."""
-
-    numbers: dict[str, object]
-    length: dict[str, float]
-
-
 def make_place(folder: Path) -> Path:
     """A book of one chapter that measures two micro models, and their recipe."""
     make_checkout(folder, measured=CHAPTER)
     shutil.copy(REPOSITORY / "book" / "profiles" / "zoo" / "smoke.yaml", folder / "zoo.yaml")
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def heed():
-    """Signals end what is started, also where these tests were started to ignore them (`nohup`)."""
-    numbers = (signal.SIGHUP, signal.SIGINT)
-    ignored = [number for number in numbers if signal.getsignal(number) == signal.SIG_IGN]
-    for number in ignored:
-        signal.signal(number, signal.SIG_DFL)
-    yield
-    for number in ignored:
-        signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -133,9 +102,11 @@ def started(place: Path, *words: str, wrapper: tuple[str, ...] = (), **options):
                     found.append(told)
         return found
 
+    # Also where these tests were started to ignore signals (`nohup`), what they start minds them.
+    line = ["env", "--default-signal=HUP,INT", *wrapper, sys.executable, "-m", "paramspec", *words]
     with (place / "told.txt").open("wb") as told:
         process = subprocess.Popen(
-            [*wrapper, sys.executable, "-m", "paramspec", *words],
+            line,
             **{"cwd": place, "env": environment, "start_new_session": True}
             | {"stdin": subprocess.DEVNULL, "stdout": told, "stderr": told}
             | options,
@@ -149,23 +120,22 @@ def started(place: Path, *words: str, wrapper: tuple[str, ...] = (), **options):
         process.wait()
 
 
-def seconds_until(condition: Callable[[], object], within: float = 600, every=0.1) -> float:
-    began = time.monotonic()
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 600
     while not condition():
-        assert time.monotonic() < began + within, "waited in vain"
-        time.sleep(every)  # a look at all processes takes a hundredth
-    return time.monotonic() - began
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)  # a look at all processes takes a hundredth
 
 
 def seconds_given(condition: Callable[[], object]) -> float:
-    """As `seconds_until`, but in the computing time that another process had meanwhile.
+    """Seconds until then, in the computing time that another process had meanwhile.
 
-    On an idle machine these are the same; on a busy one every process waits for its turn.
+    On an idle machine these are seconds; on a busy one every process waits for its turn.
     """
     line = [sys.executable, "-S", "-c", "while True: pass"]
     other = subprocess.Popen(line, start_new_session=True)  # as what is waited for
     try:
-        seconds_until(condition)
+        wait_until(condition)
         times = psutil.Process(other.pid).cpu_times()
         return times.user + times.system
     finally:
@@ -209,12 +179,9 @@ def end(place: Path, command: str, number, progress: float, length: float, draw)
     send = os.killpg if number != signal.SIGTERM or draw.random() < 0.5 else os.kill
     times, spent = int(draw.integers(1, 3)), {}
     with started(place, *COMMANDS[command]) as (process, running):
-        seconds_until(lambda: minds_signals(process))
-        seconds_until(
-            lambda: (
-                process.poll() is not None or computing_time(process, spent) >= progress * length
-            )
-        )
+        wait_until(lambda: minds_signals(process))
+        due = progress * length
+        wait_until(lambda: process.poll() is not None or computing_time(process, spent) >= due)
         if process.poll() is not None:
             return None
         for _ in range(times):
@@ -225,8 +192,8 @@ def end(place: Path, command: str, number, progress: float, length: float, draw)
     return End(command, number.name, progress, status, seconds, told) if status else None
 
 
-def lives(folder: Path, command: str, moments: list[float], expected: Expected, draw) -> list[End]:
-    """End a command at each moment, a few after each other in one place, then let it finish.
+def lives(folder: Path, command: str, moments: list[float], expected: dict, length: float, draw):
+    """End a command at each moment, one after the other in one place, then let it finish.
 
     A command that is done before its moment has come is held against the undisturbed run, and the
     moment is looked for at half the progress, in a new place.
@@ -234,17 +201,16 @@ def lives(folder: Path, command: str, moments: list[float], expected: Expected, 
     ends: list[End] = []
     places = (make_place(folder / str(number)) for number in itertools.count())
     signals = itertools.cycle(draw.permutation([signal.SIGHUP, signal.SIGINT, signal.SIGTERM]))
-    for first in range(0, len(moments), FEW):
-        place = next(places)
-        for progress in sorted(moments[first : first + FEW]):  # what is kept shortens the next run
-            number, length = signal.Signals(next(signals)), expected.length[command]
-            while (one := end(place, command, number, progress, length, draw)) is None:
-                assert_same(numbers(place, command), expected.numbers[command])
-                place, progress = next(places), progress / 2
-                assert progress > 0.001, f"{number.name} does not end `paramspec {command}`"
-            ends.append(one)
-        finish(place, command)
-        assert_same(numbers(place, command), expected.numbers[command])
+    place = next(places)
+    for progress in sorted(moments):  # what is kept shortens the next run
+        number = signal.Signals(next(signals))
+        while (one := end(place, command, number, progress, length, draw)) is None:
+            assert_same(numbers(place, command), expected)
+            place, progress = next(places), progress / 2
+            assert progress > 0.001, f"{number.name} does not end `paramspec {command}`"
+        ends.append(one)
+    finish(place, command)
+    assert_same(numbers(place, command), expected)
     return ends
 
 
@@ -257,9 +223,7 @@ def numbers(place: Path, command: str) -> dict[str, object]:
         assert (place / "book" / "_executed" / "measured.ipynb").is_file()
     if command == "build":
         assert "Measured" in (place / "_build" / "html" / "book" / "measured.html").read_text()
-    tables = {
-        name: pd.read_parquet(place / "out" / f"{name}.parquet") for name in ("pss", "details")
-    }
+    tables = {n: pd.read_parquet(place / "out" / f"{n}.parquet") for n in ("pss", "details")}
     return {**tables, **load_file(place / "out" / "masks.safetensors")}
 
 
@@ -267,21 +231,21 @@ def assert_same(actual: dict[str, object], expected: dict[str, object]) -> None:
     """To the last bit, but for the last of a log-likelihood: linear layers are the faster ones."""
     assert actual.keys() == expected.keys()
     for name, one in expected.items():
-        if isinstance(one, pd.DataFrame):
-            tables = [
-                table.drop(columns="option_logprobs", errors="ignore")
-                for table in (actual[name], one)
-            ]
-            pd.testing.assert_frame_equal(*tables, check_exact=True)
-            if "option_logprobs" in one:
-                scores = [np.stack(table["option_logprobs"]) for table in (actual[name], one)]
-                np.testing.assert_allclose(*scores, rtol=0, atol=1e-4)
-        else:
+        if not isinstance(one, pd.DataFrame):
             np.testing.assert_array_equal(actual[name], one)
+            continue
+        tables = [actual[name], one]
+        if "option_logprobs" in one:
+            scores = [np.stack(table["option_logprobs"]) for table in tables]
+            np.testing.assert_allclose(*scores, rtol=0, atol=1e-4)
+            tables = [table.drop(columns="option_logprobs") for table in tables]
+        pd.testing.assert_frame_equal(*tables, check_exact=True)
 
 
-def undisturbed(folder: Path) -> Expected:
-    """Runs that end by themselves; one gets signals that it was told to ignore, as `nohup` does."""
+def undisturbed(folder: Path) -> tuple[dict[str, dict[str, object]], float]:
+    """A command's numbers, and the computing time of `pss`, of runs that end by themselves; one
+    gets signals that it was told to ignore, as `nohup` does.
+    """
     tuned, measured = make_place(folder / "finetune"), make_place(folder / "pss")
 
     def disturb(process: subprocess.Popen) -> None:
@@ -297,21 +261,21 @@ def undisturbed(folder: Path) -> Expected:
     with contextlib.chdir(measured):
         exec(CELL, {"jobs": 1})
     found["run"] = found["build"] = numbers(measured, "pss")
-    return Expected(found, {command: share * length for command, share in LENGTHS.items()})
+    return found, length
 
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory) -> dict[str, list[End]]:
     """Ends of each command at as many moments as `MOMENTS` says, two commands side by side."""
     folder = tmp_path_factory.mktemp("ends")
-    expected = undisturbed(folder)
+    expected, length = undisturbed(folder)
     with ThreadPoolExecutor(2) as lanes:
         running = {}
         for place, (command, count) in enumerate(MOMENTS.items()):
             draw = np.random.default_rng([0, place])
-            moments = draw.uniform(0, 1, count).tolist()
+            rest = (draw.uniform(0, 1, count).tolist(), expected[command])
             running[command] = lanes.submit(
-                lives, folder / f"{command}-lives", command, moments, expected, draw
+                lives, folder / f"{command}-lives", command, *rest, LENGTHS[command] * length, draw
             )
         return {command: lane.result() for command, lane in running.items()}
 
@@ -357,7 +321,7 @@ def test_what_a_killed_command_started_ends_by_itself(tmp_path, command, child):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with started(place, *COMMANDS[command], wrapper=wrapper, **pipes) as (process, running):
         pid = int(process.stdout.readline())
-        seconds_until(start_of(child, running))
+        wait_until(start_of(child, running))
         os.kill(pid, signal.SIGKILL)
         assert seconds_given(lambda: {one["pid"] for one in running()} == {process.pid}) < 10
 
@@ -377,7 +341,7 @@ def test_ctrl_c_in_a_terminal_shows_one_line(tmp_path):
     """It goes to the workers, too, and they don't answer."""
     place = make_place(tmp_path / "place")
     with in_a_terminal(place, "pss") as (ours, process, running):
-        seconds_until(start_of("LokyProcess-2", running))
+        wait_until(start_of("LokyProcess-2", running))
         os.write(ours, b"\x03")
         assert seconds_given(lambda: not running()) < WITHIN
         assert process.wait() == 130
@@ -393,7 +357,7 @@ def test_ctrl_c_in_a_terminal_shows_one_line(tmp_path):
 def test_a_terminal_that_is_closed_ends_the_command(tmp_path):
     place = make_place(tmp_path / "place")
     with in_a_terminal(place, "finetune") as (ours, process, running):
-        seconds_until(lambda: minds_signals(process))
+        wait_until(lambda: minds_signals(process))
         os.close(ours)
         assert seconds_given(lambda: not running()) < WITHIN
         assert process.wait() == 129

@@ -289,13 +289,13 @@ def plan(
 ) -> None:
     """What a profile costs: weights, tokens, FLOPs, hours. Runs and downloads nothing."""
     from paramspec import report
-    from paramspec.studies.chapters import CHAPTERS, chapter_experiments
+    from paramspec.studies.chapters import CHAPTERS
     from paramspec.studies.cost import plan as make_plan
     from paramspec_book.parameters import parse_assignments, planned_values
 
     given = parse_assignments(parameter or [])
     values, others = planned_values(profile, chapter or (), given, CHAPTERS)
-    asked = {name: chapter_experiments(name, own) for name, own in values.items()}
+    asked = {name: CHAPTERS[name](own) for name, own in values.items()}
     planned = make_plan(asked, gpu=gpu, utilisation=utilisation)
     if as_json:
         print(json.dumps(planned.as_dict(), indent=2))

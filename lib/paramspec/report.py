@@ -119,7 +119,7 @@ def print_plan(planned: Plan, others: Sequence[str]) -> None:
     if others:
         print(f"Not planned: {', '.join(others)}.")
     asked = f"{len(models)} models, {chapters['concepts'].max()} concepts"
-    print(f"In all: {asked}: {hours_of(planned.gpu_hours)} hours of {on}")
+    print(f"In all: {asked}: {hours_of(planned.totals['gpu_hours'])} hours of {on}")
 
 
 def print_study(study: Study) -> None:

@@ -24,11 +24,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from paramspec.errors import InputError, printable
-from paramspec.execution.ends import out_of_the_main_thread
 from paramspec.execution.files import atomic, require_writable, writing_to
 from paramspec.execution.provenance import USED, hardware, machine, used_results, versions
 from paramspec_book.keys import RECORD, execution_key, read_record
@@ -138,22 +138,23 @@ def _execute(chapter: Path, values: Mapping[str, Any], scratch: Path, root: Path
     place = f"the unfinished notebook is {_shown(scratch, root)}"
     given = {name: value for name, value in values.items() if value != declared[name].default}
     try:
-        result = out_of_the_main_thread(
-            papermill.execute_notebook,
-            read_notebook(chapter),
-            str(scratch).replace("{", "{{").replace("}", "}}"),  # it is a template
-            given,
-            kernel_name="python3",
-            cwd=str(root),
-            start_timeout=300,
-            autosave_cell_every=30,
-            progress_bar=sys.stderr.isatty(),
-            extra_arguments=[
-                "--log-level=CRITICAL",  # the kernel's own log, not the chapter's
-                "--IPKernelApp.parent_handle=0",  # its own watch ends it, and not its workers
-                f"--IPKernelApp.exec_lines={_WATCH.format(os.getpid())}",
-            ],
-        )
+        with ThreadPoolExecutor(1) as thread:  # in the main one, nbclient takes the signals over
+            result = thread.submit(
+                papermill.execute_notebook,
+                read_notebook(chapter),
+                str(scratch).replace("{", "{{").replace("}", "}}"),  # it is a template
+                given,
+                kernel_name="python3",
+                cwd=str(root),
+                start_timeout=300,
+                autosave_cell_every=30,
+                progress_bar=sys.stderr.isatty(),
+                extra_arguments=[
+                    "--log-level=CRITICAL",  # the kernel's own log, not the chapter's
+                    "--IPKernelApp.parent_handle=0",  # its own watch ends it, and not its workers
+                    f"--IPKernelApp.exec_lines={_WATCH.format(os.getpid())}",
+                ],
+            ).result()
     except (PapermillExecutionError, RuntimeError) as error:
         reason = f"failed: {error}"  # nbclient's: the kernel died, or did not start
         if isinstance(error, PapermillExecutionError):

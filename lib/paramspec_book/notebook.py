@@ -19,7 +19,7 @@ from myst_nb import glue
 from paramspec.execution.parallel import workers
 from paramspec.plain import read_yaml
 from paramspec.stats.bootstrap import interval, with_interval
-from paramspec.studies.chapters import CHAPTERS, Experiment, chapter_experiments
+from paramspec.studies.chapters import CHAPTERS, Experiment
 from paramspec.studies.sweep import Study
 from paramspec_book import figures
 from paramspec_book.parameters import find_root
@@ -37,7 +37,7 @@ def begin(chapter: str, parameters: Mapping[str, Any]) -> list[Experiment]:
             paper = one["published"].format(**one["numbers"])
             texts = {"claim": one["claim"], "paper": paper, "rule": one["rule"]}
             glue_all(**{f"{name.lower()}-{part}": text for part, text in texts.items()})
-    return chapter_experiments(chapter, parameters) if chapter in CHAPTERS else []
+    return CHAPTERS[chapter](parameters) if chapter in CHAPTERS else []
 
 
 def claims() -> dict[str, dict[str, Any]]:

@@ -7,25 +7,24 @@ import json
 import os
 import pickle
 import platform
+import re
 import signal
 import subprocess
 import sys
 import time
 import warnings
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from disks import read_only, small_disk
 from paramspec.errors import InputError
 from paramspec.execution import provenance
 from paramspec.execution.files import require_writable, writing_to
-from paramspec.execution.provenance import NUMBER_LIBRARIES, number_versions, read_computed
+from paramspec.execution.provenance import NUMBER_LIBRARIES, read_computed
 from paramspec.execution.store import Store
 
 KEY = {"model": "ab" * 32, "dtype": "float32", "choices": {"ratios": [0.01, 0.05], "seed": 0}}
@@ -54,10 +53,9 @@ def everything(store):
 def test_what_was_put_is_found_and_nothing_else(store):
     assert store.get(KEY) is None
     path = store.put(KEY, write)
-    assert store.get(KEY) == store.get(dict(reversed(KEY.items()))) == path
-    assert (path / "numbers.bin").read_bytes() == CONTENT
-    assert json.loads((path / "key.json").read_text()) == {**KEY, "versions": number_versions()}
+    assert store.get(dict(reversed(KEY.items()))) == path
     assert Store(store.root).get(json.loads(json.dumps(KEY))) == path
+    assert (path / "numbers.bin").read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize(
@@ -75,18 +73,15 @@ def test_any_change_of_a_key_is_another_result(store, change):
     assert store.get(KEY | change) is None
 
 
-@pytest.mark.parametrize("name", NUMBER_LIBRARIES)
-def test_another_version_of_what_computes_is_another_key(
-    store, monkeypatch, name, pretend_versions
-):
+def test_another_version_of_what_computes_is_another_key(store, pretend_versions):
     path = store.put(KEY, write)
-    pretend_versions(**{name: "999.1"})
-    other = Store(store.root)
-    assert other.get(KEY) is None
-    assert read_computed(other.put(KEY, write))["versions"][name] == "999.1"
-    monkeypatch.undo()
+    for name in NUMBER_LIBRARIES:
+        pretend_versions(**{name: "999.1"})
+        other = Store(store.root)
+        assert other.get(KEY) is None
+        assert read_computed(other.put(KEY, write))["versions"][name] == "999.1"
+        pretend_versions(**{name: importlib.metadata.version(name)})
     assert Store(store.root).get(KEY) == path
-    assert read_computed(path)["versions"][name] == importlib.metadata.version(name)
 
 
 def test_versions_that_change_no_number_are_not_in_the_key(store, pretend_versions):
@@ -99,13 +94,12 @@ def test_versions_that_change_no_number_are_not_in_the_key(store, pretend_versio
 
 
 def test_a_record_is_that_of_the_process_that_computed(store, monkeypatch):
-    path = store.put(KEY, write, {"engine": "packed"})
+    path = store.put(KEY | {"unit": "some"}, write, {"engine": "packed"})
     monkeypatch.setattr(provenance, "hardware", lambda: {"cpu": "another"})
-    record = read_computed(Store(store.root).get(KEY))
-    assert record["engine"] == "packed"
+    record = read_computed(path)
+    assert (record["unit"], record["engine"]) == ("some", "packed")
     assert record["hardware"]["threads"] == torch.get_num_threads()
     assert record["versions"]["python"] == platform.python_version()
-    assert abs(datetime.now(UTC) - datetime.fromisoformat(record["date"])).days == 0
     assert read_computed(path / "nothing") == {}
 
 
@@ -122,20 +116,22 @@ def test_a_worker_with_other_versions_puts_nothing(store, pretend_versions):
 # Writes
 
 
-def test_a_writer_that_fails_leaves_nothing(store):
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [(KeyError("half way"), KeyError), (OSError(28, "No space left on device"), InputError)],
+)
+def test_a_writer_that_fails_leaves_nothing(store, failure, told):
     earlier = store.put(KEY, write)
     before = everything(store)
 
     def crash(directory):
         write(directory)
-        raise KeyError("half way")
+        raise failure
 
-    for key in (KEY | {"dtype": "bfloat16"}, KEY):
-        with pytest.raises(KeyError):
-            store.put(key, crash)
+    with pytest.raises(told, match=re.escape(failure.args[-1])):
+        store.put(KEY | {"dtype": "bfloat16"}, crash)
     assert everything(store) == before
     assert store.get(KEY) == earlier
-    assert store.get(KEY | {"dtype": "bfloat16"}) is None
 
 
 def test_of_two_writers_the_first_wins_and_the_second_is_served(store):
@@ -161,15 +157,13 @@ store, begin = Store(sys.argv[1]), float(sys.argv[2])
 time.sleep(max(0, begin - time.time()))
 for number in range(60):
     path = store.put({"number": number}, lambda d: (d / "n.bin").write_bytes(bytes([number]) * 999))
-    found = store.get({"number": number})
-    assert found == path, found
-    assert (found / "n.bin").read_bytes() == bytes([number]) * 999
+    assert store.get({"number": number}) == path
+    assert (path / "n.bin").read_bytes() == bytes([number]) * 999
 """
     arguments = [sys.executable, "-c", program, str(store.root), str(time.time() + 2)]
     processes = [subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) for _ in range(4)]
     for process in processes:
         assert process.communicate()[1] == ""
-        assert process.returncode == 0
     assert len(list(store.root.glob("v*/*/*"))) == 60  # and nothing unfinished
 
 
@@ -188,15 +182,13 @@ def test_a_turn_is_one_process_at_a_time_and_ends_with_the_process(store):
     command = [sys.executable, "-c", HOLDER, str(store.root)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "True\n"
-    with store.turn({"number": 1}, wait=False) as mine:
-        assert not mine
-    with store.turn({"number": 2}, wait=False) as mine:
-        assert mine
+    for number in (1, 2):
+        with store.turn({"number": number}, wait=False) as mine:
+            assert mine == (number == 2)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    with store.turn({"number": 1}) as mine, Store(store.root).turn({"number": 1}) as again:
+    with store.turn({"number": 1}) as mine:
         assert mine
-        assert again  # the same thread's
     assert not list(store.root.rglob("*.lock"))
 
 
@@ -234,32 +226,32 @@ def damaged(store):
 
 
 @pytest.mark.parametrize(
-    "break_it",
+    ("name", "content"),
     [
-        lambda path: (path / "numbers.bin").write_bytes(CONTENT[:-1]),
-        lambda path: (path / "numbers.bin").write_bytes(CONTENT + b"\0"),
-        lambda path: (path / "numbers.bin").write_bytes(CONTENT[:-1] + b"\x26"),  # one bit
-        lambda path: (path / "numbers.bin").unlink(),
-        lambda path: (path / "key.json").unlink(),
-        lambda path: (path / "key.json").write_text("{}"),
-        lambda path: (path / "checksums.json").unlink(),
-        lambda path: (path / "checksums.json").write_text(""),
-        lambda path: (path / "checksums.json").write_text("{}"),
-        lambda path: (path / "checksums.json").write_text("null"),
-        lambda path: (path / "checksums.json").write_bytes(b"\xff\xfe{}"),
+        ("numbers.bin", CONTENT[:-1]),
+        ("numbers.bin", CONTENT[:-1] + b"\x26"),  # one bit
+        ("numbers.bin", None),
+        ("key.json", None),
+        ("checksums.json", None),
+        ("checksums.json", b""),
+        ("checksums.json", b"{}"),
+        ("checksums.json", b"null"),
+        ("checksums.json", b"\xff\xfe{}"),
     ],
 )
-def test_a_damaged_result_is_noticed_set_aside_and_made_again(store, break_it):
+def test_a_damaged_result_is_noticed_set_aside_and_made_again(store, name, content):
     for count in (1, 2):  # the same result may be damaged twice
         path = store.put(KEY, write)
-        break_it(path)
+        if content is None:
+            (path / name).unlink()
+        else:
+            (path / name).write_bytes(content)
         assert str(path) in damaged(store)
         assert len(list(path.parent.glob(f"{path.name}.damaged-*"))) == count
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert store.get(KEY) is None  # noticed once
             assert (store.put(KEY, write) / "numbers.bin").read_bytes() == CONTENT
-            assert store.get(KEY) == path
 
 
 def test_a_store_that_cannot_be_written_is_still_read(store, monkeypatch):
@@ -278,18 +270,7 @@ def refusal(store, key, writer=write):
     message = str(caught.value)
     assert "\n" not in message
     assert str(store.root) in message
-    assert message.endswith("free some space, or choose a directory that you may write to")
     return message
-
-
-def test_a_full_disk_is_told_in_one_line(store):
-    def fill_disk(directory: Path) -> None:
-        raise OSError(28, "No space left on device", str(directory / "numbers.bin"))
-
-    store.put(KEY, write)
-    before = everything(store)
-    assert "No space left on device" in refusal(store, KEY | {"seed": 1}, fill_disk)
-    assert everything(store) == before
 
 
 def test_a_disk_that_is_really_full(tmp_path):
@@ -307,7 +288,6 @@ def test_a_disk_that_is_really_full(tmp_path):
             assert "No space left on device" in refusal(store, KEY | {"seed": 1}, writer)
             assert store.get(KEY | {"seed": 1}) is None
             assert not list(store.root.rglob(".partial*"))
-        assert (store.get(KEY) / "numbers.bin").read_bytes() == CONTENT
         # Space was given back: what fits is stored.
         assert store.put(KEY | {"seed": 2}, write) == store.get(KEY | {"seed": 2})
 
@@ -330,12 +310,7 @@ def test_a_place_below_a_file_is_refused_and_a_new_one_is_made(tmp_path):
 
 
 def test_only_failed_writes_are_translated(tmp_path):
-    full = SafetensorError("Error while serializing: No space left on device (os error 28)")
-    for error, told in ((OSError("no number"), "no number"), (full, "No space left on device")):
-        with (
-            pytest.raises(InputError, match=f"^{tmp_path}: cannot write .*{told}"),
-            writing_to(tmp_path),
-        ):
-            raise error
+    with pytest.raises(InputError, match=f"^{tmp_path}: cannot write"), writing_to(tmp_path):
+        raise OSError("no number")
     with pytest.raises(KeyError), writing_to(tmp_path):
         raise KeyError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -17,8 +18,8 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+from distributed import LocalCluster
 
-from cluster import cluster
 from paramspec.errors import InputError
 from paramspec.execution import parallel
 from paramspec.execution.parallel import workers
@@ -32,28 +33,28 @@ from toys import toy_model
 
 OPTIONS = ("--ratios", "0.1,0.3", "--general", "5")
 CHOICES = Choices(ratios=(0.1, 0.3), general=5)
-MODELS = ("one", "two", "three")
+QUESTIONS = toy_questions(8)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """Three models and a question file."""
     place = tmp_path_factory.mktemp("workers")
-    for seed, name in enumerate(MODELS):
+    for seed, name in enumerate(("one", "two", "three")):
         save_toy(place / name, seed=seed)
-    save_questions(place / "questions.jsonl", toy_questions(8))
+    save_questions(place / "questions.jsonl", QUESTIONS)
     return place
 
 
 @pytest.fixture(scope="module")
 def models(place):
-    return [str(place / name) for name in MODELS]
+    return [str(place / name) for name in ("one", "two", "three")]
 
 
 @pytest.fixture(scope="module")
 def expected(place, models):
     """The study of one process that nobody disturbs, as its files tell it."""
-    study = measure_pss(models, toy_questions(8), CHOICES, store=Store(place / "undisturbed"))
+    study = measure_pss(models, QUESTIONS, CHOICES, store=Store(place / "undisturbed"))
     write_study(study, place / "expected")
     return tables(place / "expected")
 
@@ -64,10 +65,15 @@ def patience(monkeypatch):
     monkeypatch.setattr(parallel, "ANSWER_WITHIN", 600)
 
 
+def cluster(workers=2):
+    """A scheduler, and workers that are processes of their own, of one thread each."""
+    return LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=":0")
+
+
 @pytest.fixture(scope="module")
-def dask(tmp_path_factory):
-    with cluster(tmp_path_factory.mktemp("dask")) as dask:
-        yield dask
+def dask():
+    with cluster() as dask:
+        yield dask.scheduler_address
 
 
 def tables(out):
@@ -87,12 +93,17 @@ def assert_same_numbers(actual, expected):
 def finished(root):
     """The units in a store, with the time each was written."""
     found = {}
-    for file in root.glob("v*/*/*/key.json"):
-        if not file.parent.name.startswith("."):
-            key = json.loads(file.read_text())
-            if key["unit"] == "pss":
-                found[key["name"], *key["concepts"]] = file.stat().st_mtime_ns
+    for file in root.glob("v*/*/[!.]*/key.json"):
+        key = json.loads(file.read_text())
+        if key["unit"] == "pss":
+            found[key["name"], *key["concepts"]] = file.stat().st_mtime_ns
     return found
+
+
+def found_in_store(out):
+    return [
+        model["units_from_store"] for model in json.loads((out / "run.json").read_text())["models"]
+    ]
 
 
 def wait_for(condition):
@@ -102,62 +113,51 @@ def wait_for(condition):
         time.sleep(0.005)
 
 
-def start(place, models, out, *options):
-    command = [sys.executable, "-m", "paramspec.cli", "pss", *models, *OPTIONS]
-    command += ["--questions", str(place / "questions.jsonl"), "--out", str(out), *options]
-    process = subprocess.Popen(
-        command,
-        cwd=place,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    STARTED.append(process)
-    return process
+@pytest.fixture
+def start(place, models):
+    """`start(out, store, "--jobs", "2")`: the command; what a failed test has started ends too."""
+    started = []
 
+    def start(out, store, *options):
+        command = [sys.executable, "-m", "paramspec.cli", "pss", *models, *OPTIONS, *options]
+        command += ["--questions", "questions.jsonl", "--out", out, "--store", store]
+        pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+        process = subprocess.Popen(command, cwd=place, text=True, start_new_session=True, **pipes)
+        started.append(process)
+        return process
 
-STARTED: list[subprocess.Popen] = []
-
-
-@pytest.fixture(autouse=True)
-def ended():
-    """What a failed test has started ends with it."""
-    yield
-    while STARTED:
-        process = STARTED.pop()
+    yield start
+    for process in started:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+        process.communicate()
 
 
-def test_a_sweep_of_two_processes_killed_midway_continues(place, models, expected, tmp_path):
+def test_a_sweep_of_two_processes_killed_midway_continues(start, expected, tmp_path):
     """SIGKILL to all of its processes; the rerun repeats no finished unit."""
-    store = ("--store", str(tmp_path / "store"), "--jobs", "2")
-    process = start(place, models, tmp_path / "out", *store)
-    wait_for(lambda: finished(tmp_path / "store"))
+    out, store = tmp_path / "out", tmp_path / "store"
+    process = start(out, store, "--jobs", "2")
+    wait_for(lambda: finished(store))
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    before = finished(tmp_path / "store")
+    before = finished(store)
     assert 0 < len(before) < 6
-    again = start(place, models, tmp_path / "out", *store)
+    again = start(out, store, "--jobs", "2")
     told = again.communicate(timeout=600)[1]
     assert again.returncode == 0, told
-    assert before.items() <= finished(tmp_path / "store").items()
-    assert_same_numbers(tables(tmp_path / "out"), expected)
-    records = json.loads((tmp_path / "out" / "run.json").read_text())["models"]
-    assert sum(record["units_from_store"] for record in records) == len(before)
+    assert before.items() <= finished(store).items()
+    assert_same_numbers(tables(out), expected)
+    assert sum(found_in_store(out)) == len(before)
     assert "Traceback" not in told
     assert "set aside" not in told  # an unfinished unit is not a damaged one
 
 
-def test_a_process_killed_beside_the_sweep_is_told_in_one_line(place, models, tmp_path):
-    """As the kernel does where memory runs out; the rerun continues with what is finished."""
-    store = ("--store", str(tmp_path / "store"), "--controls", "20")
-    process = start(place, models, tmp_path / "out", *store, "--jobs", "2")
-    wait_for(lambda: finished(tmp_path / "store"))
-    before = finished(tmp_path / "store")
+def test_a_process_killed_beside_the_sweep_is_told_in_one_line(start, tmp_path):
+    """As the kernel does where memory runs out; what is finished is kept."""
+    store = tmp_path / "store"
+    process = start(tmp_path / "out", store, "--controls", "20", "--jobs", "2")
+    wait_for(lambda: finished(store))
+    before = finished(store)
     for child in psutil.Process(process.pid).children(recursive=True):
         if "LokyProcess" in " ".join(child.cmdline()):
             child.kill()
@@ -168,55 +168,40 @@ def test_a_process_killed_beside_the_sweep_is_told_in_one_line(place, models, tm
     (line,) = [line for line in told.split("\n") if line.startswith("paramspec: error: ")]
     assert "a worker process was killed, most likely for want of memory; run again" in line
     assert "Traceback" not in told
-    assert before.items() <= finished(tmp_path / "store").items()
+    assert before.items() <= finished(store).items()
 
 
-def test_two_sweeps_at_once_share_the_work_and_lose_nothing(place, models, expected, tmp_path):
-    both = [
-        start(place, models, tmp_path / out, "--store", str(tmp_path / "store"))
-        for out in ("a", "b")
-    ]
-    computed = 0
-    for process, out in zip(both, ("a", "b"), strict=True):
+def test_two_sweeps_at_once_share_the_work_and_lose_nothing(start, expected, tmp_path):
+    store = tmp_path / "store"
+    both = [start(tmp_path / out, store) for out in ("a", "b")]
+    for process in both:
         told = process.communicate(timeout=600)[1]
         assert process.returncode == 0, told
+    for out in ("a", "b"):
         assert_same_numbers(tables(tmp_path / out), expected)
-        records = json.loads((tmp_path / out / "run.json").read_text())["models"]
-        computed += sum(record["units"] - record["units_from_store"] for record in records)
-    assert computed == len(finished(tmp_path / "store")) == 6
-    assert not list((tmp_path / "store").rglob("*.lock"))
-    assert not list((tmp_path / "store").rglob(".partial-*"))
-
-
-def test_a_cluster_gives_the_numbers_of_one_process(dask, models, expected, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # the workers have another working directory
-    with workers(scheduler=dask.address):
-        study = measure_pss(models, toy_questions(8), CHOICES, store=Store("store"))
-    assert len(finished(tmp_path / "store")) == 6
-    assert_same_numbers((study.pss, study.details), expected)
-    assert [record["units_from_store"] for record in study.run["models"]] == [0, 0, 0]
+    assert sum(found_in_store(tmp_path / "a") + found_in_store(tmp_path / "b")) == 6
+    assert len(finished(store)) == 6
+    assert not [*store.rglob("*.lock"), *store.rglob(".partial-*")]
 
 
 def test_a_worker_killed_midway_changes_no_number(models, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "SHARD", 1)  # many units, so that midway is a long time
-    before = {}
-    with cluster(tmp_path / "dask") as dask:
+    store, before = tmp_path / "store", {}
+    with cluster() as dask:
 
         def kill():
-            wait_for(lambda: finished(tmp_path / "store"))
-            dask.workers[0].kill()
-            dask.workers[0].wait()
-            before.update(finished(tmp_path / "store"))
+            wait_for(lambda: finished(store))
+            os.kill(dask.workers[0].pid, signal.SIGKILL)
+            before.update(finished(store))
 
         killer = threading.Thread(target=kill)
-        with workers(scheduler=dask.address):
+        monkeypatch.chdir(tmp_path)  # the workers have another working directory
+        with workers(scheduler=dask.scheduler_address):
             killer.start()
-            study = measure_pss(models, toy_questions(8), CHOICES, store=Store(tmp_path / "store"))
+            study = measure_pss(models, QUESTIONS, CHOICES, store=Store("store"))
         killer.join()
-        assert dask.workers[0].returncode == -signal.SIGKILL
-        assert dask.workers[1].poll() is None
     assert 0 < len(before) < 24
-    assert before.items() <= finished(tmp_path / "store").items()
+    assert before.items() <= finished(store).items()
     assert_same_numbers((study.pss, study.details), expected)
 
 
@@ -227,39 +212,41 @@ def test_what_a_worker_refuses_is_told_here_and_finished_units_are_kept(dask, mo
     broken.save_pretrained(path)
     store = Store(tmp_path / "store")
     message = r"broken: \w+/\w+: a log-likelihood of LlamaForCausalLM is not a finite number"
-    with workers(scheduler=dask.address):
-        measure_pss(models[:1], toy_questions(8), CHOICES, store=store)
+    with workers(scheduler=dask):
+        measure_pss(models[:1], QUESTIONS, CHOICES, store=store)
         before = finished(store.root)
         with pytest.raises(InputError, match=message) as caught:
-            measure_pss([*models[:1], str(path)], toy_questions(8), CHOICES, store=store)
+            measure_pss([*models[:1], str(path)], QUESTIONS, CHOICES, store=store)
     assert "\n" not in str(caught.value)
     assert len(before) == 2
     assert before == finished(store.root)
+
+
+def test_a_store_that_workers_do_not_see_is_refused(dask, models, tmp_path, monkeypatch):
+    elsewhere = contextlib.nullcontext(tmp_path / "not there")
+    monkeypatch.setattr(runner, "TemporaryDirectory", lambda **_: elsewhere)
+    with workers(scheduler=dask), pytest.raises(InputError, match="store: not seen by a worker"):
+        measure_pss(models, QUESTIONS, CHOICES, store=Store(tmp_path / "store"))
 
 
 def test_a_scheduler_that_is_of_no_use_is_told_in_one_line(
     place, models, tmp_path, command, closed_port, monkeypatch
 ):
     """Silent, not there, without a worker, or no address: before anything is measured."""
-    with socket.create_server(("127.0.0.1", 0)) as silent, cluster(tmp_path / "dask", 0) as idle:
-        nobody = "no answer within 1 s; start `dask scheduler` there"
+    monkeypatch.setattr(parallel, "ANSWER_WITHIN", 3)
+    with socket.create_server(("127.0.0.1", 0)) as silent, cluster(0) as idle:
         answers = {
-            f"tcp://127.0.0.1:{silent.getsockname()[1]}": nobody,
-            f"tcp://127.0.0.1:{closed_port}": nobody,
-            "nonsense": "missing port number in address 'nonsense'; start `dask scheduler` there",
-            idle.address: "no answer within 10 s; start one that has this version of paramspec: ",
+            f"tcp://127.0.0.1:{silent.getsockname()[1]}": "no answer within 3 s",
+            f"tcp://127.0.0.1:{closed_port}": "no answer within 3 s",
+            "nonsense": "missing port number in address 'nonsense'",
+            idle.scheduler_address: "timed out after 3 s",
         }
         for address, told in answers.items():
-            # The idle one must have the time to answer that it is there.
-            within = 10 if address == idle.address else 1
-            monkeypatch.setattr(parallel, "ANSWER_WITHIN", within)
             options = ("--out", tmp_path / "out", "--store", tmp_path / "s", *OPTIONS)
             options += ("--questions", place / "questions.jsonl", "--scheduler", address)
             status, out, error = command("pss", *models, *options)
-            assert (status, out) == (2, "")
-            assert error.count("\n") == 1, error
-            assert error.startswith("paramspec: error: ")
-            assert f"scheduler {address!r}: {told}" in error
+            assert (status, out, error.count("\n")) == (2, "", 1), error
+            assert f"paramspec: error: scheduler {address!r}: {told}" in error
     assert not finished(tmp_path / "s")
 
 
@@ -278,21 +265,27 @@ def test_a_process_of_several_threads_does_one_task_at_a_time(tmp_path):
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])
-def test_workers_are_done_together_when_one_model_is_much_larger(count):
+def test_workers_are_done_together_when_one_model_is_much_larger(count, monkeypatch):
     """Twenty micro models and one of 135 M weights; a free worker takes the next task."""
+    sizes = {str(number): 300_000 for number in range(20)} | {"20": 135_000_000}
+    monkeypatch.setattr(runner, "_weights", lambda model: sizes[model.name])
     jobs = []
-    for number, weights in enumerate([300_000] * 20 + [135_000_000]):
-        found = Checkpoint(str(number), None)
-        target = runner.Target(found, str(number), "", torch.float32, "cpu")
-        jobs.append((runner.Job(target, ({},) * 15, (1,) * 15, None), list(range(15)), weights))
-    weights = {job.target.name: size + runner.OVERHEAD for job, _, size in jobs}
-    chunks = [(job.target.name, numbers) for job, numbers in runner._chunks(jobs, count)]
-    assert chunks[0][0] == "20"
+    for name in sizes:
+        found = Checkpoint(name, None)
+        job = runner.Job(runner.Target(found, "cpu", {}), [{}] * 15, [1] * 15, None)
+        jobs.append((job, list(range(15)), found))
+
+    def tasks(jobs, count):
+        with joblib.parallel_config("loky", n_jobs=count):
+            return [(job.target.model.name, units) for job, units, _ in runner._tasks(jobs, None)]
+
+    handed_out = tasks(jobs, count)
+    assert handed_out[0][0] == "20"
     busy = [0.0] * count
-    for name, numbers in chunks:
-        busy[busy.index(min(busy))] += weights[name] * len(numbers)
+    for name, units in handed_out:
+        busy[busy.index(min(busy))] += sizes[name] * len(units)
     assert max(busy) < 1.15 * sum(busy) / count
-    done = [(name, number) for name, numbers in chunks for number in numbers]
-    assert sorted(done) == sorted((name, number) for name in weights for number in range(15))
-    assert all(sum(name == str(n) for name, _ in chunks) == 1 for n in range(20))
-    assert len(runner._chunks(jobs, 1)) == 21 * 15  # in one process, the model is kept
+    done = [(name, number) for name, units in handed_out for number in units]
+    assert sorted(done) == sorted((name, number) for name in sizes for number in range(15))
+    assert all(sum(name == str(n) for name, _ in handed_out) == 1 for n in range(20))
+    assert len(tasks(jobs, 1)) == 21 * 15  # in one process, the model is kept

@@ -92,13 +92,11 @@ def test_a_batch_in_halves_gives_the_same_bits(view, most, monkeypatch):
 
 def test_arithmetic_that_differs_has_another_key(monkeypatch):
     """In float32 and on GPUs there is one; in bfloat16 on a CPU one for each kind of processor."""
-    found = set()
+    found, model = set(), loaded(toy_model("llama", dtype=torch.bfloat16))
     for capability in ("AVX2", "AVX512"):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
         assert arithmetic(torch.float32, "cpu") == arithmetic(torch.bfloat16, "cuda") == "stock"
-        way = arithmetic(torch.bfloat16, "cpu")
-        target = runner.Target(None, "toy", "digest", torch.bfloat16, "cpu", way)
-        found.add(str(runner.result_basis(target, toy_questions(2))))
+        found.add(runner.basis_of(model)["arithmetic"])
     assert len(found) == 2
 
 
@@ -106,10 +104,10 @@ def test_a_worker_of_another_kind_is_refused(monkeypatch):
     model = loaded(toy_model("llama", dtype=torch.bfloat16))
     monkeypatch.setattr(runner, "load_model", lambda *_, **__: model)
     found = Checkpoint("toy", Path("toy"))
-    planned = runner.target_of(model)
+    planned = runner.Target(found, "cpu", runner.basis_of(model))
     assert runner._load(planned, found) is model
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")
-    with pytest.raises(InputError, match=r"this machine computes .*SVE256.* use float32"):
+    with pytest.raises(InputError, match=r"toy: arithmetic .*SVE256' on this machine"):
         runner._load(planned, found)
 
 

@@ -349,12 +349,10 @@ def test_a_trained_model_says_what_trained_it_and_a_study_of_it_too(small, tmp_p
     choices = Choices(ratios=(0.1,), folds=(1,), general=2, nulls=(), controls=0)
     questions = zoo_questions(model.recipe.concepts)
     study = measure_pss([str(path)], questions, choices, store=Store(tmp_path))
-    made = {
-        unit["unit"]: one for one in study.run["models"][0]["computed"] for unit in one["units"]
-    }
-    assert set(made) == {"pss", "coefficients", "training"}
-    assert made["training"]["first"] == record["date"]
-    assert made["training"]["hardware"] == record["hardware"]
+    made = {unit: one for one in study.run["models"][0]["computed"] for unit in one["units"]}
+    assert set(made) == {"pss", "coefficients", "zoo"}
+    assert made["zoo"]["hardware"] == record["hardware"]
+    assert made["zoo"]["first"] == record["date"]
 
 
 # Reproducible

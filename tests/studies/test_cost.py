@@ -23,13 +23,9 @@ from paramspec.method.scoring import choose_engine
 from paramspec.models.describe import study_questions
 from paramspec.models.registry import empty_model, load_registry, published_config
 from paramspec.models.zoo import architecture, load_zoo
-from paramspec.models.zoo_training import (
-    own_tokenizer,
-    train_tokenizer,
-    train_zoo,
-)
+from paramspec.models.zoo_training import own_tokenizer, train_tokenizer, train_zoo
 from paramspec.specwiki import load_questions
-from paramspec.studies.chapters import CHAPTERS, Experiment, chapter_experiments
+from paramspec.studies.chapters import CHAPTERS, Experiment
 from paramspec.studies.cost import Tokens, find_gpu, plan, subject, tokens_of
 from paramspec_book import parameters
 from toy_study import save_toy
@@ -71,17 +67,13 @@ def counting(view: ValueVectorView):
         entered.append(kwargs["attention_mask"])
 
     def leave(module, args, output):
-        if not entered:  # a layer is tried out by itself before its packed copy is used
-            return
-        mask = entered.pop()
-        mask = mask["full_attention"] if isinstance(mask, dict) else mask
-        if mask.ndim == 2:
-            tokens = int(mask.sum()) * len(output) // len(mask)
-        else:  # a packed row: who sees others, or is seen; padding sees itself alone
-            sees = mask[:, 0] == 0
-            linked = (sees.sum(-1) > 1) | (sees.sum(-2) > 1)
-            tokens = int(linked.sum()) * len(output) // len(mask)
-        found.append(tokens)
+        if entered:  # else a layer is tried out by itself before its packed copy is used
+            mask = entered.pop()
+            mask = mask["full_attention"] if isinstance(mask, dict) else mask
+            if mask.ndim == 4:  # a packed row: who sees others, or is seen; padding sees itself
+                sees = mask[:, 0] == 0
+                mask = (sees.sum(-1) > 1) | (sees.sum(-2) > 1)
+            found.append(int(mask.sum()) * len(output) // len(mask))
 
     hooks = [
         view.model.base_model.register_forward_pre_hook(enter, with_kwargs=True),
@@ -131,7 +123,6 @@ def test_flops_are_nearly_what_torch_counts_at_full_size(name):
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
     """A place without results, and no network at all."""
-
     calls = []
 
     def refuse(*where):
@@ -147,22 +138,21 @@ def offline(monkeypatch, tmp_path):
 
 def small(models, chapters=("6-scale",), **options):
     values = {"folds": [1], "ratios": [0.1], "general": 2, "controls": 1, "concepts": 6, "seed": 0}
-    values |= {"models": models}
-    asked = {chapter: chapter_experiments(chapter, values) for chapter in chapters}
-    return plan(asked, **options)
+    return plan({name: CHAPTERS[name](values | {"models": models}) for name in chapters}, **options)
 
 
 def test_a_plan_adds_up_and_shared_work_counts_once(offline, recipe):
     models = [f"{recipe.as_posix()}:llama-1", f"{recipe.as_posix()}:gemma2-1"]
     one = small(models)
     both = small(models, ("6-scale", "7-pretraining"))
-    flops = one.models["flops"]
+    flops = one.models["flops"].sum()
     assert one.chapters.loc[0, ["models", "concepts"]].tolist() == [2, 6]
     assert both.models.equals(one.models)
-    assert both.chapters["flops"].tolist() == [flops.sum()] * 2
+    assert both.totals == one.totals
+    assert both.chapters["flops"].tolist() == [flops] * 2
     assert both.chapters["shared"].tolist() == [0, 1]
-    assert math.isclose(one.gpu_hours * 3600, flops.sum() / (312e12 * 0.3))
-    assert not one.models["on_disk"].any()
+    assert one.totals["flops"] == flops
+    assert math.isclose(one.totals["gpu_hours"] * 3600, flops / (312e12 * 0.3))
 
 
 def test_micro_models_of_a_recipe_of_any_name_are_planned_untrained(offline, recipe):
@@ -198,6 +188,20 @@ def test_a_model_larger_than_a_gpu_takes_several(offline):
     assert math.isclose(hours["L4"] / hours["H100"], 989.5 / 121)
 
 
+@pytest.fixture
+def planned(offline, monkeypatch, capsys):
+    """`status, out, err = planned("6-scale", "--json")`: the command, far from the checkout."""
+    monkeypatch.setattr(parameters, "find_root", lambda: REPOSITORY)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["paramspec", "plan", *words])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return stopped.value.code, *capsys.readouterr()
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -214,18 +218,13 @@ def test_a_model_larger_than_a_gpu_takes_several(offline):
         (["6-scale", "-p", "models", "[]"], "models: none given"),
     ],
 )
-def test_bad_input_is_one_line(words, told, offline, monkeypatch, capsys):
+def test_bad_input_is_one_line(words, told, offline, planned):
     (offline / "none.yaml").write_text("chapter: {}\n")
     (offline / "typed.yaml").write_text("6-scale: {concepts: many}\n")
-    monkeypatch.setattr(parameters, "find_root", lambda: REPOSITORY)
-    monkeypatch.setattr(sys, "argv", ["paramspec", "plan", *words])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    shown = capsys.readouterr()
-    assert (stopped.value.code, shown.out) == (2, "")
-    assert shown.err.startswith("paramspec: error: ")
-    assert told in shown.err
-    assert shown.err.count("\n") == 1
+    status, out, error = planned(*words)
+    assert (status, out, error.count("\n")) == (2, "", 1)
+    assert error.startswith("paramspec: error: ")
+    assert told in error
 
 
 def test_gpus_are_sourced_and_found_by_any_spelling():
@@ -236,21 +235,11 @@ def test_gpus_are_sourced_and_found_by_any_spelling():
         find_gpu("")
 
 
-def test_command_says_what_twenty_models_cost(offline, monkeypatch, capsys):
+def test_command_says_what_twenty_models_cost(planned):
     """Of the paper's profile, as tables and as JSON."""
-    monkeypatch.setattr(parameters, "find_root", lambda: REPOSITORY)
-
-    def run(*words):
-        monkeypatch.setattr(
-            sys, "argv", ["paramspec", "plan", "4-twenty-models", "--profile", "paper", *words]
-        )
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        assert not stopped.value.code
-        return capsys.readouterr().out
-
-    lines = run().splitlines()
-    content = json.loads(run("--json"))
+    words = ("4-twenty-models", "--profile", "paper")
+    (_, shown, _), (_, text, _) = planned(*words), planned(*words, "--json")
+    lines, content = shown.splitlines(), json.loads(text)
     hours = f"{content['totals']['gpu_hours']:,.1f}"
     told = f"20 models, 525 concepts: {hours} hours of one A100 80GB at 30 %"
     assert lines[-1] == f"In all: {told}"
@@ -275,10 +264,9 @@ def test_a_chapter_begins_with_what_it_is_planned_for():
 
 def test_changes_of_an_experiment_are_as_the_chapters_say():
     values = {"model": "smollm2-135m", "concepts": 4, "ratios": [0.1], "general": 3, "controls": 2}
-    own, held_out = chapter_experiments("3-masking", values | {"seed": 1})
+    own, held_out = CHAPTERS["3-masking"](values | {"seed": 1})
     assert own.models == held_out.models == ("smollm2-135m",)
     assert own.questions == held_out.questions == tuple(load_questions(concepts=4, seed=1))
     assert own.choices == Choices(ratios=(0.1,), general=3, controls=2, seed=1, folds=(0, 1))
-    same = held_out.choices.model_copy(update={"protocol": "paper", "controls": 2})
-    assert (held_out.choices.protocol, held_out.choices.controls) == ("holdout", 0)
-    assert same == own.choices
+    changed = {"protocol": "holdout", "controls": 0}
+    assert held_out.choices == own.choices.model_copy(update=changed)

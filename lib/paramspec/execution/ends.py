@@ -3,8 +3,7 @@
     mind_signals()          # the command, first of all: SIGTERM, SIGINT and SIGHUP end it, whole
     watch_parent(pid)       # a process that it started: ends within seconds of process `pid`
 
-Work needs no chance to tidy up: whatever is written is written aside and renamed, so that SIGKILL
-may come at any moment. Nothing here happens on import: in a notebook, signals stay the notebook's.
+Files are written aside and renamed, so that SIGKILL may come at any moment.
 """
 
 from __future__ import annotations
@@ -14,11 +13,8 @@ import contextlib
 import os
 import select
 import signal
-import sys
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
 
 import psutil  # here, not where it is used: the end may come in the middle of any other import
 
@@ -26,7 +22,6 @@ SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 PATIENCE = 3.0  # seconds that killed processes have to be gone, on a machine that is busy
 
 _minding = False
-_watched: set[int] = set()
 
 
 def mind_signals() -> None:
@@ -44,14 +39,10 @@ def mind_signals() -> None:
     os.set_blocking(tell, False)
     threading.Thread(target=_end_when_told, args=(told,), daemon=True).start()
     signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
-    stopped = threading.Lock()
 
     def stop(number: int, frame: object) -> None:
-        with contextlib.suppress(OSError):  # full: it was told
-            os.write(tell, bytes([number]))
-        if stopped.acquire(blocking=False):
-            while True:
-                signal.pause()
+        while True:
+            signal.pause()
 
     def ignore() -> None:
         for number in SIGNALS:
@@ -62,9 +53,8 @@ def mind_signals() -> None:
             signal.signal(number, stop)
     atexit.register(ignore)  # called last: the work is done, and the status is that of the command
     # What the trackers of joblib clean up after killed processes is nobody's concern.
-    given = os.environ.get("PYTHONWARNINGS")
-    ours = "ignore:resource_tracker"
-    os.environ["PYTHONWARNINGS"] = f"{given},{ours}" if given else ours
+    given = [os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker"]
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, given))
 
 
 def keep_interrupts_from_children() -> None:
@@ -76,19 +66,6 @@ def keep_interrupts_from_children() -> None:
 
         resource_tracker.ensure_running()  # it is started with workers, and lets interrupts through
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-
-
-def out_of_the_main_thread(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """`out_of_the_main_thread(run, notebook)`: its result, where it can't take the signals over.
-
-    In the main thread, nbclient handles signals itself: it asks its kernel to end, and goes on.
-    """
-    if not _minding:
-        return function(*arguments, **options)
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(function, *arguments, **options).result()
 
 
 def watch_parent(pid: int) -> None:
@@ -103,9 +80,7 @@ def watch_parent(pid: int) -> None:
         _kill_descendants()
         os._exit(1)
 
-    if pid not in _watched:
-        _watched.add(pid)
-        threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _end_when_told(told: int) -> None:
@@ -113,57 +88,42 @@ def _end_when_told(told: int) -> None:
     while number not in SIGNALS:  # other signals that have a handler are told as well
         (number,) = os.read(told, 1)
     try:
-        _freeze_descendants()  # first, so that none of them has a last word
-        _say(
+        terminal = os.dup(2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # so that no other thread has a last word
+        _kill_descendants()
+        line = (
             f"paramspec: ended by {signal.Signals(number).name}; finished work is kept, "
             "run the same command again to continue"
         )
-        _kill_descendants()
+        with contextlib.suppress(OSError):  # the terminal is gone
+            if select.select([], [terminal], [], 1)[1]:  # else a write would not return
+                os.write(terminal, f"\n{line}\n".encode())  # below a progress bar
     finally:
         os._exit(128 + number)
 
 
-def _say(line: str) -> None:
-    """One line on standard error, below any progress bar, and nothing after it."""
-    bars = getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())
-    with contextlib.suppress(OSError):  # the terminal is gone
-        if select.select([], [2], [], 1)[1]:  # else nobody reads, and a write would not return
-            os.write(2, ("\n" * len(bars) + line + "\n").encode())
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-
-
-def _freeze_descendants() -> list[psutil.Process]:
-    """Stop all processes that this one started, and return them: a stopped one starts no other.
-
-    The trackers of joblib and multiprocessing go on: they end with the last process that they
-    serve, and remove its semaphores and temporary files.
-    """
-    frozen: list[psutil.Process] = []
-    while new := [child for child in _descendants() if child not in frozen]:
-        for child in new:
-            with contextlib.suppress(psutil.Error):
-                child.suspend()
-        frozen += new
-    return frozen
-
-
 def _kill_descendants() -> None:
-    """Kill all processes that this one started; return when they are gone."""
+    """Kill all processes that this one started; return when they are gone.
+
+    All are stopped before any is killed, since a stopped one starts no other. The trackers of
+    joblib and multiprocessing go on: they end with the last process that they serve, and remove its
+    semaphores and temporary files.
+    """
     deadline = time.monotonic() + PATIENCE
-    while frozen := _freeze_descendants():
-        for child in frozen:
+    stopped: set[psutil.Process] = set()
+    while (found := _descendants()) and time.monotonic() < deadline:
+        for child in found:
             with contextlib.suppress(psutil.Error):
-                child.kill()
-        if time.monotonic() > deadline:
-            return
+                child.kill() if found <= stopped else child.suspend()
+        stopped |= found
         time.sleep(0.01)
 
 
-def _descendants() -> list[psutil.Process]:
-    found = []
+def _descendants() -> set[psutil.Process]:
+    found = set()
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):  # gone meanwhile
             ended = child.status() == psutil.STATUS_ZOMBIE
             if not ended and not any("resource_tracker" in word for word in child.cmdline()):
-                found.append(child)
+                found.add(child)
     return found

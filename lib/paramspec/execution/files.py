@@ -27,8 +27,7 @@ OLD = 24 * 3600  # seconds after which it is certain to be a dead process's
 def atomic(path: Path) -> Iterator[Path]:
     """`with atomic(path) as scratch: ...`: fill a file beside its place, which it takes when whole.
 
-    Raises:
-        InputError: if it cannot be written; what was there stays.
+    If it cannot be written, that is an InputError, and what was there stays.
     """
     scratch = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
     with writing_to(path.parent):
@@ -41,10 +40,9 @@ def atomic(path: Path) -> Iterator[Path]:
 
 def remove_leftovers(folder: Path, pattern: str = f"{PARTIAL}*") -> None:
     """`remove_leftovers(out)`: unfinished files and folders, once they are certainly nobody's."""
-    before = time.time() - OLD
     for left in folder.glob(pattern):
         with contextlib.suppress(OSError):  # gone meanwhile, or not ours to remove
-            if left.stat().st_mtime < before:
+            if left.stat().st_mtime < time.time() - OLD:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 

@@ -4,8 +4,8 @@
     memory()            # bytes, of this machine or of the tightest control group
     available_memory()  # bytes of it that are free, or hold files that can be read again
 
-`psutil` and `torch` know of no control group, `joblib` knows of the one that a container takes for
-its root, and of processors alone.
+`psutil` and `torch` know of no control group; `joblib` knows of a container's root, and of its
+processors alone.
 """
 
 from __future__ import annotations
@@ -27,15 +27,11 @@ PROC, CGROUP = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 def cores() -> int:
     """`cores()`: processors that this process may use at once, a part of one counting as one."""
     shares = [joblib.cpu_count()]
-    for group in _groups("cpu"):
-        quota, period = _read(group / "cpu.max"), ""
-        if quota:  # of version 2: "150000 100000", or "max 100000"
-            quota, _, period = quota.partition(" ")
-        else:
-            quota, period = (_read(group / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
-        if quota.isdigit() and period.isdigit() and int(period):  # without a limit: max, or -1
+    for group in _groups():
+        quota, _, period = _read(group / "cpu.max").partition(" ")
+        if quota.isdigit():  # "150000 100000"; without a limit "max 100000"
             shares.append(math.ceil(int(quota) / int(period)))
-    return max(1, min(shares))
+    return min(shares)
 
 
 def memory() -> int:
@@ -78,35 +74,29 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _memory_limits() -> Iterator[tuple[int, int]]:
     """Of each control group with a limit: the limit, and what is used of it, in bytes."""
-    for group in _groups("memory"):
+    for group in _groups():
         # The last is version 1's. Above `high` a process is slowed down until it has given back.
         for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
             limit = _read(group / name)
-            if not limit.isdigit():
-                continue
-            used = _read(group / "memory.current") or _read(group / "memory.usage_in_bytes")
-            facts = dict(line.split() for line in _read(group / "memory.stat").splitlines())
-            files = facts.get("total_inactive_file") or facts.get("inactive_file") or 0
-            yield int(limit), int(used or 0) - int(files)
+            if limit.isdigit():
+                used = _read(group / "memory.current") or _read(group / "memory.usage_in_bytes")
+                facts = dict(line.split() for line in _read(group / "memory.stat").splitlines())
+                files = facts.get("total_inactive_file") or facts.get("inactive_file") or 0
+                yield int(limit), int(used or 0) - int(files)
 
 
-def _groups(controller: str) -> Iterator[Path]:
-    """The directories of the control groups of this process, of both versions, from its own up.
+def _groups() -> Iterator[Path]:
+    """The directories of the control groups of this process, from its own up: version 2's, and of
+    version 1 those of memory.
 
     In a container the path may be the host's: then the root is the container's own group.
     """
     for line in _read(PROC).splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            root = CGROUP
-        elif controller in controllers.split(","):
-            root = CGROUP / controllers
-            root = root if root.is_dir() else CGROUP / controller
-        else:
-            continue
-        own = PurePosixPath(path)
-        for folder in (own, *own.parents):
-            yield root / folder.relative_to("/")
+        if controllers in ("", "memory"):
+            own = PurePosixPath(path)
+            for folder in (own, *own.parents):
+                yield CGROUP / controllers / folder.relative_to("/")
 
 
 def _read(file: Path) -> str:

@@ -2,21 +2,10 @@
 
     number_versions()                     # in every key: {"torch": "2.13.0", ...}
     computed(**unit_record(loaded))       # with every stored result, as `computed.json`
-    group_records([({"unit": "pss"}, read_computed(path)), ...])
+    group_records(paths)                  # of many results, in `run.json` and on a page
 
-A record holds `versions`, `hardware`, `date` (UTC), and what its unit adds: of a model `model`,
-`digest`, `commit` (of the hub, None of other models), `tokenizer` (see `tokens.tokenizer_facts`),
-`dtype`, `device`, `arithmetic` (see `kernels`) and `engine`; of fine-tuned vectors' evaluation also
-`trained`, their own record.
-
-The record of a run, `run.json`, holds
-
-- `questions` (`digest`, `count`), `choices` and `scoring_version`;
-- `models`, of each `name`, `digest`, `dtype`, `tokenizer`, `layers`, `width`, `evaluations`,
-  `units` and, of these, `units_from_store`, `seconds` of computing, and `computed`: the distinct
-  records, each with `units`, a list of what it computed (`{"unit": "pss", "concepts": [...]}`,
-  `{"unit": "coefficients"}`, `{"unit": "training"}` of a micro model), and the `first` and `last`
-  date. Nothing in it is of the process that wrote it, unless that process computed a unit.
+A record holds `versions`, `hardware`, `date` (UTC), and what its unit adds: see
+`runner.unit_record`; of fine-tuned vectors' evaluation also `trained`, their own record.
 """
 
 from __future__ import annotations
@@ -28,7 +17,6 @@ import os
 import platform
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -68,34 +56,29 @@ def version_of(name: str) -> str | None:
 def hardware() -> dict[str, Any]:
     """`hardware()`: `cpu`, `cores`, `memory` (bytes), `gpus`, `threads`, `instructions`.
 
-    Cores and memory are those that the process may use. Of a process without torch, neither GPUs
-    nor the last two. Never the machine's name.
+    Cores and memory are those that the process may use. A process without torch knows nothing of
+    the last three. Never the machine's name.
     """
     from paramspec.execution.limits import cores, memory  # half a second
 
     cpu = None
     with suppress(OSError):
         cpu = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M)
-    found: dict[str, Any] = {
-        "cpu": cpu[1] if cpu else platform.processor() or platform.machine(),
-        "cores": cores(),
-        "memory": memory(),
-    }
-    torch = sys.modules.get("torch")  # what computes has imported it
-    names: list[str] = []
-    if torch is not None:
+    name = cpu[1] if cpu else platform.processor() or platform.machine()
+    found: dict[str, Any] = {"cpu": name, "cores": cores(), "memory": memory(), "gpus": []}
+    if torch := sys.modules.get("torch"):  # what computes has imported it
         found["threads"] = torch.get_num_threads()
         found["instructions"] = torch.backends.cpu.get_cpu_capability()
-        names = [torch.cuda.get_device_name(gpu) for gpu in range(torch.cuda.device_count())]
-    return found | {"gpus": names}
+        gpus = range(torch.cuda.device_count())
+        found["gpus"] = [torch.cuda.get_device_name(gpu) for gpu in gpus]
+    return found
 
 
 def machine(hardware: Mapping[str, Any]) -> str:
     """`machine(hardware())`: in a few words, as "EPYC 7763, 2 cores, 8 GiB, 1 x A100"."""
-    gpus = list(hardware["gpus"])
-    parts = [str(hardware["cpu"]), f"{hardware['cores']} cores"]
-    parts.append(f"{hardware['memory'] / 2**30:.0f} GiB")
-    return ", ".join(parts + sorted({f"{gpus.count(name)} x {name}" for name in gpus}))
+    gpus = sorted({f"{hardware['gpus'].count(name)} x {name}" for name in hardware["gpus"]})
+    memory = f"{hardware['memory'] / 2**30:.0f} GiB"
+    return ", ".join([hardware["cpu"], f"{hardware['cores']} cores", memory, *gpus])
 
 
 def computed(**unit: object) -> dict[str, Any]:
@@ -110,32 +93,33 @@ def computed(**unit: object) -> dict[str, Any]:
 
 
 def read_computed(path: Path) -> dict[str, Any]:
-    """`read_computed(store.get(key))`: the record of a stored result; empty where there is none."""
+    """`read_computed(store.get(key))`: the record of a stored result, and its key's `unit`; empty
+    where there is none.
+    """
     with suppress(OSError, ValueError):
-        return json.loads((path / COMPUTED).read_text(encoding="utf-8"))
+        key, record = (
+            json.loads((path / name).read_text(encoding="utf-8")) for name in ("key.json", COMPUTED)
+        )
+        return {"unit": key.get("unit"), **record}
     return {}
 
 
-def group_records(
-    units: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]],
-) -> list[dict[str, Any]]:
-    """`group_records([({"unit": "pss"}, record), ...])`: distinct records with what they computed.
+def group_records(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """`group_records(paths)`: what computed stored results, in groups of the same `versions`,
+    `hardware` and `device`.
 
-    Args:
-        units: of each, what to call it, and its record.
-
-    Returns:
-        Records without their `date` and `seconds`, each with `units`, what they computed, in
-        order, and the `first` and `last` date.
+    Each has `units`, the number of results by kind (`pss`, `coefficients`, `finetune`, ...), and
+    the `first` and `last` date.
     """
     groups: dict[str, dict[str, Any]] = {}
-    for label, record in units:
-        same = {name: value for name, value in record.items() if name not in ("date", "seconds")}
-        group = groups.setdefault(json.dumps(same, sort_keys=True), {"units": [], **same})
-        group["units"].append(dict(label))
-        date = record.get("date")
-        group["first"] = min(filter(None, (group.get("first"), date)), default=None)
-        group["last"] = max(filter(None, (group.get("last"), date)), default=None)
+    for whole in map(read_computed, paths):
+        for record in filter(None, (whole.get("trained"), whole)):
+            same = {name: record.get(name) for name in ("versions", "hardware", "device")}
+            group = groups.setdefault(json.dumps(same, sort_keys=True), {"units": {}, **same})
+            unit, date = record.get("unit", "finetune"), record["date"]
+            group["units"][unit] = group["units"].get(unit, 0) + 1
+            group["first"] = min(date, group.get("first", date))
+            group["last"] = max(date, group.get("last", date))
     return list(groups.values())
 
 
@@ -147,30 +131,14 @@ def note_use(path: Path) -> None:
 
 
 def used_results(file: Path) -> dict[str, Any]:
-    """`used_results(file)`: what the results noted in it were computed by, for a page.
-
-    Returns:
-        `computed`, as `group_records` gives, of each group `versions`, `hardware`, `device` and
-        `units`, the number of results by kind; `models`, by name, the `commit` of the hub and the
-        tokens that are put before each text.
+    """`used_results(file)`: of the results noted in it, `computed`, as `group_records` gives, and
+    `models`: by name, the `commit` of the hub and the tokens that are put `before` each text.
     """
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    units, models = [], {}
-    for path in dict.fromkeys(Path(json.loads(line)) for line in lines):
-        record = read_computed(path)
-        if not record:
-            continue
-        unit = json.loads((path / "key.json").read_text(encoding="utf-8"))["unit"]
-        trained = record.pop("trained", None) or {}
-        for name, one in (("finetune", trained), (unit, record)):
-            kept = {
-                key: one[key] for key in ("versions", "hardware", "device", "date") if key in one
-            }
-            units += [({"unit": name}, kept)] if kept else []
-            if "tokenizer" in one:
-                before = [token["token"] for token in one["tokenizer"]["kept"]]
-                models[one["model"]] = {"commit": one["commit"], "before": before}
-    groups = group_records(units)
-    for group in groups:
-        group["units"] = dict(Counter(unit["unit"] for unit in group["units"]))
-    return {"computed": groups, "models": models}
+    paths = [Path(json.loads(line)) for line in dict.fromkeys(lines)]
+    models = {}
+    for record in map(read_computed, paths):
+        if "tokenizer" in record:
+            before = [token["token"] for token in record["tokenizer"]["kept"]]
+            models[record["model"]] = {"commit": record["commit"], "before": before}
+    return {"computed": group_records(paths), "models": models}

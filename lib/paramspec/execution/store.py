@@ -5,14 +5,10 @@
     path = store.put(key, write)              # write(directory) fills it; all or nothing
     with store.turn(key): ...                 # one process at a time
 
-A key is a mapping of everything that a result depends on (digests of the model and of the
-questions, every choice, the scoring version); the store adds the versions of the libraries that can
-change a number (see `provenance`), and its SHA-256 names the directory. Beside a result stands
-`computed.json`, the record of the process that computed it. A result is written
-beside its place and renamed into it, so that a reader sees all of it or nothing. What is read is
-held against checksums; a damaged result is set aside, with a warning, and computed again. Any
-number of processes, also of several machines, may use one store at once; `turn` keeps two of them
-from computing the same.
+A key holds everything that a result depends on (digests of the model and of the questions, every
+choice, the scoring version); the store adds the versions of the libraries that can change a number.
+Its SHA-256 names the directory. What is read is held against checksums. Any number of processes,
+also of several machines, may use one store at once.
 """
 
 from __future__ import annotations
@@ -46,11 +42,14 @@ class Store:
     """
 
     def __init__(self, root: str | os.PathLike) -> None:
-        self.root = Path(root)
+        self.root = Path(root).absolute()  # a worker may have another working directory
         self.versions = number_versions()  # goes to workers, which must have the same
 
     def get(self, key: Mapping[str, Any]) -> Path | None:
-        """`path = store.get(key)`: the result's directory if it is there and whole."""
+        """`path = store.get(key)`: the result's directory if it is there and whole.
+
+        A damaged one is set aside, with a warning.
+        """
         path = self._path(key)
         if not path.is_dir():
             return None
@@ -75,7 +74,7 @@ class Store:
         """`path = store.put(key, write)`: let `write` fill a new directory, then publish it.
 
         Args:
-            record: what `computed.json` says of the unit beside this process, see `provenance`.
+            record: what `computed.json` says of the unit, see `provenance`.
 
         Raises:
             InputError: if the disk is full or the store cannot be written, or if this process has
@@ -83,7 +82,12 @@ class Store:
                 it was.
         """
         path = self._path(key)
-        self._require_versions()
+        for name, here in number_versions().items():
+            if (there := self.versions.get(name)) != here:
+                raise InputError(
+                    f"{name} {here}: the run began with {name} {there}; install the same version "
+                    "on every machine that works for it"
+                )
         with writing_to(self.root):
             path.parent.mkdir(parents=True, exist_ok=True)
             scratch = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=path.parent))
@@ -93,15 +97,15 @@ class Store:
                 _write_json(scratch / COMPUTED, computed(**(record or {})))
                 sums = {file.name: _digest(file) for file in sorted(scratch.iterdir())}
                 _write_json(scratch / "checksums.json", sums)
-                self._publish(scratch, path)
+                scratch.rename(path)
+            except OSError:
+                # Perhaps another worker was first: its result has the same key, so it is as good.
+                if _damage(path) is not None:
+                    raise
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
         note_use(path)
         return path
-
-    def has(self, key: Mapping[str, Any]) -> bool:
-        """`store.has(key)`: whether there is a result; `get` also finds out if it is whole."""
-        return self._path(key).is_dir()
 
     @contextlib.contextmanager
     def turn(self, key: Mapping[str, Any], *, wait: bool = True) -> Iterator[bool]:
@@ -109,60 +113,31 @@ class Store:
 
         It saves work and no more: without it, two would compute the same, and the first be kept.
         Look for the result again within, since another may have put it meanwhile. A process that
-        dies gives its turn up; a thread that has the turn may take it again.
+        dies gives its turn up.
 
         Args:
-            wait: until it is this thread's turn; if False, yield False where it is another's.
-
-        Yields:
-            bool: whether it is this thread's turn.
+            wait: until it is this process's turn; if False, yield False where it is another's.
         """
         place = self._path(key).with_suffix(".lock")
-        lock = FileLock(place, is_singleton=True, fallback_to_soft=False)
-        mine = True
+        lock, mine = FileLock(place, fallback_to_soft=False), True
         # A disk that knows no locks, or has no room for one, does not keep anyone from work.
         with contextlib.suppress(OSError, NotImplementedError):
             place.parent.mkdir(parents=True, exist_ok=True)
             try:
-                lock.acquire(blocking=wait, poll_interval=0.2)
+                lock.acquire(blocking=wait)
             except Timeout:  # an OSError as well
                 mine = False
         try:
             yield mine
         finally:
-            if mine and lock.is_locked:
-                if lock.lock_counter == 1:
-                    # Whoever waits for it looks for the result first, so that a second lock
-                    # beside this one does no harm, and a store is not full of empty files.
-                    with contextlib.suppress(OSError):
-                        place.unlink()
+            if lock.is_locked:
+                place.unlink(missing_ok=True)  # so that a store is not full of empty files
                 lock.release()
 
     def remove_leftovers(self) -> None:
         """`store.remove_leftovers()`: what killed processes left of unfinished results."""
-        for pattern in (
-            f"v{STORE_VERSION}/*/{PARTIAL}*",
-            f"v{STORE_VERSION}/*/*.lock",
-            ".shared-*",
-        ):
-            remove_leftovers(self.root, pattern)
-
-    def _publish(self, scratch: Path, path: Path) -> None:
-        try:
-            scratch.rename(path)
-        except OSError:
-            # Another worker was first: its result has the same key, so it is as good.
-            if _damage(path) is not None:
-                raise
-
-    def _require_versions(self) -> None:
-        for name, here in number_versions().items():
-            there = self.versions.get(name)
-            if here != there:
-                raise InputError(
-                    f"{name} {here}: the run began with {name} {there}; install the same version "
-                    "on every machine that works for it"
-                )
+        for pattern in (f"{PARTIAL}*", "*.lock"):
+            remove_leftovers(self.root, f"v{STORE_VERSION}/*/{pattern}")
 
     def _whole(self, key: Mapping[str, Any]) -> str:
         """The key with the versions, as the text whose digest names the directory."""
@@ -186,12 +161,10 @@ def _digest(file: Path) -> str:
 def _damage(path: Path) -> str | None:
     """What is wrong with a stored result, or None."""
     try:
-        sums = json.loads((path / "checksums.json").read_text(encoding="utf-8"))
-        if not isinstance(sums, dict) or "key.json" not in sums:
-            return "checksums.json is damaged"
-        for name, expected in sums.items():
-            if _digest(path / name) != expected:
+        sums = dict(json.loads((path / "checksums.json").read_text(encoding="utf-8")))
+        for name in ("key.json", *sums):
+            if _digest(path / name) != sums[name]:
                 return f"{name} is damaged"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         return f"not a whole result ({error})"
     return None

@@ -161,16 +161,10 @@ def measure_runs(
     for run in runs:
         training_texts(questions, run.training)  # refuses what cannot be trained on
     require_taught([model], questions, {fold for run in runs for fold in run.evaluation.folds})
-    store = Store((store or Store("results/store")).root.absolute())
-    (target,) = runner.find_targets([model])
-    basis = runner.result_basis(target, questions)
-    job = runner.Job(
-        target,
-        keys=tuple(basis | run.key() for run in runs),
-        costs=(1,) * len(runs),
-        compute=partial(_measure_run, tuple(questions), tuple(runs), store),
-    )
-    (done,) = runner.run_jobs([job], store, unit="run")
+    store = store or Store("results/store")
+    compute = partial(_measure_run, tuple(questions), tuple(runs), store)
+    units, costs = [run.key() for run in runs], [1] * len(runs)
+    (done,) = runner.run_units([model], questions, units, costs, compute, store, cost="run")
     return _collect(runs, done.paths)
 
 

@@ -1,8 +1,9 @@
 """What each chapter measures, said once: the chapter measures it, and the planner counts it.
 
-    study, holdout = measure_all(chapter_experiments("3-masking", parameters))
+    study, holdout = [experiment.measure() for experiment in CHAPTERS["3-masking"](parameters)]
 
-A chapter is named as its notebook is, and its parameters are those that the notebook declares.
+A chapter is named as its notebook is. Of the parameters, all that the notebook declares are needed;
+others are left alone.
 """
 
 from __future__ import annotations
@@ -36,16 +37,6 @@ class Experiment:
         """`experiment.changed(position="last")`: with other choices, and no controls."""
         update = {"controls": 0} | choices
         return replace(self, choices=self.choices.model_copy(update=update))
-
-
-def chapter_experiments(chapter: str, parameters: Mapping[str, Any]) -> list[Experiment]:
-    """`chapter_experiments("3-masking", parameters)`: in the order of the chapter.
-
-    Args:
-        chapter: one of `CHAPTERS`.
-        parameters: all that the chapter declares; others are left alone.
-    """
-    return CHAPTERS[chapter](parameters)
 
 
 def training_of(name: str, p: Mapping[str, Any]) -> tuple[list[Question], Training]:

@@ -1,8 +1,7 @@
 """What studies cost before they are run: weights, tokens, FLOPs, hours. Loads no weights.
 
-    planned = plan({"4-twenty-models": chapter_experiments("4-twenty-models", parameters)})
+    planned = plan({"4-twenty-models": CHAPTERS["4-twenty-models"](parameters)})
     planned.models, planned.chapters        # tables
-    planned.gpu_hours
 
 Tokens are counted as a run packs them, see `method.rows`, with a model's own tokenizer where it
 lies on this disk. FLOPs are two for each weight of a token, and for the unembedding of each token
@@ -16,7 +15,8 @@ import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -52,35 +52,21 @@ class Gpu(NamedTuple):
     source: str
 
 
-GPUS = (
-    Gpu("A100 80GB", 312e12, 80e9, "NVIDIA A100 datasheet"),
-    Gpu("A100 40GB", 312e12, 40e9, "NVIDIA A100 datasheet"),
-    Gpu("H100 80GB", 989.5e12, 80e9, "NVIDIA H100 datasheet, SXM: half of the sparse 1979"),
-    Gpu("H200 141GB", 989.5e12, 141e9, "NVIDIA H200 datasheet, SXM: half of the sparse 1979"),
-    Gpu("L40S", 362.05e12, 48e9, "NVIDIA L40S datasheet"),
-    Gpu("L4", 121e12, 24e9, "NVIDIA L4 datasheet: half of the sparse 242"),
-    Gpu("RTX 4090", 165.2e12, 24e9, "NVIDIA Ada whitepaper, sums in fp32"),
-    Gpu("RTX 3090", 71e12, 24e9, "NVIDIA GA102 whitepaper, sums in fp32"),
-)
-
-
 def find_gpu(name: str) -> Gpu:
-    """`find_gpu("rtx4090")`: of `GPUS` by name, spaces and case aside; `cpu` is this machine.
-
-    Raises:
-        InputError: if none is called so, or several.
-    """
+    """`find_gpu("rtx4090")`: of `gpus.csv`, spaces and case aside; `cpu` is this machine."""
 
     def plain(text: str) -> str:
         return re.sub(r"[^a-z0-9]", "", text.lower())
 
-    cpu = Gpu("cpu", cores() * CORE, memory(), f"{cores()} cores, AVX2 at 3 GHz")
-    known = {plain(gpu.name): gpu for gpu in (*GPUS, cpu)}
-    found = [gpu for key, gpu in known.items() if key.startswith(plain(name))]
-    if plain(name) not in known and len(found) != 1:
-        names = ", ".join(gpu.name for gpu in found or known.values())
+    table = pd.read_csv(Path(__file__).with_name("gpus.csv"))
+    known = [Gpu(*row) for row in table.itertuples(index=False)]
+    known.append(Gpu("cpu", cores() * CORE, memory(), f"{cores()} cores, AVX2 at 3 GHz"))
+    found = [gpu for gpu in known if plain(gpu.name).startswith(plain(name))]
+    found = [gpu for gpu in found if plain(gpu.name) == plain(name)] or found
+    if len(found) != 1:
+        names = ", ".join(gpu.name for gpu in found or known)
         raise InputError(f"GPU {name!r}: {'could be several' if found else 'unknown'}; use {names}")
-    return known.get(plain(name), found[0])
+    return found[0]
 
 
 # --- tokens and FLOPs ---------------------------------------------------------------------------
@@ -112,70 +98,50 @@ def tokens_of(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> Tok
     return Tokens(masks * passed + recorded, masks * read)
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A model as far as it is known without its weights.
-
-    Attributes:
-        parameters, unembedding: weights in all, and those of the unembedding.
-        body: weights that each token is multiplied with, the unembedding's not among them.
-        weights: bytes of its files, or of its weights in bf16 if they are not here.
-        tokenizer: whose it is: its own, or that of `EMBEDDED`.
-        micro: of the zoo.
-    """
+class Subject(NamedTuple):
+    """A model as far as it is known without its weights."""
 
     parameters: int
-    unembedding: int
-    body: int
-    weights: int
+    body: int  # weights that each token is multiplied with
+    unembedding: int  # and those that each token is whose logits are read
+    weights: int  # bytes: of its files, or of its weights in bf16 if they are not here
     on_disk: bool
-    tokenizer: str
     micro: ZooModel | None
+    tokenizer: str  # whose it is: its own, or that of EMBEDDED
 
     def flops(self, tokens: Tokens) -> int:
         return 2 * (self.body * tokens.passed + self.unembedding * tokens.read)
 
 
 def subject(name: str) -> Subject:
-    """`subject("llama-2-7b").parameters`: from the registry, or from the model's config.
-
-    Raises:
-        InputError: if there is no model of that name.
-    """
+    """`subject("llama-2-7b").parameters`: from the registry, or from the model's config."""
     spec = find_spec(name)
     micro = spec.micro if spec else None
-    try:
-        checkpoint = find_checkpoint(name, fetch=())
-    except InputError:
-        if spec is None:
-            raise
-        checkpoint = None
+    here = None
+    with suppress(InputError):
+        here = find_checkpoint(name, fetch=())
     if spec is not None and (spec.config or micro):
         model = empty_model(published_config(spec))
     else:
-        model = check_checkpoint((checkpoint or find_checkpoint(name, fetch=())).path)
+        model = check_checkpoint((here or find_checkpoint(name, fetch=())).path)
     parameters = sum(part.numel() for part in model.parameters())
-    embedding = model.get_input_embeddings().weight
-    unembedding = model.get_output_embeddings().weight
-    weights = 2 * parameters
-    if checkpoint is not None:
-        weights = sum(path.stat().st_size for path in checkpoint_files(checkpoint.path).values())
+    embeddings = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    files = checkpoint_files(here.path).values() if here else ()
     return Subject(
         parameters=parameters,
-        unembedding=unembedding.numel(),
-        body=parameters - sum(part.numel() for part in {embedding, unembedding}),
-        weights=weights,
-        on_disk=checkpoint is not None,
-        tokenizer=name if checkpoint is not None or micro else EMBEDDED,
+        body=parameters - sum(part.numel() for part in embeddings),
+        unembedding=model.get_output_embeddings().weight.numel(),
+        weights=sum(path.stat().st_size for path in files) if here else 2 * parameters,
+        on_disk=here is not None,
         micro=micro,
+        tokenizer=name if here or micro else EMBEDDED,
     )
 
 
 # --- the plan -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What `plan` gives.
 
     Attributes:
@@ -185,27 +151,19 @@ class Plan:
             `micro`, and `tokenizer`, that counted the tokens. Work that chapters share counts once.
         chapters: a row a chapter, by itself: `chapter`, `models`, `concepts`, `tokens`, `flops`,
             `gpu_hours`, and `shared`, the part of its FLOPs that a chapter above has done.
+        totals: `models` (their number), `tokens`, `flops`, `gpu_hours`.
     """
 
     gpu: Gpu
     utilisation: float
     models: pd.DataFrame
     chapters: pd.DataFrame
-
-    @property
-    def gpu_hours(self) -> float:
-        return float(self.models["gpu_hours"].sum())
+    totals: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """`planned.as_dict()`: plain JSON; `totals` of what the tables list."""
-        totals = {name: self.models[name].sum().item() for name in ("tokens", "flops", "gpu_hours")}
-        return {
-            "gpu": self.gpu._asdict(),
-            "utilisation": self.utilisation,
-            "models": self.models.to_dict("records"),
-            "chapters": self.chapters.to_dict("records"),
-            "totals": {"models": len(self.models), **totals},
-        }
+        """`planned.as_dict()`: plain JSON."""
+        tables = {name: getattr(self, name).to_dict("records") for name in ("models", "chapters")}
+        return self._asdict() | {"gpu": self.gpu._asdict()} | tables
 
 
 def plan(
@@ -214,22 +172,16 @@ def plan(
     gpu: str = "A100 80GB",
     utilisation: float = 0.3,
 ) -> Plan:
-    """`plan({"6-scale": chapter_experiments("6-scale", parameters)}).gpu_hours`.
+    """`plan({"6-scale": CHAPTERS["6-scale"](parameters)}).totals["gpu_hours"]`.
 
-    Args:
-        experiments: of each chapter.
-        gpu: see `find_gpu`.
-        utilisation: share of the GPU's peak that is reached, above 0 and up to 1.
-
-    Raises:
-        InputError: for an unknown model or GPU, or a utilisation out of range.
+    `gpu` is a name for `find_gpu`, `utilisation` the share of its peak that is reached.
     """
     if not 0 < utilisation <= 1:
         raise InputError(f"utilisation {utilisation:g}: expected a share above 0 and up to 1")
     chosen = find_gpu(gpu)
     names = dict.fromkeys(n for each in experiments.values() for one in each for n in one.models)
     subjects = {name: subject(name) for name in names}
-    about = pd.DataFrame(map(vars, subjects.values()), index=list(subjects))
+    about = pd.DataFrame(list(subjects.values()), index=list(subjects))
     size, room = (4, math.inf) if chosen.name == "cpu" else (2, 0.9 * chosen.memory)  # the loader's
     about["gpus"] = [math.ceil(size * count / room) or 1 for count in about["parameters"]]
     units = _units(experiments, subjects)
@@ -244,12 +196,13 @@ def plan(
     )
     chapters["shared"] /= chapters["flops"]
     about["micro"] = about["micro"].notna()
-    columns = ["parameters", "weights", "on_disk", "micro", "gpus", "tokenizer"]
+    about = about.drop(columns=["body", "unembedding"])
     return Plan(
         chosen,
         utilisation,
-        about[columns].join(models).rename_axis("model").reset_index(),
+        about.join(models).rename_axis("model").reset_index(),
         chapters.rename(columns={"model": "models"}).reset_index(),
+        {"models": len(models), **{name: models[name].sum().item() for name in sums}},
     )
 
 
@@ -259,17 +212,16 @@ def _units(
     """What each experiment asks of each model; models that read alike are counted once."""
     counted: dict[tuple[str, str], Tokens] = {}
     rows = []
-    for chapter, one in ((chapter, one) for chapter, each in experiments.items() for one in each):
+    asked = [(chapter, one) for chapter, each in experiments.items() for one in each]
+    for chapter, one in asked:
         key = f"{questions_digest(one.questions)} {one.choices.model_dump_json()}"
         concepts = len({question.concept for question in one.questions})
         for name in one.models:
-            of = subjects[name]
-            micro = (
-                of.micro and f"{of.micro.recipe.vocabulary} tokens of {of.micro.recipe.concepts}"
-            )
-            reader = micro or of.tokenizer
+            of, micro = subjects[name], subjects[name].micro
+            # Micro models that were taught the same have one tokenizer.
+            reader = f"{micro.recipe.vocabulary} {micro.recipe.concepts}" if micro else of.tokenizer
             if (reader, key) not in counted:
-                own = own_tokenizer(of.micro) if of.micro else _loaded_tokenizer(of.tokenizer)
+                own = own_tokenizer(micro) if micro else _loaded_tokenizer(of.tokenizer)
                 counted[reader, key] = tokens_of(one, own)
             tokens = counted[reader, key]
             row = {"chapter": chapter, "model": name, "experiment": key, "concepts": concepts}

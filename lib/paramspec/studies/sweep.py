@@ -4,14 +4,14 @@
     study.pss, study.details, study.masks, study.run
     write_study(study, Path("out"))
 
-A unit is (model, shard of concepts), see `runner`: a rerun after a crash, a wider set of ratios on
-the next model, or a second chapter with the same choices continues from the store. What is returned
-is read from the store, so that it is the same whoever computed it.
+A unit is (model, shard of concepts), see `runner`. What is returned is read from the store, so that
+it is the same whoever computed it.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -27,8 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from paramspec.errors import InputError
-from paramspec.execution.files import remove_leftovers, writing_to
-from paramspec.execution.parallel import in_worker
+from paramspec.execution.files import PARTIAL, remove_leftovers, writing_to
 from paramspec.execution.provenance import group_records, read_computed
 from paramspec.execution.store import Store
 from paramspec.method.batches import BATCH_TOKENS
@@ -48,17 +47,7 @@ from paramspec.models.checkpoints import Checkpoint
 from paramspec.models.describe import folds_asked, require_taught
 from paramspec.models.load import LoadedModel
 from paramspec.specwiki import Question, questions_digest
-from paramspec.studies.runner import (
-    Done,
-    Job,
-    Ready,
-    Target,
-    find_targets,
-    result_basis,
-    run_jobs,
-    target_of,
-    unit_record,
-)
+from paramspec.studies.runner import Done, Ready, basis_of, result_basis, run_units, unit_record
 from paramspec.tables import DETAIL_COLUMNS, PSS_COLUMNS
 
 COEFFICIENTS = "coefficients.safetensors"
@@ -106,30 +95,20 @@ def measure_pss(
             measured; if a model cannot be measured, when its turn comes: what is finished is kept.
     """
     choices = (choices or Choices()).with_folds(folds_asked(models))
-    store = Store((store or Store("results/store")).root.absolute())
+    store = store or Store("results/store")
     require_taught(models, questions, choices.score_on)
     _refuse_thin(questions, choices)
     concepts = list(dict.fromkeys(question.concept for question in questions))
     shards = [concepts[start : start + SHARD] for start in range(0, len(concepts), SHARD)]
-    jobs = [
-        Job(
-            target,
-            keys=tuple(
-                result_basis(target, questions)
-                | method_key(choices)
-                | {"unit": "pss", "concepts": shard}
-                for shard in shards
-            ),
-            costs=tuple(evaluations(choices, questions, shard) for shard in shards),
-            compute=partial(_measure_shard, tuple(questions), choices, shards, store),
-        )
-        for target in find_targets(models, dtype, device)
-    ]
+    units = [{**method_key(choices), "unit": "pss", "concepts": shard} for shard in shards]
+    costs = [evaluations(choices, questions, shard) for shard in shards]
+    compute = partial(_measure_shard, tuple(questions), choices, shards, store)
+    found = run_units(models, questions, units, costs, compute, store, dtype=dtype, device=device)
     parts, runs = [], []
-    for job, done in zip(jobs, run_jobs(jobs, store), strict=True):
+    for done in found:
         parts += [_load(path) for path in done.paths]
-        coefficients = store.get(_coefficients_key(job.target, questions, choices))
-        runs.append(_run_record(job, shards, done, coefficients))
+        coefficients = store.get(_coefficients_key(done.target.basis, questions, choices))
+        runs.append(_run_record(done, sum(costs), coefficients))
     run = {
         "questions": {"digest": questions_digest(questions), "count": len(questions)},
         **method_key(choices),
@@ -172,7 +151,7 @@ def _measure_shard(
 ) -> tuple[Callable[[Path], None], dict[str, Any]]:
     """What fills a unit's directory, and what its record says."""
     began = time.perf_counter()
-    key = json.dumps(_coefficients_key(target_of(ready.loaded), questions, choices))
+    key = json.dumps(_coefficients_key(basis_of(ready.loaded), questions, choices))
     if key not in ready.kept:
         ready.kept.clear()  # another study's would fill the memory
         ready.kept[key] = concept_coefficients(ready.loaded, questions, choices, store=store)
@@ -223,30 +202,26 @@ def score_questions(
         InputError: if a micro model must not be asked one of them, see `require_taught`.
     """
     require_taught([model], questions, {question.fold for question in questions})
-    target = target_of(model)
-    filled = {"row_tokens": ROW_TOKENS, "batch_tokens": BATCH_TOKENS}
-    key = result_basis(target, questions) | {"unit": "answers"} | filled
-    job = Job(target, (key,), (len(questions),), partial(_answer, questions))
-    (done,) = run_jobs([job], store or Store("results/store"))
+    unit = {"unit": "answers", "row_tokens": ROW_TOKENS, "batch_tokens": BATCH_TOKENS}
+    compute, store = partial(_answer, questions), store or Store("results/store")
+    (done,) = run_units([model], questions, [unit], [len(questions)], compute, store)
     return pd.read_parquet(done.paths[0] / "answers.parquet")
 
 
 def _answer(
     questions: Sequence[Question], ready: Ready, number: int
 ) -> tuple[Callable[[Path], None], dict[str, Any]]:
-    with _progress(questions, "answers") as bar:
-        table = answer_table(ready, questions, progress=bar.update)
+    table = answer_table(ready, questions)
     return lambda folder: table.to_parquet(folder / "answers.parquet"), {}
 
 
-def answer_table(
-    ready: Ready,
-    questions: Sequence[Question],
-    progress: Callable[[int], None] = lambda done: None,
-) -> pd.DataFrame:
+def answer_table(ready: Ready, questions: Sequence[Question]) -> pd.DataFrame:
     """`answer_table(ready, questions)`: as `score_questions`."""
     requests = [Request(encode(ready.loaded.tokenizer, question), 0) for question in questions]
-    scores = score_options(ready.view, requests, [None], engine=ready.engine, progress=progress)
+    with _progress(questions, "answers") as bar:
+        scores = score_options(
+            ready.view, requests, [None], engine=ready.engine, progress=bar.update
+        )
     return pd.DataFrame(
         {
             "question_id": question.id,
@@ -271,16 +246,12 @@ def concept_coefficients(
 ) -> ConceptCoefficients:
     """`coefficients = concept_coefficients(loaded, questions)`: `record_concepts`, stored.
 
-    Args:
-        loaded: the model.
-        questions: of at least two concepts.
-        choices: only `position` and `batch_tokens` matter.
-        store: where they are kept and looked for.
+    Of `choices`, only `position` and `batch_tokens` matter.
     """
     choices = choices or Choices()
     require_taught([loaded], questions, ())
     store = store or Store("results/store")
-    key = _coefficients_key(target_of(loaded), questions, choices)
+    key = _coefficients_key(basis_of(loaded), questions, choices)
     with store.turn(key):
         path = store.get(key)
         if path is None:
@@ -302,9 +273,9 @@ def concept_coefficients(
 
 
 def _coefficients_key(
-    target: Target, questions: Sequence[Question], choices: Choices
+    basis: dict[str, str], questions: Sequence[Question], choices: Choices
 ) -> dict[str, Any]:
-    return result_basis(target, questions) | {
+    return result_basis(basis, questions) | {
         "unit": "coefficients",
         "position": choices.position,
         "batch_tokens": choices.batch_tokens,
@@ -312,47 +283,39 @@ def _coefficients_key(
 
 
 def _progress(questions: Sequence[Question], title: str) -> tqdm:
-    """Within a unit, below the bar of all units."""
-    options = {"unit": "question", "leave": False, "disable": in_worker()}
+    """Within a unit, below the bar of all units; not in one of several workers."""
+    options = {"unit": "question", "leave": False}
+    options["disable"] = multiprocessing.parent_process() is not None
     return tqdm(total=len(questions), desc=title, **options)
 
 
 # --- what is written ----------------------------------------------------------------------------
 
 
-def _run_record(
-    job: Job, shards: list[list[str]], done: Done, coefficients: Path | None
-) -> dict[str, Any]:
-    """Of one model; see `provenance`. What all its units say alike is said once."""
-    target = job.target
+def _run_record(done: Done, cost: int, coefficients: Path | None) -> dict[str, Any]:
+    """What `run.json` says of a model, see `write_study`."""
+    model = done.target.model
     records = [read_computed(path) for path in done.paths]
-    units = [
-        ({"unit": "pss", "concepts": shard}, record)
-        for shard, record in zip(shards, records, strict=True)
-    ]
-    trained = target.model.path if isinstance(target.model, Checkpoint) else None
-    for name, path in (("coefficients", coefficients), ("training", trained)):
-        record = read_computed(path) if path else {}
-        units += [({"unit": name}, record)] if record else []
-    alike = ("model", "digest", "dtype", "tokenizer", "layers", "width")
-    own = [(label, {k: v for k, v in r.items() if k not in alike}) for label, r in units]
+    # Of a micro model, its directory says what trained it.
+    others = [coefficients, model.path if isinstance(model, Checkpoint) else None]
+    alike = ("digest", "commit", "tokenizer", "dtype", "arithmetic", "engine", "layers", "width")
     return {
-        "name": target.name,
-        "digest": target.digest,
-        "dtype": records[0]["dtype"],
-        "tokenizer": records[0]["tokenizer"],
-        "layers": records[0]["layers"],
-        "width": records[0]["width"],
-        "evaluations": sum(job.costs),
+        "name": model.name,
+        **{name: records[0][name] for name in alike},
+        "evaluations": cost,
         "units": len(records),
         "units_from_store": len(records) - done.computed,
         "seconds": round(sum(record["seconds"] for record in records), 1),
-        "computed": group_records(own),
+        "computed": group_records([*done.paths, *filter(None, others)]),
     }
 
 
 def write_study(study: Study, out: Path) -> None:
     """`write_study(study, Path("out"))`: the four files that the command `pss` leaves.
+
+    `run.json` holds `questions` (digest and count), `choices`, `scoring_version`, and of each of
+    `models` its `name`, what `runner.unit_record` says of it, `evaluations`, `units` and, of these,
+    `units_from_store`, `seconds` of computing, and `computed`, see `provenance.group_records`.
 
     All are written before the first of them replaces its predecessor: a full disk leaves the
     results that were there.
@@ -360,7 +323,7 @@ def write_study(study: Study, out: Path) -> None:
     with writing_to(out):
         out.mkdir(parents=True, exist_ok=True)
         remove_leftovers(out)
-        with TemporaryDirectory(prefix=".partial-", dir=out) as name:
+        with TemporaryDirectory(prefix=PARTIAL, dir=out) as name:
             scratch = Path(name)
             _save(study, study.run, scratch)
             text = json.dumps(study.run, indent=2, ensure_ascii=False) + "\n"
