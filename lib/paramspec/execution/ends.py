@@ -1,4 +1,4 @@
-"""An end is an end: a command that is ended leaves nothing running.
+"""A command that is ended leaves nothing running.
 
     mind_signals()          # the command, first of all: SIGTERM, SIGINT and SIGHUP end it, whole
     watch_parent(pid)       # a process that it started: ends within seconds of process `pid`
@@ -25,42 +25,36 @@ _minding = False
 
 
 def mind_signals() -> None:
-    """`mind_signals()`: from now on, a signal ends this process and all that it started.
+    """From now on, a signal ends this process and all that it started.
 
-    One line on standard error says so, and the exit status is 128 plus the signal's number. A
-    signal that was ignored when this process began, as `nohup` does, stays ignored.
-
-    A thread does it, so that it does not wait until a long computation is done; meanwhile the main
-    thread stops at its next step, so that it neither reports the killed processes nor starts more.
+    The exit status is 128 plus the signal's number. A signal that was ignored when this process
+    began, as `nohup` does, stays ignored. A thread ends the processes, so that it does not wait
+    for a long computation; meanwhile the main thread stops at its next step, so that it neither
+    reports the killed processes nor starts more.
     """
     global _minding
     _minding = True
-    told, tell = os.pipe()
-    os.set_blocking(tell, False)
-    threading.Thread(target=_end_when_told, args=(told,), daemon=True).start()
-    signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
-
-    def stop(number: int, frame: object) -> None:
-        while True:
-            signal.pause()
-
-    def ignore() -> None:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    threading.Thread(target=_end_on_signal, args=(read_end,), daemon=True).start()
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, stop)
-    atexit.register(ignore)  # called last: the work is done, and the status is that of the command
-    # What the trackers of joblib clean up after killed processes is nobody's concern.
+            signal.signal(number, _stop)
+        # Called last: the work is done, and the status is that of the command.
+        atexit.register(signal.signal, number, signal.SIG_IGN)
+    # The trackers of joblib clean up after killed processes: no user needs their warnings.
     given = [os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker"]
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, given))
 
 
+def _stop(number: int, frame: object) -> None:
+    while True:
+        signal.pause()
+
+
 def keep_interrupts_from_children() -> None:
-    """`keep_interrupts_from_children()`: Ctrl-C in a terminal, which goes to every process of the
-    command, is for `mind_signals` alone; processes started from now on never get it.
-    """
+    """Processes started from now on never get Ctrl-C: `mind_signals` alone handles it."""
     if _minding:
         from multiprocessing import resource_tracker
 
@@ -69,7 +63,7 @@ def keep_interrupts_from_children() -> None:
 
 
 def watch_parent(pid: int) -> None:
-    """`watch_parent(pid)`: end this process and all that it started once its parent isn't `pid`.
+    """End this process and all that it started once its parent is not `pid`.
 
     The parent was killed then: whoever adopts its children has another number.
     """
@@ -83,10 +77,10 @@ def watch_parent(pid: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _end_when_told(told: int) -> None:
+def _end_on_signal(read_end: int) -> None:
     number = 0
-    while number not in SIGNALS:  # other signals that have a handler are told as well
-        (number,) = os.read(told, 1)
+    while number not in SIGNALS:  # other signals that have a handler arrive here as well
+        (number,) = os.read(read_end, 1)
     try:
         terminal = os.dup(2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # so that no other thread has a last word
@@ -105,9 +99,7 @@ def _end_when_told(told: int) -> None:
 def _kill_descendants() -> None:
     """Kill all processes that this one started; return when they are gone.
 
-    All are stopped before any is killed, since a stopped one starts no other. The trackers of
-    joblib and multiprocessing go on: they end with the last process that they serve, and remove its
-    semaphores and temporary files.
+    All are stopped before any is killed, since a stopped process starts no other.
     """
     deadline = time.monotonic() + PATIENCE
     stopped: set[psutil.Process] = set()
@@ -120,6 +112,9 @@ def _kill_descendants() -> None:
 
 
 def _descendants() -> set[psutil.Process]:
+    """Those that run. The trackers of joblib and multiprocessing are left out: they end with the
+    last process that they serve, and remove its semaphores and temporary files.
+    """
     found = set()
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):  # gone meanwhile

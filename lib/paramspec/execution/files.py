@@ -25,9 +25,9 @@ OLD = 24 * 3600  # seconds after which it is certain to be a dead process's
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """`with atomic(path) as scratch: ...`: fill a file beside its place, which it takes when whole.
+    """`with atomic(path) as scratch: ...`: fill a new file, which replaces `path` when it is whole.
 
-    If it cannot be written, that is an InputError, and what was there stays.
+    A failed write is an InputError, and the old file stays.
     """
     scratch = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
     with writing_to(path.parent):
@@ -39,7 +39,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, pattern: str = f"{PARTIAL}*") -> None:
-    """`remove_leftovers(out)`: unfinished files and folders, once they are certainly nobody's."""
+    """Remove unfinished files and folders that are certainly of a dead process."""
     for left in folder.glob(pattern):
         with contextlib.suppress(OSError):  # gone meanwhile, or not ours to remove
             if left.stat().st_mtime < time.time() - OLD:
@@ -48,10 +48,10 @@ def remove_leftovers(folder: Path, pattern: str = f"{PARTIAL}*") -> None:
 
 @contextlib.contextmanager
 def writing_to(directory: Path) -> Iterator[None]:
-    """`with writing_to(out): ...`: turn a failed write into one line that names the place."""
+    """`with writing_to(out): ...`: a failed write is an InputError that names the place."""
     try:
         yield
-    except (OSError, SafetensorError) as error:  # safetensors tells of a full disk in its own way
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own way
         place = getattr(error, "filename", None) or directory
         reason = getattr(error, "strerror", None) or error
         raise InputError(
@@ -61,7 +61,7 @@ def writing_to(directory: Path) -> Iterator[None]:
 
 
 def require_writable(directory: Path) -> None:
-    """`require_writable(out)`: make the directory now, and fail before any work if it can't be."""
+    """Make the directory now, so that a place that cannot be written fails before any work."""
     require_unicode(directory)
     with writing_to(directory):
         directory.mkdir(parents=True, exist_ok=True)

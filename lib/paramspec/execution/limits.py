@@ -1,8 +1,4 @@
-"""The processors and the memory that this process may use, which in a container are not the host's.
-
-    cores()             # processors, by affinity and by the quota of each control group above
-    memory()            # bytes, of this machine or of the tightest control group
-    available_memory()  # bytes of it that are free, or hold files that can be read again
+"""The processors and the memory that this process may use: in a container, fewer than the host has.
 
 `psutil` and `torch` know of no control group; `joblib` knows of a container's root, and of its
 processors alone.
@@ -25,7 +21,7 @@ PROC, CGROUP = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def cores() -> int:
-    """`cores()`: processors that this process may use at once, a part of one counting as one."""
+    """Processors that this process may use at once, by affinity and control groups, rounded up."""
     shares = [joblib.cpu_count()]
     for group in _groups():
         quota, _, period = _read(group / "cpu.max").partition(" ")
@@ -35,14 +31,23 @@ def cores() -> int:
 
 
 def memory() -> int:
-    """`memory()`: bytes that this process may use at most."""
+    """Bytes of this machine, or of the tightest control group."""
     return min([psutil.virtual_memory().total, *(limit for limit, _ in _memory_limits())])
 
 
 def available_memory() -> int:
-    """`available_memory()`: bytes that this process can still get."""
+    """Bytes that this process can still get: free ones, and files that can be read again."""
     free = [max(0, limit - used) for limit, used in _memory_limits()]
     return min([psutil.virtual_memory().available, *free])
+
+
+def require_memory(needed: int) -> None:
+    """Refuse weights of more bytes than this process may use."""
+    if needed > memory():
+        raise InputError(
+            f"device 'cpu': the weights need {needed / 1e9:.0f} GB, this process may use "
+            f"{memory() / 1e9:.0f} GB; use a GPU, bfloat16 or a smaller model"
+        )
 
 
 class OutOfMemory(InputError):
@@ -50,30 +55,30 @@ class OutOfMemory(InputError):
 
 
 def release_memory() -> None:
-    """`release_memory()`: what was freed goes back to the system, where glibc would keep it."""
+    """Give freed memory back to the system, where glibc would keep it."""
     with contextlib.suppress(OSError, AttributeError):  # another system's library has no such call
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """`is_out_of_memory(error)`: a GPU's, numpy's, or torch's own words for it on a CPU."""
+    """Whether an exception means out of memory: of a GPU, of numpy, or of torch on a CPU."""
     import torch
 
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     words = ["DefaultCPUAllocator", "not enough memory", "bad_alloc", "Cannot allocate memory"]
-    # oneDNN has but one word for all that it could not do, most often for want of memory. That
-    # of a primitive *descriptor* is another: no code for what was asked for, with any memory.
+    # oneDNN raises one message for every failure, most often for lack of memory. Its message on a
+    # primitive *descriptor* is another: it has no code for the operation, with any memory.
     words += ["could not create a memory object", "CUBLAS_STATUS_ALLOC_FAILED"]
     primitives = ("could not create a primitive", "could not execute a primitive")
-    told = str(error)
+    message = str(error)
     return isinstance(error, RuntimeError) and (
-        told in primitives or any(word in told for word in words)
+        message in primitives or any(word in message for word in words)
     )
 
 
 def _memory_limits() -> Iterator[tuple[int, int]]:
-    """Of each control group with a limit: the limit, and what is used of it, in bytes."""
+    """Of each control group with a limit: the limit and the memory in use, in bytes."""
     for group in _groups():
         # The last is version 1's. Above `high` a process is slowed down until it has given back.
         for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
@@ -86,8 +91,7 @@ def _memory_limits() -> Iterator[tuple[int, int]]:
 
 
 def _groups() -> Iterator[Path]:
-    """The directories of the control groups of this process, from its own up: version 2's, and of
-    version 1 those of memory.
+    """The directories of this process's control groups, from its own up; of version 1, of memory.
 
     In a container the path may be the host's: then the root is the container's own group.
     """

@@ -5,8 +5,8 @@
     with workers(scheduler="tcp://host:8786"):          # a Dask cluster that is already up
         measure_pss(["llama-2-7b"], questions)
 
-`hand_out` names no backend to `joblib.Parallel`: `workers`, or a `joblib.parallel_config` of the
-user's own, does. Outside of both, work is done one piece after the other in this process.
+`hand_out` names no backend to `joblib.Parallel`: `workers` does, or a user's own
+`joblib.parallel_config`. Outside of both, this process does one task after the other.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from paramspec.errors import InputError
 from paramspec.execution.ends import keep_interrupts_from_children, watch_parent
 from paramspec.execution.limits import cores
 
-ANSWER_WITHIN = 10  # seconds that a scheduler has, and then a worker of it
+ANSWER_WITHIN = 10  # seconds for a scheduler's answer, and then for one of its workers
 _ONE_TASK = threading.RLock()
 
 
 @contextlib.contextmanager
 def workers(jobs: int = 0, scheduler: str | None = None) -> Iterator[None]:
-    """`with workers(jobs=2): ...`: what joblib does with the work that is handed out inside.
+    """`with workers(jobs=2): ...`: who does the work that is handed out inside.
 
     >>> with workers(jobs=1):
     ...     study = measure_pss(["my-checkpoint/"], questions, Choices(ratios=(0.1,), general=5))
 
     Args:
-        jobs: processes side by side; 0 for one a GPU, or without a GPU one a core; 1 for none
-            beside this one. The cores that this process may use are shared out among them.
-        scheduler: address of a Dask scheduler, as `tcp://host:8786`; its workers do the work, one
-            unit each at a time, and `jobs` means nothing.
+        jobs: processes side by side; 0 for one per GPU, or without a GPU one per core; 1 for this
+            process alone. They share the cores that this process may use.
+        scheduler: address of a Dask scheduler, as `tcp://host:8786`; its workers do the work, each
+            one unit at a time, and `jobs` is ignored.
 
     Raises:
         InputError: if `jobs` is negative, or if no scheduler answers there, or no worker of it.
@@ -82,9 +82,9 @@ def _begin_worker(parent: int, gpus: int) -> None:
 
 
 def hand_out(function: Callable[..., object], tasks: Sequence[Sequence[object]]) -> Iterator[Any]:
-    """`for result in hand_out(measure, [(first, ...), (second, ...)])`: as each is done.
+    """`for result in hand_out(measure, [(first, ...), (second, ...)])`: each as it is done.
 
-    The longest task should stand first. The function is of a module: another process finds it.
+    Put the longest task first. The function is of a module, so that another process finds it.
     """
     parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="all")
     try:
@@ -100,8 +100,8 @@ def hand_out(function: Callable[..., object], tasks: Sequence[Sequence[object]])
 
 
 def _task(function: Callable[..., object], *arguments: object) -> object:
-    """One at a time, in a worker of several threads as well: tasks share the model that the
-    process holds, and the state of torch's random numbers.
+    """One at a time, also in a worker of several threads: tasks share the model that the process
+    holds, and the state of torch's random numbers.
     """
     with _ONE_TASK:
         return function(*arguments)

@@ -1,11 +1,8 @@
 """What computed a result: the library versions in its key, and the record that is stored with it.
 
-    number_versions()                     # in every key: {"torch": "2.13.0", ...}
-    computed(**unit_record(loaded))       # with every stored result, as `computed.json`
-    group_records(paths)                  # of many results, in `run.json` and on a page
-
-A record holds `versions`, `hardware`, `date` (UTC), and what its unit adds: see
-`runner.unit_record`; of fine-tuned vectors' evaluation also `trained`, their own record.
+A record, `computed.json`, holds `versions`, `hardware`, `date` (UTC), and the fields that its unit
+adds: see `runner.unit_record`; of an evaluation of fine-tuned vectors also `trained`, their own
+record. `group_records` joins the records of many results, for `run.json` and for a page.
 """
 
 from __future__ import annotations
@@ -23,30 +20,27 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-# Whoever changes one of these may change a number: models' code and kernels, tokens, weights that
-# are unpacked, random draws. Others that are installed hand numbers on, or are applied to results.
+# A change of one of these may change a number: models' code and kernels, tokens, weights that are
+# unpacked, random draws. Other libraries hand numbers on, or are applied to results.
 NUMBER_LIBRARIES = ("torch", "transformers", "tokenizers", "sentencepiece", "gguf", "numpy")
 COMPUTED = "computed.json"
-# Names a file that gets a line for each result that is read: so a page knows what it rests on.
+# Names a file that gets a line for each result that is read: so a page knows its results.
 USED = "PARAMSPEC_USED"
 
 
 def number_versions() -> dict[str, str]:
-    """`number_versions()["torch"]`: of each library whose change may change a number.
-
-    Without the local part (`+cpu`): it says what a build is for, and a key has the device.
-    """
+    """Of each of `NUMBER_LIBRARIES`, without the local part (`+cpu`): a key has the device."""
     return {name: found.partition("+")[0] for name, found in versions(*NUMBER_LIBRARIES).items()}
 
 
 def versions(*names: str) -> dict[str, str]:
-    """`versions("torch")`: of those that are installed."""
+    """Of the libraries that are installed."""
     return {name: found for name in names if (found := version_of(name))}
 
 
 @functools.cache  # read from files, for each stored result; what is imported stays what it is
 def version_of(name: str) -> str | None:
-    """`version_of("torch")`: None if it is not installed."""
+    """None if the library is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -54,10 +48,8 @@ def version_of(name: str) -> str | None:
 
 
 def hardware() -> dict[str, Any]:
-    """`hardware()`: `cpu`, `cores`, `memory` (bytes), `gpus`, `threads`, `instructions`.
-
-    Cores and memory are those that the process may use. A process without torch knows nothing of
-    the last three. Never the machine's name.
+    """`cpu`, `cores` and `memory` (bytes) that this process may use; of torch, if it is imported,
+    `gpus`, `threads`, `instructions`. Never the machine's name.
     """
     from paramspec.execution.limits import cores, memory  # half a second
 
@@ -75,17 +67,17 @@ def hardware() -> dict[str, Any]:
 
 
 def machine(hardware: Mapping[str, Any]) -> str:
-    """`machine(hardware())`: in a few words, as "EPYC 7763, 2 cores, 8 GiB, 1 x A100"."""
+    """A few words, as "EPYC 7763, 2 cores, 8 GiB, 1 x A100"."""
     gpus = sorted({f"{hardware['gpus'].count(name)} x {name}" for name in hardware["gpus"]})
     memory = f"{hardware['memory'] / 2**30:.0f} GiB"
     return ", ".join([hardware["cpu"], f"{hardware['cores']} cores", memory, *gpus])
 
 
 def computed(**unit: object) -> dict[str, Any]:
-    """`computed(device="cpu")`: the record of what this process computes now."""
+    """The record of a result that this process computes now, with the fields of its unit."""
+    names = versions("paramspec", *NUMBER_LIBRARIES)
     return {
-        "versions": {"python": platform.python_version()}
-        | versions("paramspec", *NUMBER_LIBRARIES),
+        "versions": {"python": platform.python_version()} | names,
         "hardware": hardware(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **unit,
@@ -93,23 +85,17 @@ def computed(**unit: object) -> dict[str, Any]:
 
 
 def read_computed(path: Path) -> dict[str, Any]:
-    """`read_computed(store.get(key))`: the record of a stored result, and its key's `unit`; empty
-    where there is none.
-    """
+    """The record of a stored result, with the `unit` of its key; empty where there is none."""
     with suppress(OSError, ValueError):
-        key, record = (
-            json.loads((path / name).read_text(encoding="utf-8")) for name in ("key.json", COMPUTED)
-        )
+        texts = [(path / name).read_text(encoding="utf-8") for name in ("key.json", COMPUTED)]
+        key, record = map(json.loads, texts)
         return {"unit": key.get("unit"), **record}
     return {}
 
 
 def group_records(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """`group_records(paths)`: what computed stored results, in groups of the same `versions`,
-    `hardware` and `device`.
-
-    Each has `units`, the number of results by kind (`pss`, `coefficients`, `finetune`, ...), and
-    the `first` and `last` date.
+    """The records of results, in groups of equal `versions`, `hardware` and `device`; each has also
+    `units` (the number of results by kind, as `pss` or `finetune`), the `first` and `last` date.
     """
     groups: dict[str, dict[str, Any]] = {}
     for whole in map(read_computed, paths):
@@ -124,15 +110,15 @@ def group_records(paths: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def note_use(path: Path) -> None:
-    """`note_use(path)`: add a result that was read to the file that `USED` names, if it does."""
+    """Add a result that was read to the file that the environment variable `USED` names, if any."""
     if file := os.environ.get(USED):
         with suppress(OSError), open(file, "a", encoding="utf-8") as opened:
             opened.write(json.dumps(str(path.absolute())) + "\n")
 
 
 def used_results(file: Path) -> dict[str, Any]:
-    """`used_results(file)`: of the results noted in it, `computed`, as `group_records` gives, and
-    `models`: by name, the `commit` of the hub and the tokens that are put `before` each text.
+    """Of the results noted in a file: `computed`, their `group_records`; and `models`, by name: the
+    `commit` of the hub, and the tokens that are put `before` each text.
     """
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     paths = [Path(json.loads(line)) for line in dict.fromkeys(lines)]

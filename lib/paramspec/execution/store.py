@@ -1,14 +1,9 @@
 """Results that survive a crash, and are never served for another question.
 
-    store = Store("results/store")
-    path = store.get(key)                     # a directory, verified, or None
-    path = store.put(key, write)              # write(directory) fills it; all or nothing
-    with store.turn(key): ...                 # one process at a time
-
 A key holds everything that a result depends on (digests of the model and of the questions, every
 choice, the scoring version); the store adds the versions of the libraries that can change a number.
-Its SHA-256 names the directory. What is read is held against checksums. Any number of processes,
-also of several machines, may use one store at once.
+Its SHA-256 names the directory. Results are compared with checksums as they are read. Any number of
+processes, also of several machines, may use one store at once.
 """
 
 from __future__ import annotations
@@ -33,6 +28,10 @@ from paramspec.execution.provenance import COMPUTED, computed, note_use, number_
 
 STORE_VERSION = 1
 
+Json = Mapping[str, Any]
+# What fills the directory of a result, and what its record says of the unit.
+Computed = tuple[Callable[[Path], None], Json]
+
 
 class Store:
     """Results below one directory, each under the digest of its key.
@@ -45,11 +44,8 @@ class Store:
         self.root = Path(root).absolute()  # a worker may have another working directory
         self.versions = number_versions()  # goes to workers, which must have the same
 
-    def get(self, key: Mapping[str, Any]) -> Path | None:
-        """`path = store.get(key)`: the result's directory if it is there and whole.
-
-        A damaged one is set aside, with a warning.
-        """
+    def get(self, key: Json) -> Path | None:
+        """The result's directory if it is whole. A damaged one is set aside, with a warning."""
         path = self._path(key)
         if not path.is_dir():
             return None
@@ -65,21 +61,12 @@ class Store:
         )
         return None
 
-    def put(
-        self,
-        key: Mapping[str, Any],
-        write: Callable[[Path], None],
-        record: Mapping[str, Any] | None = None,
-    ) -> Path:
+    def put(self, key: Json, write: Callable[[Path], None], record: Json | None = None) -> Path:
         """`path = store.put(key, write)`: let `write` fill a new directory, then publish it.
 
-        Args:
-            record: what `computed.json` says of the unit, see `provenance`.
-
-        Raises:
-            InputError: if the disk is full or the store cannot be written, or if this process has
-                other versions than the one that opened the store; what is in the store stays as
-                it was.
+        `computed.json` holds the `record` of the unit, see `provenance`. It is an InputError if the
+        disk is full or cannot be written, or if this process has other versions than the one that
+        opened the store.
         """
         path = self._path(key)
         for name, here in number_versions().items():
@@ -99,7 +86,7 @@ class Store:
                 _write_json(scratch / "checksums.json", sums)
                 scratch.rename(path)
             except OSError:
-                # Perhaps another worker was first: its result has the same key, so it is as good.
+                # Another worker may have been first: its result has the same key, so it is as good.
                 if _damage(path) is not None:
                     raise
             finally:
@@ -107,16 +94,17 @@ class Store:
         note_use(path)
         return path
 
+    def find(self, key: Json, compute: Callable[[], Computed]) -> Path:
+        """The stored result, or else the one that `compute()` gives, put there."""
+        with self.turn(key):
+            return self.get(key) or self.put(key, *compute())
+
     @contextlib.contextmanager
-    def turn(self, key: Mapping[str, Any], *, wait: bool = True) -> Iterator[bool]:
-        """`with store.turn(key): ...`: let one process at a time compute a result.
+    def turn(self, key: Json, *, wait: bool = True) -> Iterator[bool]:
+        """`with store.turn(key): ...`: one process at a time computes a result, which saves work.
 
-        It saves work and no more: without it, two would compute the same, and the first be kept.
-        Look for the result again within, since another may have put it meanwhile. A process that
-        dies gives its turn up.
-
-        Args:
-            wait: until it is this process's turn; if False, yield False where it is another's.
+        Look for the result again within, since another process may have put it meanwhile. The lock
+        ends with its process. Without `wait`, False is yielded while another process has it.
         """
         place = self._path(key).with_suffix(".lock")
         lock, mine = FileLock(place, fallback_to_soft=False), True
@@ -135,21 +123,21 @@ class Store:
                 lock.release()
 
     def remove_leftovers(self) -> None:
-        """`store.remove_leftovers()`: what killed processes left of unfinished results."""
+        """Remove the unfinished results of killed processes."""
         for pattern in (f"{PARTIAL}*", "*.lock"):
             remove_leftovers(self.root, f"v{STORE_VERSION}/*/{pattern}")
 
-    def _whole(self, key: Mapping[str, Any]) -> str:
+    def _whole(self, key: Json) -> str:
         """The key with the versions, as the text whose digest names the directory."""
         whole = {**key, "versions": self.versions}
         return json.dumps(whole, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
-    def _path(self, key: Mapping[str, Any]) -> Path:
+    def _path(self, key: Json) -> Path:
         name = hashlib.sha256(self._whole(key).encode()).hexdigest()
         return self.root / f"v{STORE_VERSION}" / name[:2] / name
 
 
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+def _write_json(file: Path, content: Json) -> None:
     file.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
