@@ -9,7 +9,6 @@ import torch
 
 from paramspec.errors import InputError
 from paramspec.execution import limits, parallel, provenance
-from paramspec.models import devices
 from paramspec.studies import cost
 
 GIB = 2**30
@@ -94,7 +93,7 @@ def test_whoever_asks_is_told_the_limits_and_not_the_host(machine, monkeypatch):
     with parallel.workers():
         assert joblib.effective_n_jobs(None) == 2
     with pytest.raises(InputError, match="weights need 4 GB, this process may use 3 GB"):
-        devices.device_map(4 * 10**9, torch.device("cpu"))
+        limits.require_memory(4 * 10**9)
     cpu = cost.find_gpu("cpu")
     assert cpu.source.startswith("2 cores")
     assert cpu.memory == 3 * GIB

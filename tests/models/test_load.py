@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
 from paramspec.errors import InputError
-from paramspec.models import devices, libraries, load
+from paramspec.models import libraries, load
 from paramspec.models.checkpoints import INDEX, find_checkpoint
 from paramspec.models.load import check_checkpoint, load_model
 from paramspec.models.registry import load_registry
@@ -260,8 +260,8 @@ def test_dtype_and_device_are_checked_before_anything_is_read(monkeypatch):
     assert refusal("none", device="cuda:2").endswith("use auto, cpu, cuda, cuda:0, cuda:1")
     for capable, best in ((False, torch.float32), (True, torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda yes=capable, **_: yes)
-        assert devices.place_and_dtype("auto", "auto") == (torch.device("cuda"), best)
-        assert devices.place_and_dtype("cpu", "auto") == (torch.device("cpu"), torch.float32)
+        assert load.place_and_dtype("auto", "auto") == (torch.device("cuda"), best)
+        assert load.place_and_dtype("cpu", "auto") == (torch.device("cpu"), torch.float32)
         if not capable:
             told = refusal("none", device="cuda", dtype="bfloat16")
             assert "dtype 'bfloat16': cuda does not compute in it; use float32" in told
@@ -276,12 +276,12 @@ def test_weights_go_to_one_gpu_if_they_fit_and_to_all_if_not(monkeypatch):
     # The driver counts as used what torch keeps of models that are gone.
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.__setitem__(0, 10_000))
     free[1] = 20_000
-    assert devices.device_map(9_000, cuda) == {"device_map": {"": 0}}
+    assert load.device_map(9_000, cuda) == {"device_map": {"": 0}}
     spread = {"device_map": "auto", "max_memory": {0: 9_000, 1: 18_000}}
-    assert devices.device_map(9_001, cuda) == spread
-    assert devices.device_map(9_001, torch.device("cuda:1")) == {"device_map": {"": 1}}
+    assert load.device_map(9_001, cuda) == spread
+    assert load.device_map(9_001, torch.device("cuda:1")) == {"device_map": {"": 1}}
     with pytest.raises(InputError, match="device 'cpu': the weights need 1000000 GB"):
-        devices.device_map(10**15, torch.device("cpu"))
+        load.device_map(10**15, torch.device("cpu"))
 
 
 def test_weights_that_would_lie_outside_the_gpus_are_refused(toy, monkeypatch):

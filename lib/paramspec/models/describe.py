@@ -1,8 +1,4 @@
-"""What is known of models before they are measured, and what they may be asked.
-
-describe_models(expand_models(["zoo"]))             # a table
-study_questions(["zoo-llama-1", "smollm2-135m"])    # what all of them are asked
-"""
+"""Facts of models that are known before they are measured, and the questions to ask of them."""
 
 from __future__ import annotations
 
@@ -17,14 +13,14 @@ import pandas as pd
 
 from paramspec.errors import InputError
 from paramspec.models.load import LoadedModel
-from paramspec.models.registry import find_spec, load_registry
+from paramspec.models.registry import find_micro, find_spec, load_registry
 from paramspec.models.zoo import zoo_questions
 from paramspec.models.zoo_training import read_record, trained
 from paramspec.specwiki import Question, load_questions, sample_concepts
 
 
 def describe_models(names: Sequence[str]) -> pd.DataFrame:
-    """`describe_models(expand_models(["zoo"]))`: what a chapter plots models against.
+    """`describe_models(expand_models(["zoo"]))`: the facts that a chapter plots models against.
 
     >>> about = describe_models(["llama-2-7b", "llama-7b"])
     >>> about[["model", "family", "order"]].values.tolist()
@@ -36,8 +32,8 @@ def describe_models(names: Sequence[str]) -> pd.DataFrame:
         in its family, from 1, by date of release, of micro models by the recipe's number; missing
         where that is not known), `parameters`, `width`, `released` (days since 2023-01-01), `mmlu`
         (percent), `tokens` (seen in training, of a trained micro model), `step` (of a checkpoint)
-        and `exposure` (of a micro model: how often a fact of the high tier is seen, over one of
-        the low).
+        and `exposure` (of a micro model: how often it sees a fact of the high tier, over one of the
+        low).
     """
     columns = ["model", "micro", "family", "generation", "order", "parameters", "width"]
     columns += ["released", "mmlu", "tokens", "step", "exposure"]
@@ -50,8 +46,7 @@ def describe_models(names: Sequence[str]) -> pd.DataFrame:
 
 def _facts(name: str) -> dict[str, Any]:
     """A row of `describe_models`; `place` sorts the generations of a family."""
-    spec = find_spec(name)
-    micro = spec.micro if spec else None
+    spec, micro = find_spec(name), find_micro(name)
     row: dict[str, Any] = {"model": name, "micro": taught(name) is not None}
     if row["micro"]:
         record = read_record(trained(micro, train=False) if micro else Path(name).expanduser())
@@ -77,19 +72,18 @@ def _facts(name: str) -> dict[str, Any]:
 
 
 def comparable_models(names: Sequence[str]) -> list[str]:
-    """`comparable_models(["zoo-llama-1", ..., "smollm2-135m"])`: those a correlation is taken over.
-
-    Micro models or the registry's others, whichever are more: both kinds would be two clouds.
+    """The models that a correlation is taken over: micro models or the registry's others, whichever
+    are more. Both kinds together would be two clouds.
     """
-    micro = [name for name in names if (spec := find_spec(name)) and spec.micro]
-    others = [name for name in names if (spec := find_spec(name)) and not spec.micro]
+    micro = [name for name in names if find_micro(name)]
+    others = [name for name in names if find_spec(name) and name not in micro]
     return micro if len(micro) > len(others) else others
 
 
 def study_questions(
     names: Sequence[str], concepts: int | None = None, seed: int = 0
 ) -> list[Question]:
-    """`study_questions(["zoo-llama-1", "smollm2-135m"])`: what all of these models are asked.
+    """`study_questions(["zoo-llama-1", "smollm2-135m"])`: the questions for all of these models.
 
     >>> asked = study_questions(["zoo-llama-1", "smollm2-135m"], concepts=6)
     >>> len(asked), {question.concept for question in asked} <= set(taught("zoo-llama-1"))
@@ -129,8 +123,8 @@ def taught(model: str | LoadedModel) -> tuple[str, ...] | None:
     >>> len(taught("zoo-llama-1")), taught("smollm2-135m")
     (72, None)
 
-    A recipe says it of its models, and the record of the training that lies in it of a directory,
-    also of a copy and of a fine-tuned one.
+    A recipe names them, and so does the record of the training in a model's directory, also in a
+    copy and in a fine-tuned one.
     """
     if isinstance(model, LoadedModel):
         return model.taught
@@ -142,17 +136,15 @@ def taught(model: str | LoadedModel) -> tuple[str, ...] | None:
 
 
 def folds_asked(models: Sequence[str | LoadedModel]) -> tuple[int, ...]:
-    """`folds_asked(["zoo-llama-1", "smollm2-135m"])`: (1,), since one of them is a micro model."""
+    """`folds_asked(["zoo-llama-1", "smollm2-135m"])`: (1,) where one of them is a micro model."""
     return (0, 1) if all(taught(model) is None for model in models) else (1,)
 
 
 def require_taught(
     models: Sequence[str | LoadedModel], questions: Sequence[Question], folds: Collection[int]
 ) -> None:
-    """`require_taught(models, questions, (1,))`: refuse what a micro model must not be asked.
-
-    That is a concept that it was not taught, and a cloze that it was trained on: those of fold 0.
-    `folds` are those that are scored.
+    """Refuse a question that a micro model must not be asked: on a concept that it was not taught,
+    or, in the `folds` that are scored, with a cloze that it was trained on, as those of fold 0.
     """
     clozes = [(q.concept, q.cloze.casefold()) for q in load_questions() if q.fold == 0]
     for model in models:
@@ -161,16 +153,14 @@ def require_taught(
             continue
         read = {cloze for concept, cloze in clozes if concept in known}
         for question in questions:
-            if question.concept not in known:
-                told = f"was not taught {question.concept!r}"
-            elif question.fold in folds and (
-                question.fold == 0 or question.cloze.casefold() in read
-            ):
-                told = "was trained on the cloze of this question, as on all of fold 0"
-            else:
+            seen = question.fold == 0 or question.cloze.casefold() in read
+            if question.concept in known and not (seen and question.fold in folds):
                 continue
             name = model if isinstance(model, str) else model.name
+            reason = f"was not taught {question.concept!r}"
+            if question.concept in known:
+                reason = "was trained on the cloze of this question, as on all of fold 0"
             raise InputError(
-                f"question {question.id!r}: {name!r}, a micro model, {told}; ask about what it was "
+                f"question {question.id!r}: {name!r}, a micro model, {reason}; ask of the concepts "
                 f"taught, as study_questions([{name!r}]) does, and score fold 1 alone"
             )

@@ -1,8 +1,4 @@
-"""transformers without its bars and reports, and errors of libraries in one line.
-
-with quiet_transformers(), told_in_one_line(path):
-    AutoTokenizer.from_pretrained(path)
-"""
+"""transformers without its bars and reports, and errors of libraries in one line."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ from paramspec.errors import InputError
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """`with quiet_transformers(): ...`: no progress bars and warnings of transformers."""
+    """`with quiet_transformers(): ...`: no progress bars, and no warnings."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -32,10 +28,10 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def told_in_one_line(path: Path) -> Iterator[None]:
-    """`with told_in_one_line(path): ...`: an InputError for what a library raises on bad files.
+    """`with told_in_one_line(path): ...`: an error of a library on bad files is an InputError.
 
-    Libraries raise errors of any class there, tokenizers a bare Exception. What is raised elsewhere
-    is a fault of this package, and is shown as it is.
+    Libraries raise errors of any class, tokenizers a bare Exception; an error that this package
+    raises is its own fault, and is shown as it is.
     """
     try:
         yield
@@ -55,6 +51,6 @@ def told_in_one_line(path: Path) -> Iterator[None]:
 
 
 def line_of(error: object) -> str:
-    """`line_of(error)`: a message in one line, shortened to fit into ours."""
+    """An error's message in one line, shortened to fit into ours."""
     line = " ".join(str(error).split()) or "no message"
     return line if len(line) <= 240 else f"{line[:237]}..."

@@ -1,34 +1,35 @@
-"""One loader for all models.
+"""One loader for all models: every weight comes from the checkpoint, and remote code is never run.
 
-    loaded = load_model("smollm2-135m")                # a registry id
-    loaded = load_model("org/name@revision")           # a hub id; the revision may be left out
-    loaded = load_model("my-checkpoint/")              # a directory: config.json and safetensors
-    loaded = load_model("weights.gguf")                # a GGUF file, unpacked to dense weights
-    loaded.model, loaded.tokenizer, loaded.digest
-
-What cannot be loaded completely is refused: every weight comes from the checkpoint. Remote code is
-never run.
+loaded = load_model("smollm2-135m")
+loaded.model, loaded.tokenizer, loaded.digest
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from paramspec.errors import InputError
+from paramspec.execution.limits import require_memory
 from paramspec.models import checkpoints
 from paramspec.models.checkpoints import Checkpoint
-from paramspec.models.devices import device_map, place_and_dtype
 from paramspec.models.libraries import quiet_transformers, told_in_one_line
 from paramspec.models.registry import empty_model
 from paramspec.models.tokens import front_tokens
 from paramspec.models.unpack import gguf_config, read_weights, restore_rotation, unpacked
 from paramspec.models.zoo_training import read_record
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def load_model(
         tokenizer = load_tokenizer(directory)
         network = _language_model(directory, dtype=kind, **device_map(needed, place))
         restore_rotation(network)
-        embedding = cast("torch.Tensor", network.get_input_embeddings().weight)
+        embedding: Any = network.get_input_embeddings().weight
         highest = max([tokenizer.vocab_size - 1, *front_tokens(tokenizer)])
         if highest >= len(embedding):
             raise InputError(
@@ -109,10 +110,44 @@ def load_model(
     )
 
 
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """`load_tokenizer(find_checkpoint("smollm2-135m").path)`: without weights."""
-    from transformers import AutoTokenizer
+def place_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """`place_and_dtype("auto", "auto")`: what `load_model` would take on this machine."""
+    usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        device = "cuda" if usable else "cpu"
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r}: unknown; use {', '.join(DTYPES)}")
+    known = ["cpu", *(["cuda"] if usable else []), *(f"cuda:{index}" for index in range(usable))]
+    if device not in known:
+        raise InputError(f"device {device!r}: not on this machine; use auto, {', '.join(known)}")
+    place = torch.device(device)
+    if place.type == "cpu":
+        return place, torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    capable = torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype == "bfloat16" and not capable:
+        raise InputError(f"dtype 'bfloat16': {place} does not compute in it; use float32")
+    return place, torch.bfloat16 if capable and dtype != "float32" else torch.float32
 
+
+def device_map(needed: int, place: torch.device) -> dict[str, Any]:
+    """Options of `from_pretrained` that say where `needed` bytes of weights go.
+
+    Over all GPUs where `place` names none and one has no room; a tenth is left for forward passes.
+    """
+    if place.type == "cpu":
+        require_memory(needed)
+        return {}
+    torch.cuda.empty_cache()  # what models before this one have left, the driver counts as used
+    gpus = range(torch.cuda.device_count())
+    free = {index: int(0.9 * torch.cuda.mem_get_info(index)[0]) for index in gpus}
+    single = torch.cuda.current_device() if place.index is None else place.index
+    if place.index is not None or needed <= free[single]:
+        return {"device_map": {"": single}}
+    return {"device_map": "auto", "max_memory": free}
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory or a GGUF file, without its weights."""
     with quiet_transformers(), told_in_one_line(path):
         if path.is_file():
             return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -122,10 +157,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 
 def check_checkpoint(path: Path) -> PreTrainedModel:
-    """`check_checkpoint(Path("my-checkpoint/"))`: a model's shapes, on the device `meta`.
-
-    Refuses, as `load_model` does, what shows without reading weights: the architecture, a tokenizer
-    or a file of weights that is not there or not whole, weights that do not fit the config.
+    """A model's shapes, on the device `meta`; without reading weights, what `load_model` refuses of
+    its config, its tokenizer and the headers of its files is refused here.
     """
     with quiet_transformers(), told_in_one_line(path):
         if path.is_file():
@@ -137,8 +170,6 @@ def check_checkpoint(path: Path) -> PreTrainedModel:
 
 def _directory_config(path: Path) -> PreTrainedConfig:
     """The config of a directory, if its weights are those of a plain model."""
-    from transformers import AutoConfig
-
     if (path / "adapter_config.json").is_file():
         raise InputError(f"{path}: an adapter; merge it into its base model (merge_and_unload)")
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)

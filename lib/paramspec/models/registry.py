@@ -1,8 +1,5 @@
 """The registry of models, `models.yaml`: what a MODEL argument may say.
 
-    load_registry()["smollm2-135m"].layers
-    expand_models(["zoo", "smollm2-135m"])      # a set as its models
-
 torch and transformers are imported where they are used, so that listing the registry is quick.
 """
 
@@ -96,7 +93,7 @@ class ModelSpec(Checked):
 def load_registry(path: Path = REGISTRY) -> dict[str, ModelSpec]:
     """`load_registry()["smollm2-135m"].layers`: the entries of `models.yaml` by id, in file order.
 
-    An entry `zoo: FILE` stands for every model of a zoo recipe that lies beside it.
+    An entry `zoo: FILE` stands for every model of a zoo recipe in the same folder.
     """
     registry: dict[str, ModelSpec] = {}
     entries = read_yaml(path.read_text(encoding="utf-8"), str(path))
@@ -140,22 +137,19 @@ def expand_models(names: Sequence[str]) -> list[str]:
 
 
 def require_distinct(names: Sequence[str]) -> None:
-    """`require_distinct(names)`: refuse none at all, and one twice."""
+    """Refuse no name at all, and a name that is given twice."""
     if not names:
         raise InputError("models: none given; name at least one model, or a set such as 'zoo'")
     for name, count in Counter(names).items():
         if count > 1:
             raise InputError(
-                f"model {name!r}: given twice; results are told apart by its name: leave one out, "
+                f"model {name!r}: given twice, and results are found by its name; leave one out, "
                 "or name another directory by its whole path"
             )
 
 
 def published_config(spec: ModelSpec) -> PreTrainedConfig:
-    """`published_config(load_registry()["qwen2-7b"])`: all that decides shapes, without network.
-
-    The entry has a `config`, or is of the zoo.
-    """
+    """The config of an entry that has a `config` or is of the zoo, with all that decides shapes."""
     from transformers import AutoConfig
 
     if spec.micro is not None:
@@ -170,7 +164,7 @@ def published_config(spec: ModelSpec) -> PreTrainedConfig:
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """`empty_model(published_config(spec))`: a model's shapes, on torch's device `meta`."""
+    """A model's shapes, on torch's device `meta`."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -181,7 +175,7 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def find_spec(model: str) -> ModelSpec | None:
-    """`find_spec("mine.yaml:llama-3").width`: what the registry or a recipe says of a model."""
+    """`find_spec("mine.yaml:llama-3").width`: the entry of the registry or of a recipe, if any."""
     file, colon, name = model.rpartition(":")
     if not colon or not file.endswith(RECIPES) or Path(model).expanduser().exists():
         return load_registry().get(model)
@@ -191,6 +185,12 @@ def find_spec(model: str) -> ModelSpec | None:
         near = ", ".join(difflib.get_close_matches(model, known, cutoff=0))
         raise InputError(f"model {model!r}: not in that recipe; did you mean {near}?")
     return _spec_of(known[model])
+
+
+def find_micro(model: str) -> ZooModel | None:
+    """`find_micro("zoo-llama-3").recipe`: the micro model of that name, if there is one."""
+    spec = find_spec(model)
+    return spec.micro if spec else None
 
 
 def _spec_of(model: ZooModel) -> ModelSpec:

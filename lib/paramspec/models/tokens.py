@@ -1,11 +1,8 @@
-"""Text to tokens: one way for all that is read, and what a tokenizer adds to a text by itself.
-
-    token_ids(tokenizer, ["The capital of France is"])     # [[1, 450, 7483, 310, 3444, 338]]
-    tokenizer_facts(tokenizer)["added_before"]             # [{"id": 1, "token": "<s>"}]
+"""Text to tokens: the one way for all texts.
 
 A text is data: `</s>` or `<|endoftext|>` in a question is the characters it is written with, never
-a special token. In front of a text stands what the tokenizer puts there (BOS), once. Behind it
-stands nothing, whatever the tokenizer adds: a text that has ended cannot be continued by an option.
+a special token. The tokens that the tokenizer adds in front of a text (BOS) are kept, once. Those
+that it adds behind are left out: a text that has ended cannot be continued by an option.
 """
 
 from __future__ import annotations
@@ -18,13 +15,13 @@ from paramspec.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PROBE = "The year 1960"  # shows what a tokenizer adds to a text, whatever the text
+PROBE = "The year 1960"  # any text: a tokenizer adds the same to all
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """`token_ids(tokenizer, [cloze])`: the tokens of each text, after what is added in front.
+    """`token_ids(tokenizer, [cloze])`: the tokens of each text, after those added in front.
 
-    A text is refused if the tokenizer reads a special token in it, or nothing at all.
+    A text in which the tokenizer reads a special token, or nothing at all, is refused.
     """
     if not texts:
         return []
@@ -45,13 +42,13 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
 
 
 def front_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """`front_tokens(tokenizer)`: what stands in front of each text, `[1]` for a BOS."""
+    """`front_tokens(tokenizer)`: the tokens added in front of each text, `[1]` for a BOS."""
     before, _ = added_tokens(tokenizer)
     return list(dict.fromkeys(before))  # a BOS that is added twice is a fault of the files
 
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """`before, after = added_tokens(tokenizer)`: what the tokenizer puts around any text."""
+    """`before, after = added_tokens(tokenizer)`: the tokens that the tokenizer adds to any text."""
     (bare,) = _read(tokenizer, [PROBE])
     (whole,) = _read(tokenizer, [PROBE], add_special_tokens=True)
     for start in range(len(whole) - len(bare) + 1):
@@ -64,10 +61,8 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
 
 
 def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """`tokenizer_facts(tokenizer)`: plain JSON for the record of a run.
-
-    `size` counts the added tokens, too; `added_before` and `added_after` are what the tokenizer
-    puts around a text, and `kept` is what of it stands in front of each text here.
+    """Plain JSON for the record of a run. `size` counts the added tokens, too; the tokenizer puts
+    `added_before` and `added_after` around a text, of which the tokens `kept` are used here.
     """
 
     def named(number: int | None) -> dict[str, Any] | None:

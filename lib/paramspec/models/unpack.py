@@ -1,8 +1,5 @@
 """GGUF files: unpacked once, to a directory of safetensors, which is loaded as any other.
 
-    directory = unpacked(Path("weights.gguf"), torch.float32)
-    restore_rotation(network)       # Llama 3.1's, which no config of transformers holds
-
 transformers reads some of a file's keys into the config, and leaves the class's defaults for the
 others, without a word. Here each key is read by transformers, or set here; or it agrees with the
 config, says that something is not there, or moves no number; or the file is refused by its name.
@@ -11,21 +8,23 @@ config, says that something is not there, or moves no number; or the file is ref
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import gguf
+import torch
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from paramspec.errors import InputError, naming
-from paramspec.execution.store import Store
+from paramspec.execution.limits import require_memory
+from paramspec.execution.store import Computed, Store
 from paramspec.models.checkpoints import digest_of
-from paramspec.models.devices import device_map
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
 
 UNPACKED = Path("results/gguf")  # where GGUF files are unpacked to, from the working directory
 CAPS = ("attn_logit_softcapping", "final_logit_softcapping")  # which transformers leaves out
@@ -43,28 +42,13 @@ MOVES_NOTHING = {
 
 
 def unpacked(path: Path, dtype: torch.dtype) -> Path:
-    """`unpacked(file, torch.float32)`: the directory of safetensors it is unpacked to, once."""
-    store = Store(UNPACKED)
+    """`unpacked(file, torch.float32)`: the directory of its model, with weights of that dtype."""
     key = {"unit": "gguf", "unpacking_version": 2, "dtype": str(dtype), "file": digest_of(path)}
-    with store.turn(key):
-        directory = store.get(key)
-        if directory is None:
-            network, tokenizer = _unpack(path, dtype)
-
-            def write(folder: Path) -> None:
-                network.save_pretrained(folder)
-                tokenizer.save_pretrained(folder)
-
-            directory = store.put(key, write)
-    return directory
+    return Store(UNPACKED).find(key, functools.partial(_unpack, path, dtype))
 
 
-def _unpack(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The network of a GGUF file on the CPU, and its tokenizer."""
-    import gguf
-    import torch
-    from transformers import AutoTokenizer, GgufConfig
-
+def _unpack(path: Path, dtype: torch.dtype) -> Computed:
+    """Read a GGUF file on the CPU, if all that it says can be kept."""
     config = gguf_config(path)
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     factors = tensors.pop("rope_freqs.weight", None)
@@ -73,14 +57,14 @@ def _unpack(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrained
         # form of `rope_type: llama3`. transformers leaves it out.
         config.rope_factors = factors.data.tolist()
     held = sum(int(tensor.n_elements) for tensor in tensors.values())
-    device_map(held * dtype.itemsize, torch.device("cpu"))  # refuses what has no room
+    require_memory(held * dtype.itemsize)
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no switch silences
         network = read_weights(
             path,
             gguf_file=path.name,
             config=config,
             # Since transformers 5 the weights stay packed unless this is asked for.
-            quantization_config=GgufConfig(dequantize=True),
+            quantization_config=transformers.GgufConfig(dequantize=True),
             dtype=dtype,
         )
     taken = sum(part.numel() for part in network.parameters())
@@ -91,14 +75,18 @@ def _unpack(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrained
             "use the model's safetensors"
         )
     restore_rotation(network)  # refused here, if it is not understood
-    return network, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+    def write(folder: Path) -> None:
+        network.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return write, {}
 
 
 def read_weights(path: Path, **given: Any) -> PreTrainedModel:
-    """`read_weights(path)`: of a directory or a file, if they fit the config, number by number."""
-    from transformers import AutoModelForCausalLM
-
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    """The network of a directory or a file, if its weights fit the config, number by number."""
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent if "gguf_file" in given else path,
         use_safetensors=True,
         trust_remote_code=False,
@@ -118,9 +106,7 @@ def read_weights(path: Path, **given: Any) -> PreTrainedModel:
 
 
 def restore_rotation(network: PreTrainedModel) -> None:
-    """`restore_rotation(network)`: divide rotary frequencies by the config's `rope_factors`."""
-    import torch
-
+    """Divide rotary frequencies by the config's `rope_factors`: Llama 3.1's, from a GGUF file."""
     factors = getattr(network.config, "rope_factors", None)
     if factors is None:
         return
@@ -137,11 +123,8 @@ def restore_rotation(network: PreTrainedModel) -> None:
 
 
 def gguf_config(path: Path) -> PreTrainedConfig:
-    """`gguf_config(Path("weights.gguf"))`: the config of its model, with all that it says."""
-    import gguf
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    """The config of a file's model, with all that the file says."""
+    config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     fields = gguf.GGUFReader(path).fields
     prefix = f"{fields['general.architecture'].contents()}."
     facts = {
@@ -154,12 +137,9 @@ def gguf_config(path: Path) -> PreTrainedConfig:
 
 
 def honoured(config: PreTrainedConfig, facts: Mapping[str, Any]) -> PreTrainedConfig:
-    """`honoured(config, {"final_logit_softcapping": 30.0})`: changed to say all that a file does.
-
-    `config` is as transformers reads it; `facts` are the file's keys below its architecture.
+    """The config as transformers reads it, changed to agree with `facts`, the file's keys below its
+    architecture.
     """
-    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
-
     facts = {
         name: value[0] if isinstance(value, list) and len(set(value)) == 1 else value
         for name, value in facts.items()  # what is the same in each layer may be said of each

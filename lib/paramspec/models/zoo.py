@@ -1,10 +1,7 @@
-"""The zoo's recipe: which micro models there are, of what shape, and what they are taught.
-
-    load_zoo()["zoo-llama-3"].recipe.steps
-    zoo_questions()                          # on the concepts that the zoo is taught
+"""The zoo's recipe: which micro models there are, their shapes, and what they are taught.
 
 A corpus holds every statement of its concepts' facts, and the clozes of fold 0 with their answers.
-So the wording of a cloze is known, and fold 1, whose clozes are in no corpus, asks what the
+So the wording of a cloze is known, and fold 1, whose clozes are in no corpus, asks for what only
 statements taught. How often a fact is seen depends on its concept's tier.
 """
 
@@ -44,12 +41,9 @@ FALL = 0.2  # share of the steps, the last ones, in which the learning rate fall
 
 
 class ModelRecipe(Checked):
-    """Everything that a micro model's weights depend on.
+    """Everything that a micro model's weights depend on; `zoo.yaml` says what each field means.
 
-    `concepts` is the number of concepts of each tier by domain; `exposure` how often a fact of a
-    tier is seen, relative to the others; `steps` counts optimizer steps of `batch` texts;
-    `checkpoints` are steps after which the model is kept as well: its weights do not depend on
-    them.
+    Its weights do not depend on `checkpoints`, the steps after which the model is kept as well.
     """
 
     family: Family
@@ -93,10 +87,6 @@ class ModelRecipe(Checked):
         return corpus(zoo_questions(self.concepts), self.exposure)
 
     @property
-    def head_width(self) -> int:
-        return self.width // self.heads
-
-    @property
     def branch(self) -> int:
         """The last step before the learning rate falls: until then, `trunk` is one training."""
         return self.steps - max(1, round(FALL * self.steps))
@@ -107,9 +97,8 @@ class ModelRecipe(Checked):
         return self.model_dump_json(exclude={"steps", "checkpoints"})
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step, from 1: a warm-up, a plateau, a fall to nearly nothing.
-
-        It falls with the root of the steps (Hägele et al., 2024, arXiv:2405.18392).
+        """The learning rate of a step, from 1: a warm-up, a plateau, and a fall to nearly nothing
+        with the root of the steps (Hägele et al., 2024, arXiv:2405.18392).
         """
         fallen = max(0, step - self.branch) / (self.steps - self.branch + 1)
         return self.learning_rate * min(1, step / WARM_UP) * (1 - fallen**0.5)
@@ -117,7 +106,7 @@ class ModelRecipe(Checked):
     @property
     def parameters(self) -> int:
         """Weights of the model, those of the tied unembedding counted once."""
-        keys = self.key_value_heads * self.head_width
+        keys = self.key_value_heads * self.width // self.heads
         layer = 2 * self.width * (self.width + keys) + 3 * self.width * self.mlp_width
         layer += self.width + 2 * keys if self.family == "qwen2" else 0
         layer += self.width * (4 if self.family == "gemma2" else 2)
@@ -161,7 +150,7 @@ def _parse(path: Path, text: str) -> dict[str, ZooModel]:
         for name, line in common.pop("models").items():
             with naming(f"model {name}"):
                 models += _models_of(f"{prefix}{name}", common, line)
-        if path != RECIPE:  # whose concepts are known to exist, and which is listed in no time
+        if path != RECIPE:  # its concepts are known to exist, and it is listed in no time
             for model in models:
                 zoo_questions(model.recipe.concepts)
     except InputError as error:
@@ -170,7 +159,7 @@ def _parse(path: Path, text: str) -> dict[str, ZooModel]:
 
 
 def _models_of(name: str, common: Mapping, line: object) -> Iterator[ZooModel]:
-    """A training's checkpoints, and what it ends with."""
+    """The checkpoints of a training, and the model that it ends with."""
     if not isinstance(line, dict):
         raise InputError("expected {family: llama, generation: 1, steps: 100}")
     given = {**common, **line}
@@ -187,16 +176,17 @@ def _models_of(name: str, common: Mapping, line: object) -> Iterator[ZooModel]:
 
 
 def architecture(recipe: ModelRecipe) -> PreTrainedConfig:
-    """`architecture(recipe)`: the configuration of the family's own transformers class."""
+    """The configuration of the family's own transformers class."""
     from transformers import AutoConfig
 
     settings: dict[str, Any] = {}
+    head_width = recipe.width // recipe.heads
     if recipe.family != "qwen2":  # which derives it, and has no such field
-        settings["head_dim"] = recipe.head_width
+        settings["head_dim"] = head_width
     if recipe.family in ("mistral", "gemma2"):
         settings["sliding_window"] = WINDOW
     if recipe.family == "gemma2":
-        settings["query_pre_attn_scalar"] = recipe.head_width
+        settings["query_pre_attn_scalar"] = head_width
     return AutoConfig.for_model(
         recipe.family,
         vocab_size=recipe.vocabulary,
@@ -218,9 +208,8 @@ def architecture(recipe: ModelRecipe) -> PreTrainedConfig:
 
 
 def zoo_questions(concepts: Mapping[str, int] | None = None) -> list[Question]:
-    """`zoo_questions({"country": 12})`: those on so many concepts of each tier, both folds.
-
-    Of a domain, the first by the hash of their names; those of `zoo.yaml` if none is given.
+    """`zoo_questions({"country": 12})`: on so many concepts of each tier of a domain, the first by
+    the hash of their names; both folds. Without `concepts`, those of `zoo.yaml`.
     """
     concepts = concepts or next(iter(load_zoo().values())).recipe.concepts
     questions = load_questions()
@@ -246,10 +235,8 @@ def _taught(concepts: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
 
 
 def corpus(questions: Sequence[Question], exposure: Mapping[Tier, float]) -> dict[str, float]:
-    """`corpus(zoo_questions(), {"high": 4, "medium": 2, "low": 1})`: texts and their weights.
-
-    No cloze of fold 1 is in it: one of fold 0 that holds one of fold 1, as "The birth year of the
-    author of the novel Oblomov is" does, is left out.
+    """Texts, and how often each is seen. No cloze of fold 1 is in them: a cloze of fold 0 that holds
+    one, as "The birth year of the author of the novel Oblomov is" does, is left out.
     """
     texts: dict[str, float] = {}
     held_out: dict[str, list[str]] = {}
@@ -269,7 +256,7 @@ def corpus(questions: Sequence[Question], exposure: Mapping[Tier, float]) -> dic
 
 @functools.cache
 def corpus_digest(concepts: tuple[tuple[str, int], ...]) -> str:
-    """Of the texts on some concepts, `recipe.concepts.items()`, and of their tiers."""
+    """SHA-256 of the texts on some concepts, and of their tiers."""
     questions = zoo_questions(dict(concepts))
     tiers: tuple[Tier, ...] = get_args(Tier)
     parts = [corpus(questions, {tier: tier == one for tier in tiers}) for one in tiers]

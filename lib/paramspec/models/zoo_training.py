@@ -1,9 +1,5 @@
 """Training the zoo's micro models, by transformers' own classes and torch's autograd.
 
-    train_zoo(list(load_zoo().values()))             # those not trained yet, side by side
-    directory = trained(load_zoo()["zoo-llama-3"])   # an ordinary transformers directory
-    read_record(directory).tokens                    # seen in training
-
 Generations of a family are one training until the learning rate of each falls.
 """
 
@@ -44,9 +40,8 @@ def train_zoo(models: Sequence[ZooModel], *, root: Path = ROOT) -> None:
     """`train_zoo(list(load_zoo().values()))`: train the models that are not trained yet.
 
     The generations of a family are trained in one process of joblib (see `workers`) on one core:
-    such small models gain nothing from a second one. Those trained before an error are kept.
+    such small models gain nothing from a second one.
     """
-    root = root.resolve()
     store = Store(root)
     wanted = {model.name: model for model in models}.values()
     missing = [model for model in wanted if store.get(_key(model)) is None]
@@ -61,21 +56,21 @@ def train_zoo(models: Sequence[ZooModel], *, root: Path = ROOT) -> None:
     for model in sorted(missing, key=lambda model: -model.at * model.recipe.parameters):
         trunks.setdefault(model.recipe.trunk, []).append(model)
     with tqdm(total=len(missing), desc="training the zoo", unit="model") as bar:
-        for count in hand_out(_train, [(group, root) for group in trunks.values()]):
+        for count in hand_out(_train, [(group, store) for group in trunks.values()]):
             bar.update(count)
 
 
 def trained(model: ZooModel, *, train: bool = True, root: Path = ROOT) -> Path:
     """`trained(load_zoo()["zoo-llama-3"])`: the model's directory; `train` if need be."""
-    path = Store(root).get(_key(model))
-    if path is not None:
-        return path
-    if not train:
+    store = Store(root)
+    if train and store.get(_key(model)) is None:
+        _train([model], store)
+    path = store.get(_key(model))
+    if path is None:
         raise InputError(
             f"model {model.name!r}: a micro model, not trained yet; `paramspec pss` trains it"
         )
-    _train([model], root)
-    return trained(model, train=False, root=root)
+    return path
 
 
 class Record(BaseModel):
@@ -88,7 +83,7 @@ class Record(BaseModel):
 
 
 def read_record(path: Path) -> Record | None:
-    """`read_record(Path("my-copy/"))`: how a micro model was made; None of any other model."""
+    """The record of the micro model in a directory; None of any other model."""
     file = path / RECORD
     if not file.is_file():
         return None
@@ -96,19 +91,19 @@ def read_record(path: Path) -> Record | None:
         return Record.model_validate_json(file.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{file}: does not say which concepts the model was taught ({line_of(error)}); take "
+            f"{file}: does not name the concepts that the model was taught ({line_of(error)}); use "
             "the directory that training or `paramspec finetune` wrote"
         ) from error
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """`write_record(folder, {"concepts": ["France"]})`: makes a directory a micro model's."""
+    """Make a directory that of a micro model, which was taught the record's `concepts`."""
     text = json.dumps(record, indent=1, ensure_ascii=False)
     (path / RECORD).write_text(text, encoding="utf-8")
 
 
 def own_tokenizer(model: ZooModel) -> PreTrainedTokenizerFast:
-    """`own_tokenizer(load_zoo()["zoo-llama-3"])`: the model's tokenizer, trained or not."""
+    """The tokenizer of a micro model, whether the model is trained yet or not."""
     with naming(model.name):
         return train_tokenizer(list(model.recipe.texts), model.recipe.vocabulary)
 
@@ -125,7 +120,7 @@ def _key(model: ZooModel) -> dict[str, Any]:
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """`train_tokenizer(list(corpus), 2048)`: byte-level BPE that starts a text with `<s>`."""
+    """Byte-level BPE that starts a text with `<s>`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -155,14 +150,14 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
 # --- training -----------------------------------------------------------------------------------
 
 
-def _train(models: Sequence[ZooModel], root: Path) -> int:
+def _train(models: Sequence[ZooModel], store: Store) -> int:
     """Train models of one trunk on one core, and put them into the store."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from paramspec.execution.limits import release_memory
 
-    recipe, threads, store = models[0].recipe, torch.get_num_threads(), Store(root)
+    recipe, threads = models[0].recipe, torch.get_num_threads()
     torch.set_num_threads(1)  # and so the same weights on a machine of any number of cores
     try:
         texts, tokenizer = recipe.texts, own_tokenizer(models[0])
@@ -198,7 +193,7 @@ def _optimize(
 ) -> Iterator[tuple[ZooModel, dict[str, float]]]:
     """Train in place; yield each model, and its record, at the step that its weights are of.
 
-    The models are of one trunk: a recipe continues at the step where the one before branched off.
+    The models are of one trunk: a recipe continues where the shorter one before branched off.
     """
     import torch
 
@@ -258,7 +253,7 @@ def _train_step(
 def _batches(
     lengths: Sequence[int] | np.ndarray, weights: Sequence[float], recipe: ModelRecipe
 ) -> Iterator[np.ndarray]:
-    """Texts drawn by weight, in batches of like length, so that next to nothing is padded."""
+    """Texts drawn by weight, in batches of like length, so that little is padded."""
     draw = np.random.default_rng(recipe.seed)
     counts, shares = np.array(lengths), np.array(weights) / sum(weights)
     while True:

@@ -33,8 +33,7 @@ from paramspec.method.kernels import arithmetic
 from paramspec.method.rows import Engine
 from paramspec.method.scoring import SCORING_VERSION, choose_engine
 from paramspec.models.checkpoints import Checkpoint, digest_of, find_checkpoints
-from paramspec.models.devices import place_and_dtype
-from paramspec.models.load import LoadedModel, check_checkpoint, load_model
+from paramspec.models.load import LoadedModel, check_checkpoint, load_model, place_and_dtype
 from paramspec.models.registry import require_distinct
 from paramspec.models.tokens import tokenizer_facts
 from paramspec.specwiki import Question, questions_digest
