@@ -269,15 +269,12 @@ def test_workers_are_done_together_when_one_model_is_much_larger(count, monkeypa
     """Twenty micro models and one of 135 M weights; a free worker takes the next task."""
     sizes = {str(number): 300_000 for number in range(20)} | {"20": 135_000_000}
     monkeypatch.setattr(runner, "_weights", lambda model: sizes[model.name])
-    jobs = []
-    for name in sizes:
-        found = Checkpoint(name, None)
-        job = runner.Job(runner.Target(found, "cpu", {}), [{}] * 15, [1] * 15, None)
-        jobs.append((job, list(range(15)), found))
+    targets = [runner.Target(Checkpoint(name, None), "cpu", {}) for name in sizes]
+    jobs = [runner.Job(one, [{}] * 15, [1] * 15, None, None, range(15)) for one in targets]
 
     def tasks(jobs, count):
         with joblib.parallel_config("loky", n_jobs=count):
-            return [(job.target.model.name, units) for job, units, _ in runner._tasks(jobs, None)]
+            return [(job.target.model.name, job.left) for job in runner._tasks(jobs)]
 
     handed_out = tasks(jobs, count)
     assert handed_out[0][0] == "20"

@@ -46,7 +46,7 @@ def told_in_one_line(path: Path) -> Iterator[None]:
             raise
         raise InputError(
             f"{path}: cannot be loaded ({type(error).__name__}: {line_of(error)}); check that it "
-            "is a complete, supported causal language model, and that there is memory for it"
+            "is a complete model of a supported kind, and that there is memory for it"
         ) from error
 
 

@@ -119,9 +119,6 @@ def restore_rotation(network: PreTrainedModel) -> None:
         frequencies.div_(torch.tensor(factors, device=frequencies.device))
 
 
-# --- the config ---------------------------------------------------------------------------------
-
-
 def gguf_config(path: Path) -> PreTrainedConfig:
     """The config of a file's model, with all that the file says."""
     config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)

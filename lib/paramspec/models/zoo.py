@@ -204,9 +204,6 @@ def architecture(recipe: ModelRecipe) -> PreTrainedConfig:
     )
 
 
-# --- the corpus ---------------------------------------------------------------------------------
-
-
 def zoo_questions(concepts: Mapping[str, int] | None = None) -> list[Question]:
     """`zoo_questions({"country": 12})`: on so many concepts of each tier of a domain, the first by
     the hash of their names; both folds. Without `concepts`, those of `zoo.yaml`.
@@ -235,8 +232,8 @@ def _taught(concepts: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
 
 
 def corpus(questions: Sequence[Question], exposure: Mapping[Tier, float]) -> dict[str, float]:
-    """Texts, and how often each is seen. No cloze of fold 1 is in them: a cloze of fold 0 that holds
-    one, as "The birth year of the author of the novel Oblomov is" does, is left out.
+    """Texts, and how often each is seen. No cloze of fold 1 is in them: one of fold 0 that holds
+    such a cloze, as "The birth year of the author of the novel Oblomov is" does, is left out.
     """
     texts: dict[str, float] = {}
     held_out: dict[str, list[str]] = {}

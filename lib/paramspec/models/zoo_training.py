@@ -147,9 +147,6 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
     )
 
 
-# --- training -----------------------------------------------------------------------------------
-
-
 def _train(models: Sequence[ZooModel], store: Store) -> int:
     """Train models of one trunk on one core, and put them into the store."""
     import torch

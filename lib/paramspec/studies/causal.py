@@ -1,8 +1,4 @@
-"""Fine-tune a model in many ways and evaluate each result: what chapters 8 and 9 measure.
-
-    runs = causal_runs(training, evaluation)
-    study = measure_runs("smollm2-135m", questions, runs)
-    study.answers, study.generated, study.texts, study.pss, study.losses, study.samples
+"""Fine-tune a model in many ways and evaluate each result: the measurements of chapters 8 and 9.
 
 Trained value vectors are stored on their own, so that one more question to ask, or a second
 chapter, trains nothing twice.
@@ -12,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,7 +24,7 @@ from torch import Tensor
 from paramspec.errors import InputError, naming
 from paramspec.execution.limits import release_memory
 from paramspec.execution.provenance import read_computed
-from paramspec.execution.store import Store
+from paramspec.execution.store import Computed, Store
 from paramspec.method.hooks import replace_value_vectors
 from paramspec.models.describe import folds_asked, require_taught
 from paramspec.seeds import by_hash
@@ -40,13 +36,13 @@ from paramspec.studies.training import METHODS, Training, training_texts
 
 TRAINED = "vectors.safetensors"
 RECORD = "record.json"
-# What the table of runs says of a training, and of the model as it is in the place of one.
+# The columns of a training in the table of runs, and their values for the original.
 ORIGINAL = {"method": "original", "rule": "", "share": 0.0, "seed": 0, "learning_rate": 0.0}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training and what is asked of its result; of the `original`, which concepts it is asked."""
+    """A training and the evaluation of its result; of the `original`, its concepts alone count."""
 
     name: str
     training: Training
@@ -54,7 +50,7 @@ class Run:
     original: bool = False
 
     def key(self) -> dict[str, Any]:
-        """What its results depend on, beside the model and the questions."""
+        """All that its results depend on, next to the model and the questions."""
         return {
             "unit": "causal",
             "training": None if self.original else self.training.model_dump(mode="json"),
@@ -65,7 +61,7 @@ class Run:
 
 
 def trained_concepts(questions: Sequence[Question], count: int, seed: int = 0) -> tuple[str, ...]:
-    """`trained_concepts(questions, 10)`: concepts of the high tier, by the hash of their names."""
+    """So many concepts of the high tier, by the hash of their names."""
     names = sorted(
         {question.concept for question in questions if question.tier == "high"},
         key=lambda name: by_hash(seed, name),
@@ -86,8 +82,8 @@ def causal_runs(training: Training, evaluation: Evaluation, *, seeds: int = 3) -
     ['original', 'FT-FV/0', 'FT-PV/0', 'FT-CV/0', 'FT-RV/0']
 
     Args:
-        training: what is neither method nor seed is that of each run; its seed is the first.
-        evaluation: what each run is asked.
+        training: each run has its fields, but for the method and the seed; its seed is the first.
+        evaluation: of each run.
         seeds: of each method.
     """
     runs = [Run("original", training, evaluation, original=True)]
@@ -99,10 +95,10 @@ def causal_runs(training: Training, evaluation: Evaluation, *, seeds: int = 3) -
 
 
 class CausalStudy(NamedTuple):
-    """What `measure_runs` gives; each table has a column `run`, the name of it.
+    """The tables of `measure_runs`, each with the name of the `run`.
 
     Attributes:
-        runs: a row a run: the fields of `ORIGINAL`, the facts of `tune`, `loss_first` and
+        runs: a row per run: the fields of `ORIGINAL`, the facts of `tune`, `loss_first` and
             `loss_last`.
         answers: as `score_questions` gives; `trained`: on a concept trained on.
         generated: open-ended: `question_id`, `concept`, `answer`, `correct`, and `state`, the last
@@ -146,7 +142,7 @@ def measure_runs(
         questions: hold the concepts trained on, and the other concepts; of a micro model, concepts
             that it was taught.
         runs: handed out in this order, to the processes or machines that `workers` says.
-        store: where trained vectors and answers are kept and looked for.
+        store: keeps trained vectors and answers; `results/store` if not given.
 
     Raises:
         InputError: if two runs have one name, if a concept has no statements, if a micro model
@@ -168,17 +164,13 @@ def measure_runs(
     return _collect(runs, done.paths)
 
 
-# --- one run ------------------------------------------------------------------------------------
-
-
 def _measure_run(
     questions: Sequence[Question],
     runs: Sequence[Run],
     store: Store,
     ready: runner.Ready,
     number: int,
-) -> tuple[Callable[[Path], None], dict[str, Any]]:
-    """What fills a run's directory, and what its record says."""
+) -> Computed:
     run = runs[number]
     facts, record, vectors = "{}", None, torch.empty(0, 2, dtype=torch.int32)
     with naming(run.name), ExitStack() as stack:
@@ -216,19 +208,21 @@ def _trained(
     }
     if training.rule in ("score", "other"):  # which look at other concepts' statements
         key["questions"] = questions_digest(questions)
-    if path := store.get(key):
-        return path
-    with tune(view, loaded.tokenizer, questions, training) as (vectors, trained, facts):
-        values = torch.empty(len(vectors), view.hidden, dtype=view.modules[0].weight.dtype)
-        for layer, chosen in trained.chosen.items():
-            moved = view.vectors(layer)[chosen].float() + trained.offsets[str(layer)].detach()
-            values[vectors[:, 0] == layer] = moved.to(values.dtype).cpu()
 
-    def write(folder: Path) -> None:
-        save_file({"vectors": vectors.contiguous(), "values": values}, folder / TRAINED)
-        (folder / RECORD).write_text(json.dumps(facts), encoding="utf-8")
+    def train() -> Computed:
+        with tune(view, loaded.tokenizer, questions, training) as (vectors, trained, facts):
+            values = torch.empty(len(vectors), view.hidden, dtype=view.modules[0].weight.dtype)
+            for layer, chosen in trained.chosen.items():
+                moved = view.vectors(layer)[chosen].float() + trained.offsets[str(layer)].detach()
+                values[vectors[:, 0] == layer] = moved.to(values.dtype).cpu()
 
-    return store.put(key, write, runner.unit_record(loaded))
+        def write(folder: Path) -> None:
+            save_file({"vectors": vectors.contiguous(), "values": values}, folder / TRAINED)
+            (folder / RECORD).write_text(json.dumps(facts), encoding="utf-8")
+
+        return write, runner.unit_record(loaded)
+
+    return store.find(key, train)
 
 
 def _collect(runs: Sequence[Run], paths: Sequence[Path]) -> CausalStudy:
@@ -248,7 +242,7 @@ def _collect(runs: Sequence[Run], paths: Sequence[Path]) -> CausalStudy:
         curve = pd.DataFrame({"step": range(1, len(losses) + 1), "loss": losses})
         tables["losses"].append(curve.assign(run=run.name))
         for file in path.glob("*.parquet"):
-            # Stored of another run of the same training, perhaps.
+            # It may be stored of another run of the same training.
             own = {"run": run.name} | ({"model": run.name} if file.stem == "pss" else {})
             tables[file.stem].append(pd.read_parquet(file).assign(**own))
     joined = {

@@ -1,19 +1,15 @@
-"""What studies cost before they are run: weights, tokens, FLOPs, hours. Loads no weights.
-
-    planned = plan({"4-twenty-models": CHAPTERS["4-twenty-models"](parameters)})
-    planned.models, planned.chapters        # tables
+"""The cost of studies before they are run: weights, tokens, FLOPs, hours. Loads no weights.
 
 Tokens are counted as a run packs them, see `method.rows`, with a model's own tokenizer where it
 lies on this disk. FLOPs are two for each weight of a token, and for the unembedding of each token
-that is read. What attention does, padding and loading are left out: some percent; and what micro
-models take to be trained first: minutes.
+that is read. Attention, padding and loading are left out, some percent; and so is the training of
+micro models, some minutes.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -29,7 +25,7 @@ from paramspec.method.rows import Engine, Request, fill_rows
 from paramspec.method.scoring import encode
 from paramspec.models.checkpoints import checkpoint_files, find_checkpoint
 from paramspec.models.load import check_checkpoint, load_tokenizer
-from paramspec.models.registry import empty_model, find_spec, published_config
+from paramspec.models.registry import empty_model, find_micro, find_spec, published_config
 from paramspec.models.tokens import token_ids
 from paramspec.models.zoo import ZooModel
 from paramspec.models.zoo_training import own_tokenizer
@@ -44,7 +40,7 @@ CORE = 2 * 2 * 8 * 3e9
 
 
 class Gpu(NamedTuple):
-    """Peak of dense matrix multiplication in bf16, FLOP/s; memory, bytes; who says so."""
+    """Its peak is of dense matrix multiplication in bf16, FLOP/s; its memory is in bytes."""
 
     name: str
     peak: float
@@ -56,20 +52,15 @@ def find_gpu(name: str) -> Gpu:
     """`find_gpu("rtx4090")`: of `gpus.csv`, spaces and case aside; `cpu` is this machine."""
 
     def plain(text: str) -> str:
-        return re.sub(r"[^a-z0-9]", "", text.lower())
+        return text.lower().replace(" ", "")
 
     table = pd.read_csv(Path(__file__).with_name("gpus.csv"))
     known = [Gpu(*row) for row in table.itertuples(index=False)]
     known.append(Gpu("cpu", cores() * CORE, memory(), f"{cores()} cores, AVX2 at 3 GHz"))
-    found = [gpu for gpu in known if plain(gpu.name).startswith(plain(name))]
-    found = [gpu for gpu in found if plain(gpu.name) == plain(name)] or found
-    if len(found) != 1:
-        names = ", ".join(gpu.name for gpu in found or known)
-        raise InputError(f"GPU {name!r}: {'could be several' if found else 'unknown'}; use {names}")
-    return found[0]
-
-
-# --- tokens and FLOPs ---------------------------------------------------------------------------
+    for gpu in known:
+        if plain(gpu.name) == plain(name):
+            return gpu
+    raise InputError(f"GPU {name!r}: unknown; use {', '.join(gpu.name for gpu in known)}")
 
 
 class Tokens(NamedTuple):
@@ -80,10 +71,8 @@ class Tokens(NamedTuple):
 
 
 def tokens_of(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """`tokens_of(experiment, tokenizer).passed`: for each model that reads with the tokenizer.
-
-    Coefficients are recorded once on every cloze; then each concept's questions, and those that are
-    not about it, are asked under each of its masks.
+    """The tokens of each model with this tokenizer: every cloze once, for coefficients; then each
+    concept's questions, and general ones, under each of its masks.
     """
     questions, choices = experiment.questions, experiment.choices
     items = {question.id: encode(tokenizer, question) for question in questions}
@@ -107,7 +96,7 @@ class Subject(NamedTuple):
     weights: int  # bytes: of its files, or of its weights in bf16 if they are not here
     on_disk: bool
     micro: ZooModel | None
-    tokenizer: str  # whose it is: its own, or that of EMBEDDED
+    tokenizer: str  # the name of the model that it is of: this one, or EMBEDDED
 
     def flops(self, tokens: Tokens) -> int:
         return 2 * (self.body * tokens.passed + self.unembedding * tokens.read)
@@ -115,8 +104,7 @@ class Subject(NamedTuple):
 
 def subject(name: str) -> Subject:
     """`subject("llama-2-7b").parameters`: from the registry, or from the model's config."""
-    spec = find_spec(name)
-    micro = spec.micro if spec else None
+    spec, micro = find_spec(name), find_micro(name)
     here = None
     with suppress(InputError):
         here = find_checkpoint(name, fetch=())
@@ -138,20 +126,12 @@ def subject(name: str) -> Subject:
     )
 
 
-# --- the plan -----------------------------------------------------------------------------------
-
-
 class Plan(NamedTuple):
-    """What `plan` gives.
+    """Hours are of a GPU at `utilisation`, a share of its peak.
 
-    Attributes:
-        gpu: what hours are of, at `utilisation`, a share of its peak.
-        models: a row a model, over all chapters: `model`, `parameters`, `weights` (bytes on disk),
-            `on_disk`, `gpus` that hold it in bf16 (fp32 on a CPU), `tokens`, `flops`, `gpu_hours`,
-            `micro`, and `tokenizer`, that counted the tokens. Work that chapters share counts once.
-        chapters: a row a chapter, by itself: `chapter`, `models`, `concepts`, `tokens`, `flops`,
-            `gpu_hours`, and `shared`, the part of its FLOPs that a chapter above has done.
-        totals: `models` (their number), `tokens`, `flops`, `gpu_hours`.
+    `models` has a row per model, over all chapters; work that chapters share counts once. `gpus`
+    hold it in bf16 (fp32 on a CPU), `tokenizer` counted its tokens. `chapters` has a row per
+    chapter, by itself; `shared` is the part of its FLOPs that a chapter above has done.
     """
 
     gpu: Gpu
@@ -161,7 +141,7 @@ class Plan(NamedTuple):
     totals: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """`planned.as_dict()`: plain JSON."""
+        """Plain JSON."""
         tables = {name: getattr(self, name).to_dict("records") for name in ("models", "chapters")}
         return self._asdict() | {"gpu": self.gpu._asdict()} | tables
 
@@ -172,10 +152,7 @@ def plan(
     gpu: str = "A100 80GB",
     utilisation: float = 0.3,
 ) -> Plan:
-    """`plan({"6-scale": CHAPTERS["6-scale"](parameters)}).totals["gpu_hours"]`.
-
-    `gpu` is a name for `find_gpu`, `utilisation` the share of its peak that is reached.
-    """
+    """`plan({"6-scale": CHAPTERS["6-scale"](parameters)}).totals["gpu_hours"]`: see `Plan`."""
     if not 0 < utilisation <= 1:
         raise InputError(f"utilisation {utilisation:g}: expected a share above 0 and up to 1")
     chosen = find_gpu(gpu)
@@ -209,7 +186,7 @@ def plan(
 def _units(
     experiments: Mapping[str, Sequence[Experiment]], subjects: Mapping[str, Subject]
 ) -> pd.DataFrame:
-    """What each experiment asks of each model; models that read alike are counted once."""
+    """Tokens and FLOPs of each experiment and model; models that read alike are counted once."""
     counted: dict[tuple[str, str], Tokens] = {}
     rows = []
     asked = [(chapter, one) for chapter, each in experiments.items() for one in each]

@@ -1,8 +1,4 @@
-"""What is asked of a model as it is, or once it is trained: each part gives a table.
-
-evaluation = Evaluation(others=30, open_ended="question")
-tables = evaluate(ready, questions, ("France", "gold"), evaluation)
-"""
+"""Questions to a model as it is, or once it is trained: each kind gives a table."""
 
 from __future__ import annotations
 
@@ -23,6 +19,7 @@ from paramspec.errors import InputError
 from paramspec.execution.limits import release_memory
 from paramspec.method import generation
 from paramspec.method.batches import in_batches, prompt_batches
+from paramspec.method.hooks import require_numbers
 from paramspec.method.masks import record_concepts
 from paramspec.method.pss import Choices, measure_concepts
 from paramspec.models.tokens import front_tokens, token_ids
@@ -41,24 +38,24 @@ LIKELIHOOD_TOKENS = 256  # of texts in a forward pass, whose logits are all in m
 
 
 class Evaluation(Checked):
-    """What is asked of a model once it is trained.
+    """The questions to a model once it is trained.
 
     >>> evaluation = Evaluation(others=50, open_ended="cloze")
     >>> evaluation.samples
     10
 
     Attributes:
-        folds: of the questions on the concepts trained on, those asked. None given: 1 of a micro
-            model, which was trained on the clozes of fold 0; else both.
+        folds: of the questions on the concepts trained on. If not given, 1 for a micro model, which
+            was trained on the clozes of fold 0, and both for any other model.
         others: questions on other concepts, of the same folds; drawn once for all runs.
         open_ended: the questions on the trained concepts are also asked without options: as the
             `question` after examples, as the `cloze` alone (which is all that a micro model can
             continue), or not at all.
-        stated: statements of other concepts whose likelihood is taken.
-        prose: passages of 128 tokens of English prose whose likelihood is taken: the beginning of
-            Jane Austen's "Mansfield Park" (`prose.txt`), some 90 passages.
-        choices: PSS is measured with these, on the trained concepts against `others`; if given.
-        sampled: of the questions asked open-ended, how many are also answered by sampling.
+        stated: the number of statements of other concepts whose likelihood is taken.
+        prose: the number of passages of 128 tokens of English prose whose likelihood is taken, from
+            the beginning of Jane Austen's "Mansfield Park" (`prose.txt`), some 90 passages.
+        choices: of PSS, on the trained concepts against `others`; none is measured without them.
+        sampled: the number of the open-ended questions that are also answered by sampling.
         samples: answers sampled to each of those.
         temperature: of the samples.
         seed: of the questions and statements on other concepts.
@@ -76,7 +73,7 @@ class Evaluation(Checked):
     seed: int = 0
 
     def with_folds(self, folds: tuple[int, ...]) -> Evaluation:
-        """`evaluation.with_folds((1,))`: the same with these folds, unless they were chosen."""
+        """The same with these folds, unless others were chosen."""
         folds = self.folds or folds
         choices = self.choices and self.choices.with_folds(folds)
         needed: set[int] = {*choices.choose_on, *choices.score_on} if choices else set()
@@ -88,7 +85,7 @@ class Evaluation(Checked):
         return self.model_copy(update={"folds": folds, "choices": choices})
 
     def key(self) -> dict[str, Any]:
-        """All that answers depend on, beside the model, the questions and the concepts."""
+        """All that answers depend on, next to the model, the questions and the concepts."""
         key = self.model_dump(mode="json") | {"evaluation_version": EVALUATION_VERSION}
         if self.stated or self.prose:
             key["texts"] = [hashlib.sha256(PROSE.read_bytes()).hexdigest(), PASSAGE_TOKENS]
@@ -99,14 +96,14 @@ class Evaluation(Checked):
 
     @property
     def prompt(self) -> str:
-        """What stands around a question that is asked open-ended, or around its cloze."""
+        """The words around a question that is asked open-ended, or around its cloze."""
         return generation.OPEN_PROMPT if self.open_ended == "question" else "{question}"
 
 
 def evaluate(
     ready: Ready, questions: Sequence[Question], concepts: Sequence[str], asked: Evaluation
 ) -> dict[str, pd.DataFrame]:
-    """Those of `TABLES` that are asked for, of a model trained on (or compared on) the concepts."""
+    """Those of `TABLES` that are asked for, of a model that is trained on the concepts or not."""
     own = [q for q in questions if q.concept in concepts and q.fold in asked.folds]
     others = _other_questions(questions, concepts, asked)
     answers = answer_table(ready, [*own, *others])
@@ -153,11 +150,11 @@ def _specialization(
     choices: Choices,
     answers: pd.DataFrame,
 ) -> pd.DataFrame:
-    """Rows of PSS for each concept; unrelated are questions on concepts not trained on."""
+    """Rows of PSS for each concept; unrelated questions are on concepts not trained on."""
     questions = [q for q in questions if q.fold in {*choices.choose_on, *choices.score_on}]
     scored = zip(answers["question_id"], answers["option_logprobs"], strict=True)
     view, tokenizer = ready.view, ready.loaded.tokenizer
-    position, batch_tokens = choices.position, choices.batch_tokens
+    budget: dict[str, Any] = {"position": choices.position, "batch_tokens": choices.batch_tokens}
     measured = measure_concepts(
         ready.loaded.name,
         view,
@@ -165,7 +162,7 @@ def _specialization(
         [q for q in questions if q.concept in concepts],
         concepts,
         choices,
-        record_concepts(view, tokenizer, questions, position=position, batch_tokens=batch_tokens),
+        record_concepts(view, tokenizer, questions, **budget),
         unrelated=[q for q in questions if q.concept not in concepts],
         unmasked={name: torch.tensor(scores) for name, scores in scored},
         engine=ready.engine,
@@ -176,7 +173,7 @@ def _specialization(
 def _open_ended(
     ready: Ready, own: Sequence[Question], asked: Evaluation, **options: Any
 ) -> pd.DataFrame:
-    """What the model says to questions without options, see `Sampled`: a row a question."""
+    """The model's answers to questions without options: a row of `Sampled` per question."""
     texts = [q.question if asked.open_ended == "question" else q.cloze for q in own]
     tokenizer = ready.loaded.tokenizer
     found = sample_answers(ready.view, tokenizer, texts, prompt=asked.prompt, **options)
@@ -196,7 +193,7 @@ def _sampled(own: Sequence[Question], concepts: Sequence[str], asked: Evaluation
 def _likelihoods(
     ready: Ready, questions: Sequence[Question], concepts: Sequence[str], asked: Evaluation
 ) -> pd.DataFrame:
-    """The negative log-likelihood of texts that nothing was trained on, of both kinds."""
+    """The negative log-likelihoods of texts that no run was trained on, of both kinds."""
     tokenizer = ready.loaded.tokenizer
     first = {text for q in questions if q.concept not in concepts for text in q.statements[:1]}
     stated = sorted(first, key=lambda text: by_hash(asked.seed, text))[: asked.stated]
@@ -209,11 +206,7 @@ def _likelihoods(
     batches = prompt_batches(rows, LIKELIHOOD_TOKENS)
     for places, values in in_batches(batches, forward, lambda places: len(rows[places[0]])):
         nats[places] = values
-    if not np.isfinite(nats).all():
-        raise InputError(
-            "a log-likelihood of held-out texts is not a finite number; the weights are damaged, "
-            "or their dtype overflows: try float32"
-        )
+    require_numbers(ready.view, torch.from_numpy(nats), "a log-likelihood of held-out texts")
     return pd.DataFrame(
         {
             "kind": ["statements"] * len(stated) + ["prose"] * asked.prose,
@@ -225,7 +218,7 @@ def _likelihoods(
 
 
 def _passages(tokenizer: PreTrainedTokenizerBase, count: int) -> list[list[int]]:
-    """The first passages of `PROSE`, each of `PASSAGE_TOKENS` with what stands before a text."""
+    """The first passages of `PROSE`, of `PASSAGE_TOKENS`, those added in front among them."""
     front = front_tokens(tokenizer)
     tokens = token_ids(tokenizer, [PROSE.read_text(encoding="utf-8")])[0][len(front) :]
     size = PASSAGE_TOKENS - len(front)

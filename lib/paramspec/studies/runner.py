@@ -3,8 +3,8 @@
     for done in run_units(["zoo-llama-1", "smollm2-135m"], questions, units, costs, compute, store):
         done.paths, done.computed           # the units' directories; how many this run computed
 
-A unit is what a crash can lose. Its result depends on its key alone, so that it is the same whoever
-computed it, and a rerun, or another study with the same key, finds it.
+A crash loses the units that are being computed, and no other. The result of a unit depends on its
+key alone: a rerun, or another study with the same key, finds it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import joblib
 import torch
@@ -27,7 +27,7 @@ from paramspec.errors import InputError, naming
 from paramspec.execution.files import require_writable
 from paramspec.execution.limits import release_memory
 from paramspec.execution.parallel import hand_out, on_this_machine
-from paramspec.execution.store import Store
+from paramspec.execution.store import Computed, Store
 from paramspec.method.hooks import ValueVectorView, unverified_view, value_vector_view
 from paramspec.method.kernels import arithmetic
 from paramspec.method.rows import Engine
@@ -38,14 +38,14 @@ from paramspec.models.registry import require_distinct
 from paramspec.models.tokens import tokenizer_facts
 from paramspec.specwiki import Question, questions_digest
 
-CHUNKS = 4  # of a worker, at least, where models are large: so all are done at about the same time
+CHUNKS = 4  # of a worker, at least, where models are large: so all end at about the same time
 
 
 @dataclass(frozen=True)
 class Target:
-    """A model to be measured, loaded already or where it lies.
+    """A model to be measured, loaded already or where it lies; `device` is `load_model`'s.
 
-    `device` is `load_model`'s; `basis` is what every result of the model depends on.
+    Every result of the model depends on its `basis`.
     """
 
     model: LoadedModel | Checkpoint
@@ -55,70 +55,29 @@ class Target:
 
 @dataclass(frozen=True)
 class Ready:
-    """A model that is loaded, its view verified and its engine chosen, once for all its units.
-
-    `kept` is what units leave for those after them.
-    """
+    """A model that is loaded, its view verified and its engine chosen, once for all its units."""
 
     loaded: LoadedModel
     view: ValueVectorView
     engine: Engine
-    kept: dict[str, Any] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)  # what units leave for later ones
 
 
-# Computes unit number so-and-so: what fills its directory, and what its record says of it.
-Compute = Callable[[Ready, int], tuple[Callable[[Path], None], Mapping[str, Any]]]
+Compute = Callable[[Ready, int], Computed]  # computes a unit, given its number
 
 
-@dataclass(frozen=True)
-class Job:
-    """The units of a model: `keys[i]` is that of unit `i`, and `costs[i]` its evaluations."""
+class Job(NamedTuple):
+    """Units of a model, of which those of the numbers `left` are to be computed.
+
+    `keys[i]` is the key of unit `i`, `costs[i]` the number of its evaluations.
+    """
 
     target: Target
     keys: Sequence[Mapping[str, Any]]
     costs: Sequence[float]
     compute: Compute
-
-
-def find_targets(
-    models: Sequence[str | LoadedModel], dtype: str = "auto", device: str = "auto"
-) -> list[Target]:
-    """`find_targets(["smollm2-135m"])`: where models lie, trained or fetched if need be."""
-    names = [model for model in models if isinstance(model, str)]
-    found = {}
-    if names:
-        wish = (device, dtype)
-        # The machines of a cluster may have other GPUs than this one.
-        ((place, way),) = [_choose(*wish)] if on_this_machine() else hand_out(_choose, [wish])
-        for name, one in zip(names, find_checkpoints(names), strict=True):
-            basis = {"model": digest_of(one.path), "name": one.name, **way}
-            # A worker may have another working directory.
-            found[name] = Target(replace(one, path=one.path.absolute()), place, basis)
-    targets = [
-        found[one] if isinstance(one, str) else Target(one, str(one.device), basis_of(one))
-        for one in models
-    ]
-    require_distinct([target.model.name for target in targets])
-    return targets
-
-
-def basis_of(loaded: LoadedModel) -> dict[str, str]:
-    """`basis_of(loaded)`: what every result of a model in memory depends on."""
-    return {"model": loaded.digest, "name": loaded.name, **_way(loaded.device, loaded.dtype)}
-
-
-def _way(place: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    kind = place.type
-    return {"dtype": str(dtype), "device": kind, "arithmetic": arithmetic(dtype, kind)}
-
-
-def _choose(device: str, dtype: str) -> tuple[str, dict[str, str]]:
-    """Where this machine computes, and what a key says of that."""
-    place, kind = place_and_dtype(device, dtype)
-    return str(place), _way(place, kind)
-
-
-Task = tuple[Job, list[int], Store]
+    store: Store
+    left: Sequence[int]
 
 
 class Done(NamedTuple):
@@ -141,85 +100,116 @@ def run_units(
     device: str = "auto",
     cost: str = "question",
 ) -> list[Done]:
-    """`(done,) = run_units([loaded], questions, units, costs, compute, store)`: of each model all.
+    """`(done,) = run_units([loaded], questions, units, costs, compute, store)`: each model's units.
 
-    Models that are loaded already are measured in this process. What a unit raises begins with the
-    model's name.
-
-    Args:
-        units: what the key of each says, beside the model and the questions.
-        costs: of each unit, counted in what `cost` says.
-        compute: goes to other processes: a function of a module, or a `functools.partial` of one.
+    `units` hold what their keys add to the model and the questions, and `costs` are counted in
+    `cost`. Models that are loaded already are measured in this process; for others, `compute` is
+    a function of a module, or a partial of one. An error in a unit begins with the model's name.
     """
     jobs = []
-    for target in find_targets(models, dtype, device):
+    for target in _find_targets(models, dtype, device):
         basis = result_basis(target.basis, questions)
-        jobs.append(Job(target, [{**basis, **key} for key in units], costs, compute))
+        keys = [{**basis, **key} for key in units]
+        left = [number for number, key in enumerate(keys) if store.get(key) is None]
+        jobs.append(Job(target, keys, costs, compute, store, left))
     store.remove_leftovers()
-    here: list[Task] = []
-    away: list[tuple[Job, list[int], Checkpoint]] = []
-    left = 0.0
+    here: list[Job] = []
+    away: list[Job] = []
     for job in jobs:
-        missing = [number for number, key in enumerate(job.keys) if store.get(key) is None]
-        left += sum(costs[number] for number in missing)
         if isinstance(job.target.model, LoadedModel):
-            here += [(job, [number], store) for number in missing]
-        elif missing:
-            away.append((job, missing, job.target.model))
-    tasks = _tasks(away, store) if away else []
-    results = chain((_work(*task) for task in here), hand_out(_work, tasks) if tasks else ())
+            here += [job._replace(left=[number]) for number in job.left]
+        elif job.left:
+            away.append(job)
+    tasks = [(task,) for task in _tasks(away)] if away else []
+    results = chain(map(_work, here), hand_out(_work, tasks) if tasks else ())
     title = jobs[0].target.model.name if len(jobs) == 1 else f"{len(jobs)} models"
     total = sum(costs) * len(jobs)
+    found = total - sum(costs[number] for job in jobs for number in job.left)
     computed: Counter[str] = Counter()
     try:
-        with tqdm(total=total, initial=total - left, desc=title, unit=cost) as bar:
+        with tqdm(total=total, initial=found, desc=title, unit=cost) as bar:
             for name, made, spent in results:
                 computed[name] += made
                 bar.update(spent)
     finally:
         _HELD.clear()  # of this process, if it was the worker
-    return [_collect(job, computed[job.target.model.name], store) for job in jobs]
+    return [_collect(job, computed[job.target.model.name]) for job in jobs]
 
 
-def _collect(job: Job, computed: int, store: Store) -> Done:
-    paths = [path for key in job.keys if (path := store.get(key)) is not None]
+def _find_targets(models: Sequence[str | LoadedModel], dtype: str, device: str) -> list[Target]:
+    """Where models lie, trained or fetched if need be."""
+    names = [model for model in models if isinstance(model, str)]
+    found = {}
+    if names:
+        wish = (device, dtype)
+        # The machines of a cluster may have other GPUs than this one.
+        ((place, way),) = [_choose(*wish)] if on_this_machine() else hand_out(_choose, [wish])
+        for name, one in zip(names, find_checkpoints(names), strict=True):
+            basis = {"model": digest_of(one.path), "name": one.name, **way}
+            # A worker may have another working directory.
+            found[name] = Target(replace(one, path=one.path.absolute()), place, basis)
+    targets = [
+        found[one] if isinstance(one, str) else Target(one, str(one.device), basis_of(one))
+        for one in models
+    ]
+    require_distinct([target.model.name for target in targets])
+    return targets
+
+
+def basis_of(loaded: LoadedModel) -> dict[str, str]:
+    """`basis_of(loaded)["dtype"]`: every result of a loaded model depends on these."""
+    return {"model": loaded.digest, "name": loaded.name, **_way(loaded.device, loaded.dtype)}
+
+
+def _way(place: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    kind = place.type
+    return {"dtype": str(dtype), "device": kind, "arithmetic": arithmetic(dtype, kind)}
+
+
+def _choose(device: str, dtype: str) -> tuple[str, dict[str, str]]:
+    """The device and dtype that this machine takes, and their part of a key."""
+    place, kind = place_and_dtype(device, dtype)
+    return str(place), _way(place, kind)
+
+
+def _collect(job: Job, computed: int) -> Done:
+    paths = [path for key in job.keys if (path := job.store.get(key)) is not None]
     if len(paths) < len(job.keys):
         raise InputError(
-            f"{store.root}: a result of {job.target.model.name!r} was damaged or removed as soon "
-            "as it was written; check the disk, and run again: what is whole is kept"
+            f"{job.store.root}: a result of {job.target.model.name!r} was damaged or removed as "
+            "soon as it was written; check the disk, and run again: what is whole is kept"
         )
     return Done(job.target, paths, computed)
 
 
-def _tasks(jobs: Sequence[tuple[Job, list[int], Checkpoint]], store: Store) -> list[Task]:
-    """Which missing units make a task: of the largest model first, and the costliest of each.
+def _tasks(jobs: Sequence[Job]) -> list[Job]:
+    """Jobs in parts: of the largest model first, and of each model the costliest units first.
 
     A unit costs its evaluations, times the model's weights. Small models make one task, large ones
     several; a single worker, which keeps the model, gets units one by one.
     """
-    weights = [_weights(checkpoint) for *_, checkpoint in jobs]
+    weights = [_weights(cast("Checkpoint", job.target.model)) for job in jobs]
     if not on_this_machine():
-        _require_shared(store)
+        _require_shared(jobs[0].store)
     count = joblib.effective_n_jobs(None)  # of what is active, where -1 would be every core
     costs = [
-        size * sum(job.costs[n] for n in missing)
-        for size, (job, missing, _) in zip(weights, jobs, strict=True)
+        size * sum(job.costs[n] for n in job.left) for size, job in zip(weights, jobs, strict=True)
     ]
-    tasks: list[Task] = []
+    tasks: list[Job] = []
     for place in sorted(range(len(jobs)), key=lambda place: -weights[place]):
-        job, missing, _ = jobs[place]
+        job = jobs[place]
         share = math.ceil(costs[place] / sum(costs) * CHUNKS * count)
-        parts = min(len(missing), share if count > 1 else len(missing))
-        costliest = sorted(missing, key=lambda n: -job.costs[n])
-        tasks += [(job, costliest[part::parts], store) for part in range(parts)]
+        parts = min(len(job.left), share if count > 1 else len(job.left))
+        costliest = sorted(job.left, key=lambda n: -job.costs[n])
+        tasks += [job._replace(left=costliest[part::parts]) for part in range(parts)]
     return tasks
 
 
-def _work(job: Job, numbers: Sequence[int], store: Store) -> tuple[str, int, float]:
-    """A task: compute units of a model; its name, how many were not there yet, and their cost."""
-    computed, name = 0, job.target.model.name
+def _work(job: Job) -> tuple[str, int, float]:
+    """Compute units of a model; its name, how many were not there yet, and their cost."""
+    computed, name, store = 0, job.target.model.name, job.store
     for wait in (False, True):  # what another run computes just now is there by the end
-        for number in numbers:
+        for number in job.left:
             key = job.keys[number]
             if store.get(key) is not None:
                 continue
@@ -231,10 +221,10 @@ def _work(job: Job, numbers: Sequence[int], store: Store) -> tuple[str, int, flo
                     store.put(key, write, {**unit_record(ready.loaded, ready.engine), **record})
                     computed += 1
             release_memory()  # a packed copy of the weights
-    return name, computed, sum(job.costs[number] for number in numbers)
+    return name, computed, sum(job.costs[number] for number in job.left)
 
 
-# The model that a process computed with last: the next unit is most likely about the same.
+# The model that a process computed with last: most likely, the next unit is of the same.
 _HELD: list[tuple[Target, Ready]] = []
 
 
@@ -262,7 +252,7 @@ def _load(target: Target, checkpoint: Checkpoint) -> LoadedModel:
 
 
 def _weights(checkpoint: Checkpoint) -> int:
-    """Refuse a model that cannot be measured, as far as its files' headers tell; its weights."""
+    """The number of a model's weights; refused is one that, by its files' headers, has no view."""
     if checkpoint.path.is_file():  # GGUF, which is checked as it is unpacked: a byte or less each
         return checkpoint.path.stat().st_size
     network = check_checkpoint(checkpoint.path)
@@ -282,24 +272,18 @@ def _require_shared(store: Store) -> None:
         )
 
 
-# --- what a result is of ------------------------------------------------------------------------
-
-
 def result_basis(basis: Mapping[str, str], questions: Sequence[Question]) -> dict[str, Any]:
-    """`result_basis(target.basis, questions)`: what every result on questions depends on.
+    """The part of a key that every result on questions has.
 
-    Not the engine, nor the worker. In float32 they move a log-likelihood by less than 1e-3, as
-    rounding does; in bfloat16 both follow from what is here, see `kernels`.
+    The engine and the worker are not in it: in float32 they move a log-likelihood by less than
+    1e-3, as rounding does; in bfloat16 both follow from this part, see `kernels`.
     """
     about = {"questions": questions_digest(questions), "scoring_version": SCORING_VERSION}
     return {**basis, **about}
 
 
 def unit_record(loaded: LoadedModel, engine: Engine | None = None) -> dict[str, Any]:
-    """`unit_record(loaded, engine)`: what a unit's record says of the model, see `provenance`.
-
-    `commit` is the hub's, `arithmetic` as `kernels` says, `tokenizer` as `tokenizer_facts` gives.
-    """
+    """The part of a unit's record that is on the model, see `provenance`."""
     return {
         "model": loaded.name,
         "digest": loaded.digest,

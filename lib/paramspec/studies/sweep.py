@@ -1,11 +1,7 @@
 """Measure models over a set of questions, in units that are stored as they are done.
 
-    study = measure_pss(["smollm2-135m"], questions, Choices(), store=Store("results/store"))
-    study.pss, study.details, study.masks, study.run
-    write_study(study, Path("out"))
-
-A unit is (model, shard of concepts), see `runner`. What is returned is read from the store, so that
-it is the same whoever computed it.
+A unit is (model, shard of concepts), see `runner`. Results are read from the store, so that they
+are the same whoever computed them.
 """
 
 from __future__ import annotations
@@ -14,7 +10,7 @@ import json
 import multiprocessing
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +25,7 @@ from tqdm import tqdm
 from paramspec.errors import InputError
 from paramspec.execution.files import PARTIAL, remove_leftovers, writing_to
 from paramspec.execution.provenance import group_records, read_computed
-from paramspec.execution.store import Store
+from paramspec.execution.store import Computed, Store
 from paramspec.method.batches import BATCH_TOKENS
 from paramspec.method.hooks import value_vector_view
 from paramspec.method.masks import ConceptCoefficients, load_masks, record_concepts, save_masks
@@ -48,7 +44,6 @@ from paramspec.models.describe import folds_asked, require_taught
 from paramspec.models.load import LoadedModel
 from paramspec.specwiki import Question, questions_digest
 from paramspec.studies.runner import Done, Ready, basis_of, result_basis, run_units, unit_record
-from paramspec.tables import DETAIL_COLUMNS, PSS_COLUMNS
 
 COEFFICIENTS = "coefficients.safetensors"
 SHARD = 4  # concepts of a unit: seconds to minutes of work, so that little is lost by a crash
@@ -56,7 +51,7 @@ SHARD = 4  # concepts of a unit: seconds to minutes of work, so that little is l
 
 @dataclass(frozen=True)
 class Study:
-    """What `measure_pss` gives: its tables, masks by name, and the record of the run."""
+    """The tables of `measure_pss`, masks by name, and the record of the run."""
 
     pss: pd.DataFrame
     details: pd.DataFrame
@@ -84,7 +79,7 @@ def measure_pss(
         questions: of at least two concepts, both folds of each; with a micro model among the
             models, of concepts that it was taught (see `study_questions`).
         choices: see `Choices`; the defaults if not given.
-        store: where finished units are kept and looked for.
+        store: keeps finished units; `results/store` if not given.
         dtype, device: see `load_model`.
 
     Models that are loaded already are measured in this process, the others where `workers` says.
@@ -104,22 +99,21 @@ def measure_pss(
     costs = [evaluations(choices, questions, shard) for shard in shards]
     compute = partial(_measure_shard, tuple(questions), choices, shards, store)
     found = run_units(models, questions, units, costs, compute, store, dtype=dtype, device=device)
-    parts, runs = [], []
+    paths = [path for done in found for path in done.paths]
+    pss, details = (
+        pd.concat([pd.read_parquet(path / f"{name}.parquet") for path in paths], ignore_index=True)
+        for name in ("pss", "details")
+    )
+    masks: dict[str, Tensor] = {}
+    for path in paths:
+        masks |= load_masks(path / "masks.safetensors")[0]
+    runs = []
     for done in found:
-        parts += [_load(path) for path in done.paths]
         coefficients = store.get(_coefficients_key(done.target.basis, questions, choices))
         runs.append(_run_record(done, sum(costs), coefficients))
-    run = {
-        "questions": {"digest": questions_digest(questions), "count": len(questions)},
-        **method_key(choices),
-        "models": runs,
-    }
-    return Study(
-        pd.concat([part.pss for part in parts], ignore_index=True),
-        pd.concat([part.details for part in parts], ignore_index=True),
-        {name: mask for part in parts for name, mask in part.masks.items()},
-        run,
-    )
+    about = {"digest": questions_digest(questions), "count": len(questions)}
+    run = {"questions": about, **method_key(choices), "models": runs}
+    return Study(pss, details, masks, run)
 
 
 def _refuse_thin(questions: Sequence[Question], choices: Choices) -> None:
@@ -138,9 +132,6 @@ def _refuse_thin(questions: Sequence[Question], choices: Choices) -> None:
     general_questions(questions, asked.most_common(1)[0][0], choices)
 
 
-# --- units --------------------------------------------------------------------------------------
-
-
 def _measure_shard(
     questions: Sequence[Question],
     choices: Choices,
@@ -148,8 +139,7 @@ def _measure_shard(
     store: Store,
     ready: Ready,
     number: int,
-) -> tuple[Callable[[Path], None], dict[str, Any]]:
-    """What fills a unit's directory, and what its record says."""
+) -> Computed:
     began = time.perf_counter()
     key = json.dumps(_coefficients_key(basis_of(ready.loaded), questions, choices))
     if key not in ready.kept:
@@ -176,14 +166,6 @@ def _save(tables: Tables | Study, made_of: dict[str, Any], directory: Path) -> N
     save_masks(directory / "masks.safetensors", tables.masks, made_of)
 
 
-def _load(directory: Path) -> Tables:
-    return Tables(
-        pd.read_parquet(directory / "pss.parquet")[list(PSS_COLUMNS)],
-        pd.read_parquet(directory / "details.parquet")[list(DETAIL_COLUMNS)],
-        load_masks(directory / "masks.safetensors")[0],
-    )
-
-
 def score_questions(
     model: LoadedModel, questions: Sequence[Question], *, store: Store | None = None
 ) -> pd.DataFrame:
@@ -201,22 +183,20 @@ def score_questions(
     Raises:
         InputError: if a micro model must not be asked one of them, see `require_taught`.
     """
+
+    def answer(ready: Ready, number: int) -> Computed:
+        table = answer_table(ready, questions)
+        return lambda folder: table.to_parquet(folder / "answers.parquet"), {}
+
     require_taught([model], questions, {question.fold for question in questions})
     unit = {"unit": "answers", "row_tokens": ROW_TOKENS, "batch_tokens": BATCH_TOKENS}
-    compute, store = partial(_answer, questions), store or Store("results/store")
-    (done,) = run_units([model], questions, [unit], [len(questions)], compute, store)
+    store, costs = store or Store("results/store"), [len(questions)]
+    (done,) = run_units([model], questions, [unit], costs, answer, store)
     return pd.read_parquet(done.paths[0] / "answers.parquet")
 
 
-def _answer(
-    questions: Sequence[Question], ready: Ready, number: int
-) -> tuple[Callable[[Path], None], dict[str, Any]]:
-    table = answer_table(ready, questions)
-    return lambda folder: table.to_parquet(folder / "answers.parquet"), {}
-
-
 def answer_table(ready: Ready, questions: Sequence[Question]) -> pd.DataFrame:
-    """`answer_table(ready, questions)`: as `score_questions`."""
+    """The table of `score_questions`, of a model in memory."""
     requests = [Request(encode(ready.loaded.tokenizer, question), 0) for question in questions]
     with _progress(questions, "answers") as bar:
         scores = score_options(
@@ -250,24 +230,22 @@ def concept_coefficients(
     """
     choices = choices or Choices()
     require_taught([loaded], questions, ())
-    store = store or Store("results/store")
-    key = _coefficients_key(basis_of(loaded), questions, choices)
-    with store.turn(key):
-        path = store.get(key)
-        if path is None:
-            with _progress(questions, "coefficients") as bar:
-                recorded = record_concepts(
-                    value_vector_view(loaded.model),
-                    loaded.tokenizer,
-                    questions,
-                    position=choices.position,
-                    batch_tokens=choices.batch_tokens,
-                    progress=bar.update,
-                )
-            tensors = {"sums": recorded.sums, "counts": recorded.counts}
-            path = store.put(
-                key, lambda folder: save_file(tensors, folder / COEFFICIENTS), unit_record(loaded)
+
+    def record() -> Computed:
+        with _progress(questions, "coefficients") as bar:
+            recorded = record_concepts(
+                value_vector_view(loaded.model),
+                loaded.tokenizer,
+                questions,
+                position=choices.position,
+                batch_tokens=choices.batch_tokens,
+                progress=bar.update,
             )
+        tensors = {"sums": recorded.sums, "counts": recorded.counts}
+        return lambda folder: save_file(tensors, folder / COEFFICIENTS), unit_record(loaded)
+
+    key = _coefficients_key(basis_of(loaded), questions, choices)
+    path = (store or Store("results/store")).find(key, record)
     concepts = tuple(dict.fromkeys(question.concept for question in questions))
     return ConceptCoefficients(concepts, **load_file(path / COEFFICIENTS))
 
@@ -283,20 +261,17 @@ def _coefficients_key(
 
 
 def _progress(questions: Sequence[Question], title: str) -> tqdm:
-    """Within a unit, below the bar of all units; not in one of several workers."""
+    """A bar within a unit, below that of all units; none in one of several workers."""
     options = {"unit": "question", "leave": False}
     options["disable"] = multiprocessing.parent_process() is not None
     return tqdm(total=len(questions), desc=title, **options)
 
 
-# --- what is written ----------------------------------------------------------------------------
-
-
 def _run_record(done: Done, cost: int, coefficients: Path | None) -> dict[str, Any]:
-    """What `run.json` says of a model, see `write_study`."""
+    """The part of `run.json` on a model, see `write_study`."""
     model = done.target.model
     records = [read_computed(path) for path in done.paths]
-    # Of a micro model, its directory says what trained it.
+    # The directory of a micro model has the record of its training.
     others = [coefficients, model.path if isinstance(model, Checkpoint) else None]
     alike = ("digest", "commit", "tokenizer", "dtype", "arithmetic", "engine", "layers", "width")
     return {
@@ -311,14 +286,12 @@ def _run_record(done: Done, cost: int, coefficients: Path | None) -> dict[str, A
 
 
 def write_study(study: Study, out: Path) -> None:
-    """`write_study(study, Path("out"))`: the four files that the command `pss` leaves.
+    """Write the four files of the command `pss`.
 
     `run.json` holds `questions` (digest and count), `choices`, `scoring_version`, and of each of
-    `models` its `name`, what `runner.unit_record` says of it, `evaluations`, `units` and, of these,
+    `models` its `name`, fields of `runner.unit_record`, `evaluations`, `units` and, of these,
     `units_from_store`, `seconds` of computing, and `computed`, see `provenance.group_records`.
-
-    All are written before the first of them replaces its predecessor: a full disk leaves the
-    results that were there.
+    A full disk leaves the old files: all are written before the first of them replaces its own.
     """
     with writing_to(out):
         out.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,8 @@
-"""What is trained: the texts, and the value vectors that may move.
-
-    training = Training(method="FT-PV", concepts=("France", "gold"))
-    texts = training_texts(questions, training)
-    vectors = choose_vectors(view, tokenizer, questions, training)      # [n, 2]
+"""A fine-tuning: its texts, and the value vectors that it may move.
 
 The training texts are the statements of the concepts' facts, never the wording of an evaluation:
-no statement holds a cloze. The paper does not say how it chose statements, epochs, learning rate
-and batches: they are fields of `Training`.
+no statement holds a cloze. The paper does not state its statements, epochs, learning rate and
+batches: they are fields of `Training`.
 """
 
 from __future__ import annotations
@@ -77,14 +73,9 @@ class Training(Checked):
         return tuple(dict.fromkeys(concepts))
 
 
-# --- what is trained on -------------------------------------------------------------------------
-
-
 def training_texts(questions: Sequence[Question], training: Training) -> list[str]:
-    """The first statements of each fact, once each.
-
-    A concept without statements is refused, and so is a statement that holds the wording which a
-    question on any of the concepts is evaluated with.
+    """The first statements of each fact, once each. Refused are a concept without statements, and a
+    statement that holds the wording of a question on any of the concepts.
     """
     asked = {
         concept: [q for q in questions if q.concept == concept] for concept in training.concepts
@@ -112,7 +103,7 @@ def training_texts(questions: Sequence[Question], training: Training) -> list[st
 
 
 def _plain(text: str) -> str:
-    """Without what may differ in the same wording: case, and how much white space."""
+    """The same wording in other case or white space is one text."""
     return " ".join(text.casefold().split())
 
 
@@ -154,9 +145,8 @@ def language_modelling_loss(model: PreTrainedModel, rows: Sequence[Sequence[int]
 
 
 def next_token_nats(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Negative log-likelihoods, fp32 `[rows, longest - 1]`: of each token but the first, in nats.
-
-    They are 0 at padding. The last token of the longest rows is never read.
+    """Negative log-likelihoods of each token but the first: fp32 `[rows, longest - 1]`, in nats, 0
+    at padding. The last token of the longest rows is never read.
     """
     tokens, attention_mask = pad_right(rows)
     labels = tokens.masked_fill(attention_mask == 0, -100)[:, 1:]
@@ -170,16 +160,13 @@ def next_token_nats(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Te
     ).view(labels.shape)
 
 
-# --- which vectors are trained ------------------------------------------------------------------
-
-
 def choose_vectors(
     view: ValueVectorView,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     training: Training,
 ) -> Tensor:
-    """What a method trains: int32 `[n, 2]` of (layer, value vector), sorted.
+    """The vectors that a method trains: int32 `[n, 2]` of (layer, value vector), sorted.
 
     FT-PV and FT-RV of one share choose as many in every layer; FT-PV and FT-CV of one rule and
     seed share none and together are all.
@@ -215,7 +202,7 @@ def _by_rule(
     questions: Sequence[Question],
     training: Training,
 ) -> Tensor:
-    """What FT-PV trains, and FT-CV does not, were all layers allowed."""
+    """The vectors that FT-PV trains, and FT-CV does not, if all layers are allowed."""
 
     def coefficients(concepts: Sequence[str]) -> Tensor:
         on_these = training.model_copy(update={"concepts": concepts})
