@@ -1,14 +1,9 @@
 """Run the chapters of the book, and build its site.
 
-    from paramspec_book import book
-    book.run_chapter("3-masking", profile="default")     # -> book/_executed/3-masking.ipynb
-    book.run_chapter("3", {"seed": 7})                   # -> results/runs/, the book stays as it is
-    book.build(profile="default")                        # every chapter, then _build/html
-
 Papermill executes a chapter, with the repository's root as working directory. Its executed copy
-carries a record under the notebook metadata key `paramspec`, also of what computed the stored
-results that it rests on, which may be older, and of other machines. A copy is used again only while
-its key is unchanged (see `keys`).
+carries a record under the notebook metadata key `paramspec`, also of the stored results that it
+read, which may be older, and of other machines. A copy is used again only while its key is
+unchanged (see `keys`).
 """
 
 from __future__ import annotations
@@ -17,7 +12,6 @@ import contextlib
 import datetime
 import logging
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -30,7 +24,7 @@ from typing import Any
 
 from paramspec.errors import InputError, printable
 from paramspec.execution.files import atomic, require_writable, writing_to
-from paramspec.execution.provenance import USED, hardware, machine, used_results, versions
+from paramspec.execution.provenance import USED, computed, machine, used_results
 from paramspec_book.keys import RECORD, execution_key, read_record
 from paramspec_book.parameters import (
     chapter_values,
@@ -41,7 +35,6 @@ from paramspec_book.parameters import (
     read_notebook,
 )
 
-VERSIONS = ("torch", "transformers", "numpy", "pandas", "papermill")
 # Run first in a process that this one starts: it, and what it started, ends if this one is killed.
 _WATCH = "from paramspec.execution.ends import watch_parent as _watch; _watch({})"
 
@@ -63,9 +56,6 @@ def executed_folder(root: Path) -> Path:
     return Path(os.environ.get("PARAMSPEC_EXECUTED") or root / "book" / "_executed")
 
 
-# Running a chapter
-
-
 def run_chapter(
     name: str,
     parameters: Mapping[str, Any] | None = None,
@@ -77,12 +67,10 @@ def run_chapter(
 ) -> Path:
     """Execute a chapter, and return its executed copy.
 
-    `parameters` go before the profile's. The copy is `target`; else `results/runs/...` when
-    parameters are given, so that an experiment never replaces the book's copy; else the book's
-    copy. A copy whose key is unchanged is kept, unless `force`. The target is replaced only by a
-    run that succeeded; a failed or killed run stays in `results/unfinished/`.
-
-    Raises InputError before any work, and ChapterFailed when the chapter raises.
+    `parameters` take precedence over the profile's. The copy is `target`; else, with parameters,
+    in `results/runs/`, so that an experiment never replaces the book's copy; else the book's copy.
+    A copy whose key is unchanged is kept, unless `force`. A failed or killed run replaces nothing,
+    and stays in `results/unfinished/`.
     """
     import nbformat
 
@@ -122,7 +110,7 @@ def run_chapter(
         whole.write_text(nbformat.writes(notebook), "utf-8")
     scratch.unlink(missing_ok=True)
     used.unlink(missing_ok=True)
-    print(f"{chapter.stem}: {seconds} s -> {_shown(target, root)}", flush=True)
+    print(f"{chapter.stem}: {seconds} s -> {os.path.relpath(target, root)}", flush=True)
     return target
 
 
@@ -135,7 +123,7 @@ def _execute(chapter: Path, values: Mapping[str, Any], scratch: Path, root: Path
     # types were checked before.
     logging.getLogger("papermill").setLevel(logging.ERROR)
     declared = declared_parameters(chapter).model_fields
-    place = f"the unfinished notebook is {_shown(scratch, root)}"
+    place = f"the unfinished notebook is {os.path.relpath(scratch, root)}"
     given = {name: value for name, value in values.items() if value != declared[name].default}
     try:
         with ThreadPoolExecutor(1) as thread:  # in the main one, nbclient takes the signals over
@@ -171,7 +159,7 @@ def _execute(chapter: Path, values: Mapping[str, Any], scratch: Path, root: Path
 
 @contextlib.contextmanager
 def _kernel_environment(profile: str, used: Path) -> Iterator[None]:
-    """Set what a kernel inherits, and undo it."""
+    """Set the environment that a kernel inherits, and undo it."""
     import tqdm  # noqa: F401  papermill's own progress bar reads the environment at its import
 
     before = dict(os.environ)
@@ -200,15 +188,9 @@ def _circumstances(root: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, subprocess.CalledProcessError):  # outside git
         commit = git("rev-parse", "HEAD")
         dirty = bool(git("status", "--porcelain"))
-    return {
-        "versions": {"python": platform.python_version()} | versions(*VERSIONS),
-        "machine": machine(hardware()),
-        "commit": commit,
-        "dirty": dirty,
-    }
-
-
-# Building the site
+    here = computed()
+    about = {"versions": here["versions"], "machine": machine(here["hardware"])}
+    return about | {"commit": commit, "dirty": dirty}
 
 
 def build(
@@ -220,9 +202,9 @@ def build(
 ) -> Path:
     """Run every chapter of `_toc.yml`, build the site, and return the folder of its pages.
 
-    Executed copies go to `book/_executed` and the site to `_build/html`; with `out`, to
-    `out/_executed` and `out/_build/html`. Every chapter is tried before a failing one stops the
-    build. Raises InputError, ChapterFailed and SiteFailed; the site that was there then stays.
+    Executed copies go to `book/_executed` and the site to `_build/html`; with `out`, to folders of
+    these names there. Every chapter is tried before a failing one stops the build; the old site
+    then stays.
     """
     root = root or find_root()
     executed = out.resolve() / "_executed" if out else executed_folder(root)
@@ -238,15 +220,14 @@ def build(
             print(printable(error), file=sys.stderr, flush=True)
             failed[chapter.stem] = error
     if failed:
-        told = f"the site was not built: {', '.join(failed)} failed, see above"
-        raise ChapterFailed(told) from ExceptionGroup("chapters", [*failed.values()])
+        line = f"the site was not built: {', '.join(failed)} failed, see above"
+        raise ChapterFailed(line) from ExceptionGroup("chapters", [*failed.values()])
     return build_site(root, executed, (out.resolve() if out else root) / "_build")
 
 
 def build_site(root: Path, executed: Path, folder: Path) -> Path:
-    """Build the site from executed copies into `folder/html`, warnings being errors; return it.
-
-    It is built aside, and takes the old one's place only when it is whole.
+    """Build the site from executed copies, warnings being errors, and return `folder/html`, which
+    is replaced only by a whole site.
     """
     start = time.monotonic()
     html, aside = folder / "html", folder / "aside"
@@ -269,10 +250,5 @@ def build_site(root: Path, executed: Path, folder: Path) -> Path:
         html.rename(aside / "old")
     new.rename(html)
     shutil.rmtree(aside)
-    print(f"site: {time.monotonic() - start:.1f} s -> {_shown(html, root)}", flush=True)
+    print(f"site: {time.monotonic() - start:.1f} s -> {os.path.relpath(html, root)}", flush=True)
     return html
-
-
-def _shown(path: Path, root: Path) -> str:
-    """Return a path as the user sees it: from the root, where it is inside."""
-    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)

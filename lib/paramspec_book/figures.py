@@ -1,11 +1,7 @@
 """One function per figure: a table in, a matplotlib figure out. Nothing is computed here.
 
-figures.use_book_style()            # first, once a chapter
-figures.accuracy_by(table)          # chapter 2
-figures.curves(summary)             # chapter 3
-
-A `summary` holds the rows of `pss.summarize` of one model. A column with an interval has its bounds
-in `_low` and `_high`.
+A `summary` holds the rows of `stats.summary.summarize` of one model. A column with an interval has
+its bounds in `_low` and `_high`.
 """
 
 from __future__ import annotations
@@ -46,14 +42,14 @@ STYLE: Any = {
 
 
 def use_book_style() -> None:
-    """`use_book_style()`: the look of every figure and table; call it once a chapter."""
+    """Set the look of every figure and table of a chapter."""
     sns.set_theme(context="notebook", style="ticks", palette="colorblind")
     plt.rcParams.update(STYLE)
     pd.set_option("display.html.use_mathjax", False)
 
 
 def family_title(family: str) -> str:
-    """`family_title("llama")`: as its makers write it; a family that is not known here as it is."""
+    """`family_title("llama")`: as its makers write it; an unknown family as it is."""
     return FAMILIES[family][0] if family in FAMILIES else family
 
 
@@ -61,10 +57,8 @@ def family_title(family: str) -> str:
 
 
 def promoted_share(table: pd.DataFrame) -> Figure:
-    """How much of each MLP output the largest terms of its sum carry.
-
-    Columns: `vectors` (how many are kept), `layer`, `error` (norm of what is missing over that of
-    the output).
+    """The `error`, the norm of the missing part over that of an MLP's output, where the `vectors`
+    largest terms of its sum are kept, by `layer`.
     """
     figure, axes = plt.subplots(figsize=(7, 3.6))
     style: dict[str, Any] = {"palette": "viridis", "linewidth": 1.2, "errorbar": None}
@@ -77,9 +71,8 @@ def promoted_share(table: pd.DataFrame) -> Figure:
 
 
 def overlap(table: pd.DataFrame, domains: list[str], expected: float) -> Figure:
-    """The fraction of each pair's masks that is shared: a heat map of concepts, sorted by domain.
-
-    `expected` is the fraction that two random masks of this size share.
+    """The fraction of each pair's masks that is shared: a heat map of concepts, sorted by domain;
+    `expected` is that of two random masks.
     """
     size = 2.6 + 0.22 * len(table)
     figure, axes = plt.subplots(figsize=(size + 1.2, size))
@@ -139,9 +132,8 @@ def curves(summary: pd.DataFrame) -> Figure:
 
 
 def over_ratios(summary: pd.DataFrame, titles: Mapping[str, str], by: str = "mask") -> Figure:
-    """Columns of a summary over the mask ratio, each with a title and a panel of its own.
-
-    A line is a `mask` or a `protocol`, as `by` says. PSS has its level by sampling alone as well.
+    """Columns of a summary over the mask ratio, a panel and a title each; a line per `mask` or per
+    `protocol`, as `by` says. PSS has its level by sampling alone as well.
     """
     names = {"mask": MASKS, "protocol": panels.PROTOCOLS}[by]
     masked = summary[summary["mask"] != "none"]
@@ -160,9 +152,8 @@ def over_ratios(summary: pd.DataFrame, titles: Mapping[str, str], by: str = "mas
 
 
 def depth(table: pd.DataFrame) -> Figure:
-    """Where in depth a concept's vectors lie, when all layers compete.
-
-    Columns: `layer`, `ratio`, `share` (of the masked vectors, in the layer) with an interval.
+    """The `share` of a concept's masked vectors in each `layer`, when all compete; a line per
+    `ratio`.
     """
     ratios = sorted(table["ratio"].unique())
     colours = sns.color_palette("flare", len(ratios))
@@ -179,9 +170,8 @@ def depth(table: pd.DataFrame) -> Figure:
 
 
 def against_accuracy(table: pd.DataFrame) -> Figure:
-    """Peak PSS over accuracy, a point per model of `trends.model_table`; in grey, random masks.
-
-    The column `shown` has names to write next to points.
+    """Peak PSS over accuracy, a point per model of `trends.model_table`, with the name that is
+    `shown`; in grey, random masks.
     """
     figure, axes = plt.subplots(figsize=(7, 4.6))
     axes.axvline(CHANCE, **DASHED)
@@ -201,9 +191,8 @@ def against_accuracy(table: pd.DataFrame) -> Figure:
 
 
 def forest(table: pd.DataFrame, published: float | None = None) -> Figure:
-    """Correlations `r`, a row per `reading` of the claim; `published` is the paper's coefficient.
-
-    Two intervals each: over concepts (`low`, `high`) and over families (`family_low`, ...).
+    """Correlations `r`, a row per `reading` of the claim, with intervals over concepts and over
+    families; `published` is the paper's coefficient.
     """
     figure, axes = plt.subplots(figsize=(7, 1.2 + 0.38 * len(table)))
     if published is not None:
@@ -219,9 +208,8 @@ def forest(table: pd.DataFrame, published: float | None = None) -> Figure:
 
 
 def generations(table: pd.DataFrame) -> Figure:
-    """Peak PSS of each family of `trends.model_table` over its generations, by their `order`.
-
-    Models without a place in the order are left out. `held_out` is drawn if it is there.
+    """Peak PSS of each family of `trends.model_table` over its generations, in their `order`, with
+    `held_out` if it is there.
     """
     families = list(table.dropna(subset=["order"]).groupby(["family", "micro"], sort=False))
     figure, grid = panels.panels(1, max(1, len(families)), (7.4, 3.4), sharey=True)
@@ -251,10 +239,8 @@ def along(
     *,
     log: bool = False,
 ) -> Figure:
-    """Some of `MEASURES` over what models of `trends.model_table` differ in, a line per `run`.
-
-    The abscissa, `x`, is of numbers or frequency tiers. A run has the colour of its `family`, if
-    the table has families.
+    """Some of `MEASURES` over `x`, numbers or frequency tiers: a line per `run` of the models of
+    `trends.model_table`, in the colour of its `family`, if the table has families.
     """
     figure, grid = panels.panels(1, len(measures), (7.6, 3.5))
     tiers, names = table[x].isin(TIERS).all(), panels.run_names(table)
@@ -283,9 +269,8 @@ def along(
 
 
 def by_method(table: pd.DataFrame, labels: Mapping[str, str]) -> Figure:
-    """The `value` of each `measure` of each `model`, a row per `method`, with 95 % intervals.
-
-    `labels` has the title of each measure. The first method is drawn as a line as well.
+    """The `value` of each `measure` and `model`, a row per `method`, with 95 % intervals; `labels`
+    has the titles of measures. The first method is drawn as a line as well.
     """
     models, methods = dict(list(table.groupby("model", sort=False))), table["method"].unique()
     colours = [METHODS.get(method, ("", OWN))[1] for method in methods]
@@ -316,13 +301,9 @@ def over_training(
     original: pd.DataFrame | None = None,
     **style: Any,
 ) -> Figure:
-    """A line per `method` over a choice or the course of training, a column of panels per `model`.
-
-    Args:
-        titles: the title of each measure, a row of panels each.
-        ticks: places and names on a logarithmic abscissa; a linear one without.
-        original: each measure of each untrained model, a dashed line.
-        style: of the lines, as matplotlib's `plot` takes it.
+    """A line per `method` over `x`, a choice or the course of training: a column of panels per
+    `model` and a row per measure, by its title. The abscissa is logarithmic if it has `ticks`,
+    names by place. The dashed line is of the `original`, the untrained models.
     """
     models = dict(list(table.groupby("model", sort=False)))
     size = (max(4.8, 2.5 * len(models) + 0.6), 0.8 + 2.2 * len(titles))

@@ -1,10 +1,7 @@
-"""What an executed copy of a chapter depends on, as one key; and the record that it carries.
+"""The key of an executed copy of a chapter: a digest of all that it depends on.
 
-    execution_key(chapter, "default", {"seed": 0}, root)    # of a source and all that it reads
-    read_record(copy)["key"]                                # of the copy that is there
-
-What a chapter reads beside the library and its parameters, its front matter names by patterns from
-the root: `paramspec: {inputs: ["tests/benchmarks/*.py"]}`.
+A chapter that reads files next to the library and its parameters names them in its front matter, by
+patterns from the root: `paramspec: {inputs: ["tests/benchmarks/*.py"]}`.
 """
 
 from __future__ import annotations
@@ -22,20 +19,16 @@ from typing import Any
 from paramspec.execution.provenance import version_of
 from paramspec.plain import read_yaml
 
-# The key in a notebook's metadata that holds the record of its execution, and in a chapter's front
-# matter what it reads.
+# The name of the record of execution in a notebook's metadata, and of inputs in a front matter.
 RECORD = "paramspec"
 LIBRARY = Path(__file__).parents[1]
-READ_WHOLE = 10_000_000  # bytes of a file that is still read to find out whether it changed
+READ_WHOLE = 10_000_000  # bytes: a larger file has changed if its size or time of change has
 
 
 def execution_key(chapter: Path, profile: str, parameters: Mapping[str, Any], root: Path) -> str:
-    """Return the digest of all that an executed copy of a chapter depends on.
-
-    That is its text, the profile, the parameters, the library, the installed versions of what the
-    locks name (the embedded model is a package), and the content of files: those that a parameter
-    names (a model, a recipe as `FILE.yaml:NAME`, a list as `@FILE`), and those that the front
-    matter does.
+    """Return the digest of a chapter's text, profile and parameters, of the library, the installed
+    versions of the locks' packages (one is the embedded model), and of files: those that a
+    parameter names (a model, a recipe as `FILE.yaml:NAME`, a list as `@FILE`), or the front matter.
     """
     text = chapter.read_text("utf-8")
     lines = [text, profile, json.dumps(dict(parameters), sort_keys=True), platform.python_version()]
@@ -55,13 +48,13 @@ def execution_key(chapter: Path, profile: str, parameters: Mapping[str, Any], ro
 
 
 def declared_inputs(text: str) -> list[str]:
-    """Return the patterns of files that the front matter of a chapter's text says it reads."""
+    """Return the patterns of files in the front matter of a chapter's text."""
     front_matter = read_yaml(text.partition("\n---")[0].removeprefix("---"), "front matter")
     return front_matter.get(RECORD, {}).get("inputs", [])
 
 
 def read_record(copy: Path) -> dict[str, Any] | None:
-    """Return the record of an executed copy, or None when there is no sound copy."""
+    """Return the record of an executed copy, or None if the copy is missing or damaged."""
     try:
         record = json.loads(copy.read_text("utf-8"))["metadata"][RECORD]
         return record if isinstance(record, dict) and "key" in record else None
@@ -70,10 +63,8 @@ def read_record(copy: Path) -> dict[str, Any] | None:
 
 
 def _named_paths(value: Any, root: Path) -> Iterator[Path]:
-    """Yield the files and folders that texts in a value name, as a chapter would find them.
-
-    A text may be a path, one behind an `@`, or one before a colon, as in `FILE.yaml:NAME@STEP`.
-    A folder that holds the book itself is not meant.
+    """Yield the files and folders that texts in a value name: as a path, behind an `@`, or before a
+    colon, as in `FILE.yaml:NAME@STEP`. A folder that holds the book itself is not meant.
     """
     if isinstance(value, str):
         for name in filter(None, (value, value.removeprefix("@"), value.rpartition(":")[0])):

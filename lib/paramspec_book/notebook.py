@@ -1,10 +1,4 @@
-"""What the cells of chapters have in common: how they begin, measure, and hand numbers to prose.
-
-experiments = begin("4-twenty-models", globals())       # from the parameters
-study, holdout = measure(experiments, jobs, scheduler)
-glue_interval("c1", {"value": 0.7, "low": 0.4, "high": 0.9})     # c1, c1-low and c1-high
-in_words(method_rows({"smollm2-135m": measures}), ["model", "method"], "measure")
-"""
+"""Cells that chapters have in common: they begin, measure, and hand numbers to prose."""
 
 from __future__ import annotations
 
@@ -26,9 +20,9 @@ from paramspec_book.parameters import find_root
 
 
 def begin(chapter: str, parameters: Mapping[str, Any]) -> list[Experiment]:
-    """`begin("3-masking", globals())`: what the chapter measures, in the book's style.
+    """`begin("3-masking", globals())`: the chapter's experiments; figures get the book's style.
 
-    It glues the claims that the chapter tests: `c1-claim`, `c1-paper` (numbers) and `c1-rule`.
+    The claims that the chapter tests are glued: `c1-claim`, `c1-paper` (numbers) and `c1-rule`.
     """
     figures.use_book_style()
     glue_all(profile=os.environ.get("PARAMSPEC_PROFILE", "by hand"))
@@ -41,7 +35,7 @@ def begin(chapter: str, parameters: Mapping[str, Any]) -> list[Experiment]:
 
 
 def claims() -> dict[str, dict[str, Any]]:
-    """`claims()["C1"]["numbers"]["pearson"]`: what the paper says, from `book/claims.yaml`."""
+    """`claims()["C1"]["numbers"]["pearson"]`: the paper's claims, from `book/claims.yaml`."""
     path = find_root() / "book" / "claims.yaml"
     return read_yaml(path.read_text("utf-8"), path.name)
 
@@ -80,10 +74,8 @@ def shown(table: pd.DataFrame, titles: Mapping[str, str], form: str = ".2f") -> 
 def method_rows(
     measures: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]], minuend: str | None = None
 ) -> pd.DataFrame:
-    """`method_rows({"smollm2-135m": measure_methods(study, names)})`: draws as intervals.
-
-    With `minuend="FT-PV"`, of the paired differences of that method minus each other one. Columns:
-    `model`, `method`, `measure`, `value`, `low`, `high`.
+    """`method_rows({"smollm2-135m": measure_methods(study, names)})`: a row per model, measure and
+    method, with the interval of its draws; with `minuend="FT-PV"`, of FT-PV's paired differences.
     """
     return pd.DataFrame(
         [
@@ -98,9 +90,8 @@ def method_rows(
 
 
 def in_words(rows: pd.DataFrame, index: list[str], columns: str, form: str = ".2f") -> pd.DataFrame:
-    """`in_words(rows, ["model", "method"], "measure")`: rows of intervals, as a wide table of text.
-
-    Rows and columns are in the order in which `rows` names them first.
+    """`in_words(rows, ["model", "method"], "measure")`: intervals as a wide table of text, in the
+    order in which `rows` names rows and columns first.
     """
     texts = shown(rows.set_index([*index, columns]), {"value": "text"}, form)["text"]
     return texts.unstack(sort=False).fillna("").rename_axis(columns=None)

@@ -1,9 +1,4 @@
-"""What the book's figures are made of: colours, and values with their intervals in a panel.
-
-figure, grid = panels(2, 3, (7, 5))
-groups(grid[0, 0], table, "step", "accuracy", "method", METHODS)  # accuracy_low to accuracy_high
-legend_below(figure)
-"""
+"""The parts of the book's figures: colours, and values with their intervals in a panel."""
 
 from __future__ import annotations
 
@@ -70,10 +65,8 @@ def panels(
 def draw(
     axes: Axes, table: pd.DataFrame, x: str, value: str, *, shade: bool = False, **style: Any
 ) -> None:
-    """Draw a column over another, with the intervals `_low` to `_high` of either if it has them.
-
-    Intervals of the value are bars, or a band with `shade`. An interval is drawn where it is: that
-    of a maximum of absolute values may lie beyond the value.
+    """Draw a column over another, with the intervals `_low` to `_high` of either: bars, or a band
+    with `shade`. An interval of a maximum of absolute values may lie beyond the value.
     """
     colour, at = style["color"], table[x]
     usual: dict[str, Any] = {"marker": "o", "markersize": 5, "linewidth": 1.4}
@@ -100,14 +93,12 @@ def groups(
     apart: float = 0,
     **style: Any,
 ) -> None:
-    """Draw each named group of rows that has some; `apart` is how far each is from the next.
-
-    matplotlib leaves labels that begin with an underscore out of a legend: a hair space goes first.
-    """
+    """Draw each named group that has rows, at a distance of `apart` from the next one."""
     for number, (name, (title, colour)) in enumerate(names.items()):
         part = table[table[by] == name].dropna(subset=[value]).sort_values(x)
         if len(part):
             part = part.assign(**{x: part[x] + apart * (number - (len(names) - 1) / 2)})
+            # A label that begins with an underscore would be left out of a legend.
             label = f"\u200a{title}" if title.startswith("_") else title
             draw(axes, part, x, value, color=colour, label=label, **style)
 
@@ -115,10 +106,7 @@ def groups(
 def rows(
     axes: Axes, table: pd.DataFrame, value: str, names: Sequence[str], colours: Any, **style: Any
 ) -> np.ndarray:
-    """Draw a row for each of the table's, the first on top: a value, and `low` to `high`.
-
-    Returns the places of the rows.
-    """
+    """Draw a value and `low` to `high` in a row each, the first on top; return the rows' places."""
     places = np.arange(len(table))[::-1]  # not names: two rows may have one
     axes.hlines(places, table["low"], table["high"], colors=colours, linewidth=1.8, **style)
     axes.scatter(table[value], places, color=colours, s=30, zorder=3)
@@ -146,7 +134,7 @@ def on_ratios(axes: Axes, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def legend_below(figure: Figure, columns: int = 3) -> None:
-    """Name what the panels show, below all of them, each once."""
+    """Put one legend below all panels."""
     named: dict[str, Any] = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()

@@ -1,9 +1,5 @@
 """The chapters of the book, and the values of their parameters.
 
-    chapter = find_chapter("3", root)                       # book/3-masking.md
-    chapter_values(chapter, "paper", {"seed": 7}, root)     # of every parameter, checked
-    parse_assignments(["seed=7"])                           # as typed behind -p
-
 A chapter is a MyST notebook `book/X.md` (jupytext). Its cell tagged `parameters` declares them,
 `name: type = default`.
 """
@@ -56,7 +52,7 @@ def toc_pages(root: Path) -> list[Path]:
 
 
 def is_chapter(page: Path) -> bool:
-    """Tell whether a page is an executable notebook, by the jupytext header in front."""
+    """Return whether a page is an executable notebook, by the jupytext header in front."""
     return "format_name: myst" in page.read_text("utf-8").partition("\n---")[0]
 
 
@@ -123,7 +119,7 @@ def declared_parameters(chapter: Path) -> type[Parameters]:
 
 
 def check_value(declared: type[Parameters], name: str, value: Any) -> Any:
-    """Return a parameter's value as its type has it; for a text, what is `Typed` as it stands."""
+    """Return a parameter's value as its type has it; a `Typed` one may be YAML or a plain text."""
     if not isinstance(value, Typed):
         return getattr(declared.parse(**{name: value}), name)
     try:
@@ -188,7 +184,7 @@ def parse_assignments(pairs: Sequence[str]) -> dict[str, Typed]:
 
 
 def _choices(name: str, known: Collection[str]) -> str:
-    """Return what to write in place of the unknown `name`: close matches, else everything known."""
+    """Return a hint for an unknown name: close matches, else all that are known."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:
         return f"did you mean {' or '.join(close)}?"

@@ -1,14 +1,9 @@
 """Sphinx extension: a chapter's page shows its executed copy, and says where it comes from.
 
-    sphinx:                                   # in _config.yml
-      config: {extensions: [..., paramspec_book.sphinx_executed]}
-
 Sources stay `book/X.md` in the table of contents, so links, edit buttons and warnings name the file
-that a person edits; their cells and outputs come from `book/_executed/X.ipynb` (or the folder that
-the environment variable PARAMSPEC_EXECUTED names). A copy that is missing or stale is a warning,
+that a person edits; their cells and outputs come from the executed copies, by myst-nb's custom
+formats, each keyed by the whole path of a chapter. A copy that is missing or stale is a warning,
 which `-W` makes an error. A directive `{executed-chapters}` lists all copies in a table.
-
-Built on myst-nb's custom formats (`nb_custom_formats`), each keyed by the whole path of a chapter.
 """
 
 from __future__ import annotations
@@ -40,7 +35,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
 
 
 def register_copies(app: Sphinx) -> None:
-    """Tell myst-nb to read each chapter by `read_copy`, and keep the copies' records."""
+    """Let myst-nb read each chapter by `read_copy`, and keep the copies' records."""
     root = Path(app.srcdir)
     env: Any = app.env  # on which extensions keep what they know
     formats = dict(env.mystnb_config.custom_formats)
@@ -63,7 +58,7 @@ def read_copy(text: str, docname: str, copy: str, root: str) -> Any:
     unexecuted = read_myst_markdown_notebook(text, add_source_map=True)
     key = record and execution_key(chapter, record["profile"], record["parameters"], Path(root))
     if record is None or record["key"] != key:
-        problem = "missing" if record is None else "stale: something it rests on has changed"
+        problem = "missing" if record is None else "stale: something it depends on has changed"
         remedy = f"the executed copy is {problem}; run `paramspec run {chapter.stem}`"
         LOGGER.warning(remedy, location=docname)
         return unexecuted
@@ -79,7 +74,7 @@ def read_copy(text: str, docname: str, copy: str, root: str) -> Any:
 
 
 def add_note(app: Sphinx, doctree: nodes.document) -> None:
-    """Put a folded note under a chapter's title: when, where and from what it was executed."""
+    """Put a folded note under a chapter's title: the record of its execution."""
     env: Any = app.env
     record = env.executed_records.get(env.docname)
     if record is None:

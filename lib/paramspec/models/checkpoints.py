@@ -17,27 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paramspec.errors import InputError
-from paramspec.models import zoo_training
+from paramspec.models import registry, zoo_training
 from paramspec.models.libraries import line_of, told_in_one_line
-from paramspec.models.registry import (
-    HubSource,
-    ModelSpec,
-    WheelSource,
-    find_micro,
-    find_spec,
-    load_registry,
-)
+from paramspec.models.registry import HubSource, ModelSpec, WheelSource
 from paramspec.plain import require_unicode
 
 INDEX = "model.safetensors.index.json"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-TOKENIZER_FILES = (
-    *VOCABULARIES,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-)
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+TOKENIZER_FILES = (*VOCABULARIES, *SETTINGS)
 CONFIGS = ("config.json", "generation_config.json")
 HUB_FILES = (*CONFIGS, "model*.safetensors", INDEX, *TOKENIZER_FILES)
 
@@ -63,7 +51,7 @@ def find_checkpoint(model: str, *, fetch: Sequence[str] = HUB_FILES) -> Checkpoi
     hub's branch is followed, or taken from the cache where the hub cannot be reached. `fetch` holds
     patterns of the files to fetch; `()` trains nothing and asks no hub.
     """
-    spec = find_spec(model)
+    spec = registry.find_spec(model)
     if spec is not None:
         match spec.source:
             case HubSource():
@@ -82,12 +70,12 @@ def find_checkpoint(model: str, *, fetch: Sequence[str] = HUB_FILES) -> Checkpoi
         require_unicode(path)
         name = path.as_posix() if path.name else path.resolve().name
         # A directory is not the registry's model that it is called after.
-        return Checkpoint(f"./{name}" if name in load_registry() else name, path)
+        return Checkpoint(f"./{name}" if name in registry.load_registry() else name, path)
     hub = re.fullmatch(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?", model)
     if hub is not None and path.suffix != ".gguf":
         source = HubSource(kind="hub", repo=hub["repo"], revision=hub["revision"] or "main")
         return Checkpoint(model, _hub_snapshot(source, fetch))
-    near = difflib.get_close_matches(model.lower(), load_registry(), n=3, cutoff=0.4)
+    near = difflib.get_close_matches(model.lower(), registry.load_registry(), n=3, cutoff=0.4)
     hint = f"did you mean {', '.join(near)}?" if near else "`paramspec models` lists the registry"
     raise InputError(
         f"model {model!r}: not in models.yaml, no such directory, GGUF file or hub id; {hint}"
@@ -98,7 +86,7 @@ def find_checkpoints(models: Sequence[str]) -> list[Checkpoint]:
     """`find_checkpoints(["zoo-llama-1", "smollm2-135m"])`: all; micro models train side by side."""
     # A wrong name, a closed gate or a cut network at the end of a list is reported before the hours
     # that downloads of the others, or the training of micro models, may take.
-    micro = {model: found for model in models if (found := find_micro(model))}
+    micro = {model: found for model in models if (found := registry.find_micro(model))}
     for model in models:
         if model not in micro:
             find_checkpoint(model, fetch=("config.json",))

@@ -11,13 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from paramspec.errors import InputError
 from paramspec.execution.limits import require_memory
@@ -150,10 +145,10 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory or a GGUF file, without its weights."""
     with quiet_transformers(), told_in_one_line(path):
         if path.is_file():
-            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         if not any((path / name).is_file() for name in checkpoints.VOCABULARIES):
             raise InputError(f"{path}: no tokenizer; save it there with tokenizer.save_pretrained")
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def check_checkpoint(path: Path) -> PreTrainedModel:
@@ -172,7 +167,7 @@ def _directory_config(path: Path) -> PreTrainedConfig:
     """The config of a directory, if its weights are those of a plain model."""
     if (path / "adapter_config.json").is_file():
         raise InputError(f"{path}: an adapter; merge it into its base model (merge_and_unload)")
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     for field in ("transformers_weights", "quantization_config"):
         if getattr(config, field, None):
             raise InputError(
