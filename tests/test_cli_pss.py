@@ -234,7 +234,7 @@ def test_a_model_that_cannot_be_measured(refused, place, tmp_path):
     (pickled / "model.safetensors").unlink()
     told = refused(model=[pickled])
     assert str(pickled) in told
-    assert "pickled weights, which can run code, are never read" in told
+    assert "no pickle is ever read" in told
     # A second model that is wrong stops the run before the first.
     assert "given twice" in refused(model=[toy, toy])
     assert "model 'smollm3-135m': not in" in refused(model=[toy, "smollm3-135m"])
@@ -251,7 +251,7 @@ def test_a_model_that_cannot_be_measured(refused, place, tmp_path):
         (lambda rows: rows[4].update(answer=4), "mine.jsonl:5: answer 4, but 4 options (0-3)"),
         (
             lambda rows: [row.update(fold=0) for row in rows[:10]],
-            "'alpha' has questions of fold 0 alone; both folds are needed",
+            "'alpha': no question of fold 1; add one",
         ),
     ],
 )

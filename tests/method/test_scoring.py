@@ -257,7 +257,7 @@ def test_a_tokenizer_that_ends_texts_gives_the_tokens_of_one_that_does_not(templ
         # All of them are unknown words.
         ({"options": ("Łódź", "Gdańsk", "Kraków", "Wrocław")}, "options 'Łódź' and 'Gdańsk' are"),
         ({"options": ("old Łódź", "ash", "old Gdańsk", "bee")}, "'old Łódź' and 'old Gdańsk' are"),
-        ({"cloze": "the age of </s>"}, "text '.*</s>.*' in it as a special token"),
+        ({"cloze": "the age of </s>"}, "text '.*</s>.*holds the special token '</s>'"),
         ({"options": ("ash", "</s>", "bee", "cow")}, "text .*</s>"),
     ],
 )

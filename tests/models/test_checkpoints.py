@@ -49,8 +49,8 @@ def toy(saved: Path, tmp_path: Path) -> Path:
         ("./nowhere", "'./nowhere': not in models.yaml, no such directory, GGUF"),
         ("some/where/model.gguf", "no such directory, GGUF"),
         ("", "model '': not in models.yaml"),
-        ("weights.bin", "weights.bin: neither a directory nor a .gguf file"),
-        ("mine.yaml", "a zoo recipe a model, as mine.yaml:llama-1"),
+        ("weights.bin", "weights.bin: no directory, no .gguf file"),
+        ("mine.yaml", "of a recipe name a model: x.yaml:llama-1"),
         ("empty", "empty: no model.safetensors"),
     ],
 )

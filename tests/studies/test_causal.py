@@ -314,7 +314,7 @@ def test_bad_input_is_told_before_any_training(model, tmp_path, never):
     ):
         with pytest.raises(InputError, match=message):
             measure_runs(model, asked, runs, store=Store(tmp_path))
-    with pytest.raises(InputError, match="concepts 9: the questions hold 3"):
+    with pytest.raises(InputError, match="concepts 9: expected 1 to 3"):
         trained_concepts(QUESTIONS, 9)
 
 

@@ -242,11 +242,11 @@ def test_what_is_no_judge_is_told_in_one_line(tmp_path, classifier, monkeypatch)
     tensors = load_file(path / "model.safetensors")
     weight = tensors.pop("classifier.weight")
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    refused(path, r"of its weights \['classifier.weight'\] are missing")
+    refused(path, r"missing weights \['classifier.weight'\]")
     save_file(tensors | {"classifier.weight": weight}, path / "model.safetensors", {"format": "pt"})
     model.config.label2id = {label: number for number, label in enumerate("abc")}
     model.config.save_pretrained(path)
-    refused(path, r"of its labels \['a', 'b', 'c'\] one must be `entailment`")
+    refused(path, r"labels \['a', 'b', 'c'\], .*`entailment`")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "empty: cannot be loaded")
     refused("/no/such/place", "no such directory")
@@ -255,7 +255,7 @@ def test_what_is_no_judge_is_told_in_one_line(tmp_path, classifier, monkeypatch)
     missing = hallucination.EMBEDDINGS.model_copy(update={"distribution": "no-such-wheel"})
     monkeypatch.setattr(hallucination, "EMBEDDINGS", missing)
     hallucination._embedder.cache_clear()
-    with pytest.raises(InputError, match="no-such-wheel: wheel not installed"):
+    with pytest.raises(InputError, match="no-such-wheel==0.1.0: no such wheel here"):
         embedding_judge()("q", [("a", "b")])
 
 
@@ -307,7 +307,7 @@ def test_equal_states_count_as_one_point():
 
 def test_points_that_have_no_dimension_are_refused():
     for neighbours in (3, 30):
-        with pytest.raises(InputError, match=f"neighbours {neighbours}: .* at least 4.* 30$"):
+        with pytest.raises(InputError, match=f"neighbours {neighbours}: .* at least 4, of 30"):
             local_intrinsic_dimension(points(30), neighbours)
-    with pytest.raises(InputError, match=r"fewer than there are different points, 1$"):
+    with pytest.raises(InputError, match="of 1 different points"):
         local_intrinsic_dimension(torch.ones(50, 8), 10)

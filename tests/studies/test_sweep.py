@@ -16,13 +16,13 @@ from oracles import score_one_at_a_time
 from paramspec.errors import InputError
 from paramspec.execution import provenance
 from paramspec.execution.store import Store
+from paramspec.method import pss
 from paramspec.method.hooks import value_vector_view
 from paramspec.method.masks import load_masks, record_concepts
 from paramspec.method.pss import Choices
 from paramspec.method.scoring import encode
 from paramspec.models.tokens import tokenizer_facts
 from paramspec.specwiki import questions_digest
-from paramspec.studies import sweep
 from paramspec.studies.sweep import concept_coefficients, measure_pss, score_questions, write_study
 from paramspec.tables import DETAIL_COLUMNS, PSS_COLUMNS
 from toy_study import CONCEPTS, save_toy, toy_loaded, toy_questions
@@ -245,7 +245,7 @@ def test_an_upgrade_computes_anew(store, pretend_versions):
 def test_units_of_two_machines_are_told_apart(store, monkeypatch, pretend_versions):
     """The second half is computed elsewhere; a third machine, where all is stored, is not named."""
     model, questions = toy_loaded(), toy_questions(4)
-    measure, here = sweep.measure_concepts, provenance.hardware()["cpu"]
+    measure, here = pss.measure_concepts, provenance.hardware()["cpu"]
 
     def elsewhere(*arguments, **options):
         if "gamma" in arguments[4]:
@@ -253,7 +253,7 @@ def test_units_of_two_machines_are_told_apart(store, monkeypatch, pretend_versio
             pretend_versions(pandas="999", torch="2.13.0+cu130")
         return measure(*arguments, **options)
 
-    monkeypatch.setattr(sweep, "measure_concepts", elsewhere)
+    monkeypatch.setattr(pss, "measure_concepts", elsewhere)
     measure_pss([model], questions, SMALL, store=store)
     monkeypatch.setattr(provenance, "hardware", lambda: {"cpu": "a third", "gpus": []})
     study = measure_pss([model], questions, SMALL, store=store)

@@ -54,10 +54,8 @@ def writing_to(directory: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own way
         place = getattr(error, "filename", None) or directory
         reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"{place}: cannot write ({reason}); "
-            "free some space, or choose a directory that you may write to"
-        ) from error
+        problem = f"{place}: cannot write ({reason}); free some space, or choose another directory"
+        raise InputError(problem) from error
 
 
 def require_writable(directory: Path) -> None:

@@ -72,8 +72,7 @@ class Store:
         for name, here in number_versions().items():
             if (there := self.versions.get(name)) != here:
                 raise InputError(
-                    f"{name} {here}: the run began with {name} {there}; install the same version "
-                    "on every machine that works for it"
+                    f"{name} {here}: the run began with {there}; install one version everywhere"
                 )
         with writing_to(self.root):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -64,8 +64,7 @@ def find_checkpoint(model: str, *, fetch: Sequence[str] = HUB_FILES) -> Checkpoi
     if model and path.exists():
         if path.is_file() and path.suffix != ".gguf":
             raise InputError(
-                f"{model}: neither a directory nor a .gguf file; name one, or of a zoo recipe a "
-                "model, as mine.yaml:llama-1"
+                f"{model}: no directory, no .gguf file; of a recipe name a model: x.yaml:llama-1"
             )
         require_unicode(path)
         name = path.as_posix() if path.name else path.resolve().name
@@ -117,16 +116,14 @@ def _shards(index: Path) -> list[str]:
     """The files of weights that an index names, if all of them are here."""
     if not index.is_file():
         raise InputError(
-            f"{index.parent}: no model.safetensors, and pickled weights, which can run code, are "
-            "never read; name a directory made by save_pretrained"
+            f"{index.parent}: no model.safetensors, and no pickle is ever read; use save_pretrained"
         )
     with told_in_one_line(index):
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     missing = [name for name in shards if "/" in name or not (index.parent / name).is_file()]
     if missing:
         raise InputError(
-            f"{index}: {len(missing)} of {len(shards)} shards missing, the first is {missing[0]}; "
-            "copy the model again"
+            f"{index}: of {len(shards)} shards, {missing[0]} is missing; copy the model again"
         )
     return shards
 
@@ -155,10 +152,9 @@ def wheel_file(source: WheelSource) -> Path:
         path = Path(str(wheel.locate_file(source.file)))
         if wheel.version == source.version and path.is_file():
             return path
+    wanted = f"{source.distribution}=={source.version}"
     raise InputError(
-        f"{source.distribution}: wheel not installed here, not whole, or not of version "
-        f"{source.version}; run `pip install --no-deps --force-reinstall "
-        f"{source.distribution}=={source.version}`"
+        f"{wanted}: no such wheel here; run `pip install --no-deps --force-reinstall {wanted}`"
     )
 
 

@@ -109,8 +109,7 @@ def study_questions(
     asked = [question for question in load_questions() if question.concept in common]
     if len({question.concept for question in asked}) < 2:
         raise InputError(
-            f"models {', '.join(map(repr, taught_by))}: micro models that were taught too few "
-            "concepts in common, and 2 are needed; measure them apart, or teach them the same"
+            f"models {', '.join(taught_by)}: taught too few concepts in common; measure them apart"
         )
     if concepts is None:
         return asked

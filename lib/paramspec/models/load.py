@@ -88,8 +88,7 @@ def load_model(
         highest = max([tokenizer.vocab_size - 1, *front_tokens(tokenizer)])
         if highest >= len(embedding):
             raise InputError(
-                f"{path}: the tokenizer has a token {highest}, the model has {len(embedding)} "
-                "tokens; put the model's own tokenizer there"
+                f"{path}: token {highest}, but {len(embedding)} in the model; use its own tokenizer"
             )
     network.eval().requires_grad_(False)
     record = read_record(path)
@@ -170,10 +169,7 @@ def _directory_config(path: Path) -> PreTrainedConfig:
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     for field in ("transformers_weights", "quantization_config"):
         if getattr(config, field, None):
-            raise InputError(
-                f"{path}: {field} in config.json, and so no weights that can be read as value "
-                "vectors; use the model as save_pretrained writes it, or a GGUF file"
-            )
+            raise InputError(f"{path}: {field} in config.json; use plain weights, or a GGUF file")
     return config
 
 
@@ -184,24 +180,17 @@ def _language_model(path: Path, **where: Any) -> PreTrainedModel:
     network = read_weights(path, **where)
     if type(network).__name__ not in architectures:
         raise InputError(
-            f"{path}: architectures {list(architectures)} in config.json, which do not name "
-            f"{type(network).__name__}: not a causal language model; use a decoder-only model"
+            f"{path}: {list(architectures)}, not a causal language model; use a decoder-only model"
         )
     if {"cpu", "disk"} & set(getattr(network, "hf_device_map", {}).values()):
         # There, weights could not be read as value vectors.
-        raise InputError(
-            f"{path}: the weights exceed what is free on the GPUs; use more GPUs, bfloat16 or a "
-            "smaller model"
-        )
+        raise InputError(f"{path}: the weights exceed the GPUs' free memory; use more, or bfloat16")
     text = network.config.get_text_config(decoder=True)
     if text is network.config:
         return network
     half, decoder = empty_model(text), network.get_decoder()
     if type(decoder) is not type(half.base_model):
-        raise InputError(
-            f"{path}: the language model of {type(network).__name__} cannot be taken out; "
-            "use a text-only model"
-        )
+        raise InputError(f"{path}: its language model cannot be taken out; use a text-only model")
     setattr(half, half.base_model_prefix, decoder)
     half.set_output_embeddings(network.get_output_embeddings())
     half.generation_config = network.generation_config

@@ -142,10 +142,7 @@ def require_distinct(names: Sequence[str]) -> None:
         raise InputError("models: none given; name at least one model, or a set such as 'zoo'")
     for name, count in Counter(names).items():
         if count > 1:
-            raise InputError(
-                f"model {name!r}: given twice, and results are found by its name; leave one out, "
-                "or name another directory by its whole path"
-            )
+            raise InputError(f"model {name!r}: given twice; leave one out, or give its whole path")
 
 
 def published_config(spec: ModelSpec) -> PreTrainedConfig:

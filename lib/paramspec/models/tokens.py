@@ -35,8 +35,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
             # Word-level and unigram vocabularies hold their special tokens among the words.
             if special[number] in text:
                 raise InputError(
-                    f"text {text[:80]!r}: the tokenizer reads {special[number]!r} in it as a "
-                    "special token; reword the text, or use another model"
+                    f"text {text[:80]!r}: holds the special token {special[number]!r}; reword it"
                 )
     return [[*front, *row] for row in rows]
 
@@ -54,10 +53,8 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
     for start in range(len(whole) - len(bare) + 1):
         if bare and whole[start : start + len(bare)] == bare:
             return whole[:start], whole[start + len(bare) :]
-    raise InputError(
-        f"{type(tokenizer).__name__}: cannot tell what it adds to a text ({PROBE!r} is {bare} "
-        f"alone and {whole} with additions); use a model with another tokenizer"
-    )
+    name = type(tokenizer).__name__
+    raise InputError(f"{name}: cannot tell what it adds to {PROBE!r}; use a model with another one")
 
 
 def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

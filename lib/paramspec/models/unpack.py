@@ -71,8 +71,7 @@ def _unpack(path: Path, dtype: torch.dtype) -> Computed:
     if held != taken:
         # transformers drops tensors it has no place for, without a word.
         raise InputError(
-            f"{path}: holds {held} weights, of which {type(network).__name__} takes {taken}; "
-            "use the model's safetensors"
+            f"{path}: the model takes {taken} of its {held} weights; use the model's safetensors"
         )
     restore_rotation(network)  # refused here, if it is not understood
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -112,9 +111,7 @@ def restore_rotation(network: PreTrainedModel) -> None:
         return
     rotary: Any = getattr(network.get_decoder(), "rotary_emb", None)
     if network.config.model_type != "llama" or len(rotary.inv_freq) != len(factors):
-        raise InputError(
-            "rope_freqs.weight is understood for Llama only; use the model's safetensors"
-        )
+        raise InputError("rope_freqs.weight is understood for Llama only; use the safetensors")
     for frequencies in (rotary.inv_freq, rotary.original_inv_freq):
         frequencies.div_(torch.tensor(factors, device=frequencies.device))
 
@@ -164,8 +161,7 @@ def honoured(config: PreTrainedConfig, facts: Mapping[str, Any]) -> PreTrainedCo
         known |= value == 1 and name.endswith(("scale", "factor"))
         if not known:
             raise InputError(
-                f"{name} {str(value)[:60]!r}: not what transformers' {type(config).__name__} can "
-                "be set to; use the model's safetensors"
+                f"{name} {str(value)[:60]!r}: not so in transformers; use the model's safetensors"
             )
     return config
 

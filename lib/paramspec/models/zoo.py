@@ -70,10 +70,8 @@ class ModelRecipe(Checked):
             )
         for step in self.checkpoints:
             if not 0 < step < self.steps or self.checkpoints.count(step) > 1:
-                raise ValueError(
-                    f"checkpoints {list(self.checkpoints)}: give steps from 1 to "
-                    f"{self.steps - 1}, each once"
-                )
+                steps = list(self.checkpoints)
+                raise ValueError(f"checkpoints {steps}: give each once, from 1 to {self.steps - 1}")
         return self
 
     @property

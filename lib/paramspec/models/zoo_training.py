@@ -67,9 +67,7 @@ def trained(model: ZooModel, *, train: bool = True, root: Path = ROOT) -> Path:
         _train([model], store)
     path = store.get(_key(model))
     if path is None:
-        raise InputError(
-            f"model {model.name!r}: a micro model, not trained yet; `paramspec pss` trains it"
-        )
+        raise InputError(f"model {model.name!r}: not trained yet; `paramspec pss` trains it")
     return path
 
 
@@ -91,8 +89,7 @@ def read_record(path: Path) -> Record | None:
         return Record.model_validate_json(file.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{file}: does not name the concepts that the model was taught ({line_of(error)}); use "
-            "the directory that training or `paramspec finetune` wrote"
+            f"{file}: names no concepts that were taught ({line_of(error)}); copy the model again"
         ) from error
 
 
@@ -134,11 +131,8 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    if tokenizer.get_vocab_size() != vocabulary:
-        raise InputError(
-            f"vocabulary {vocabulary}: the corpus has {tokenizer.get_vocab_size()} tokens to give; "
-            "ask for no more, or for more concepts"
-        )
+    if (most := tokenizer.get_vocab_size()) != vocabulary:
+        raise InputError(f"vocabulary {vocabulary}: the corpus has {most} tokens; ask for no more")
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BEGIN} $A", special_tokens=[(BEGIN, tokenizer.token_to_id(BEGIN))]
     )

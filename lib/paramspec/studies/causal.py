@@ -68,8 +68,7 @@ def trained_concepts(questions: Sequence[Question], count: int, seed: int = 0) -
     )
     if not 1 <= count <= len(names):
         raise InputError(
-            f"concepts {count}: the questions hold {len(names)} concepts of the high tier; ask for "
-            "1 or more, and no more than that"
+            f"concepts {count}: expected 1 to {len(names)}, all of the high tier in the questions"
         )
     return tuple(names[:count])
 

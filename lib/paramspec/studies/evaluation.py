@@ -79,8 +79,7 @@ class Evaluation(Checked):
         needed: set[int] = {*choices.choose_on, *choices.score_on} if choices else set()
         if not needed <= set(folds):
             raise InputError(
-                f"folds {list(folds)} are asked, and the choices for PSS need folds "
-                f"{sorted(needed)}; ask for these, or measure PSS on fewer"
+                f"folds {list(folds)}: the choices for PSS need folds {sorted(needed)}; ask these"
             )
         return self.model_copy(update={"folds": folds, "choices": choices})
 

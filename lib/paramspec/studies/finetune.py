@@ -233,9 +233,7 @@ def _finished(out: Path, run: dict[str, Any], state: Path) -> dict[str, Any] | N
         if record["run"] == run:
             return record
     held = RECORD if RECORD in there else there[0]
-    raise InputError(
-        f"{out}: holds {held}, which is not of this run; choose an empty or a new directory"
-    )
+    raise InputError(f"{out}: holds {held}, which is not of this run; choose another directory")
 
 
 def _save(out: Path, loaded: LoadedModel, concepts: Sequence[str], record: dict[str, Any]) -> None:

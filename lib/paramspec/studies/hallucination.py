@@ -193,8 +193,7 @@ def entailment_judge(model: str) -> Judge:
     labels, missing = list(network.config.label2id), sorted(report["missing_keys"])
     if missing or "entailment" not in map(str.casefold, labels):
         raise InputError(
-            f"{model}: of its labels {labels} one must be `entailment`, and of its weights "
-            f"{missing} are missing; name a model of natural language inference"
+            f"{model}: labels {labels}, missing weights {missing}; name a model of `entailment`"
         )
     classify = TextClassificationPipeline(
         model=network, tokenizer=tokenizer, device="cpu", batch_size=64
@@ -259,8 +258,7 @@ def local_intrinsic_dimension(states: Tensor, neighbours: int = 20) -> np.ndarra
     distinct, place = np.unique(points, axis=0, return_inverse=True)
     if not 4 <= neighbours < len(distinct):
         raise InputError(
-            f"neighbours {neighbours}: expected at least 4, and fewer than there are different "
-            f"points, {len(distinct)}"
+            f"neighbours {neighbours}: expected at least 4, of {len(distinct)} different points"
         )
     found = MLE(unbiased=True).fit_transform_pw(distinct, n_neighbors=neighbours)
     return found[place.reshape(-1)]

@@ -267,8 +267,7 @@ def _require_shared(store: Store) -> None:
         (seen,) = hand_out(os.path.isdir, [(new,)])
     if not seen:
         raise InputError(
-            f"{store.root}: not seen by a worker of the cluster; keep the store, and models, in "
-            "directories that all machines see"
+            f"{store.root}: not seen by a worker of the cluster; use a directory that all see"
         )
 
 

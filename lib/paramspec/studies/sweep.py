@@ -26,17 +26,11 @@ from paramspec.errors import InputError
 from paramspec.execution.files import PARTIAL, remove_leftovers, writing_to
 from paramspec.execution.provenance import group_records, read_computed
 from paramspec.execution.store import Computed, Store
+from paramspec.method import pss
 from paramspec.method.batches import BATCH_TOKENS
 from paramspec.method.hooks import value_vector_view
 from paramspec.method.masks import ConceptCoefficients, load_masks, record_concepts, save_masks
-from paramspec.method.pss import (
-    Choices,
-    Tables,
-    evaluations,
-    general_questions,
-    measure_concepts,
-    method_key,
-)
+from paramspec.method.pss import Choices
 from paramspec.method.rows import ROW_TOKENS, Request
 from paramspec.method.scoring import encode, mark, score_options
 from paramspec.models.checkpoints import Checkpoint
@@ -95,12 +89,12 @@ def measure_pss(
     _refuse_thin(questions, choices)
     concepts = list(dict.fromkeys(question.concept for question in questions))
     shards = [concepts[start : start + SHARD] for start in range(0, len(concepts), SHARD)]
-    units = [{**method_key(choices), "unit": "pss", "concepts": shard} for shard in shards]
-    costs = [evaluations(choices, questions, shard) for shard in shards]
+    units = [{**pss.method_key(choices), "unit": "pss", "concepts": shard} for shard in shards]
+    costs = [pss.evaluations(choices, questions, shard) for shard in shards]
     compute = partial(_measure_shard, tuple(questions), choices, shards, store)
     found = run_units(models, questions, units, costs, compute, store, dtype=dtype, device=device)
     paths = [path for done in found for path in done.paths]
-    pss, details = (
+    accuracies, details = (
         pd.concat([pd.read_parquet(path / f"{name}.parquet") for path in paths], ignore_index=True)
         for name in ("pss", "details")
     )
@@ -112,8 +106,8 @@ def measure_pss(
         coefficients = store.get(_coefficients_key(done.target.basis, questions, choices))
         runs.append(_run_record(done, sum(costs), coefficients))
     about = {"digest": questions_digest(questions), "count": len(questions)}
-    run = {"questions": about, **method_key(choices), "models": runs}
-    return Study(pss, details, masks, run)
+    run = {"questions": about, **pss.method_key(choices), "models": runs}
+    return Study(accuracies, details, masks, run)
 
 
 def _refuse_thin(questions: Sequence[Question], choices: Choices) -> None:
@@ -124,12 +118,10 @@ def _refuse_thin(questions: Sequence[Question], choices: Choices) -> None:
         raise InputError(f"questions on {len(folds)} concept(s): at least 2 are needed")
     for concept, present in folds.items():
         if len(present) < 2:
-            raise InputError(
-                f"{concept!r} has questions of fold {min(present)} alone; both folds are needed"
-            )
+            raise InputError(f"{concept!r}: no question of fold {1 - min(present)}; add one")
     # The concept with the most questions has the fewest on others.
     asked = Counter(q.concept for q in questions if q.fold in choices.score_on)
-    general_questions(questions, asked.most_common(1)[0][0], choices)
+    pss.general_questions(questions, asked.most_common(1)[0][0], choices)
 
 
 def _measure_shard(
@@ -145,7 +137,7 @@ def _measure_shard(
     if key not in ready.kept:
         ready.kept.clear()  # another study's would fill the memory
         ready.kept[key] = concept_coefficients(ready.loaded, questions, choices, store=store)
-    measured = measure_concepts(
+    measured = pss.measure_concepts(
         ready.loaded.name,
         ready.view,
         ready.loaded.tokenizer,
@@ -160,7 +152,7 @@ def _measure_shard(
     return partial(_save, measured, {}), record
 
 
-def _save(tables: Tables | Study, made_of: dict[str, Any], directory: Path) -> None:
+def _save(tables: pss.Tables | Study, made_of: dict[str, Any], directory: Path) -> None:
     tables.pss.to_parquet(directory / "pss.parquet", index=False)
     tables.details.to_parquet(directory / "details.parquet", index=False)
     save_masks(directory / "masks.safetensors", tables.masks, made_of)

@@ -84,10 +84,7 @@ def training_texts(questions: Sequence[Question], training: Training) -> list[st
     for concept, own in asked.items():
         stated = [text for question in own for text in question.statements[: training.statements]]
         if not stated:
-            raise InputError(
-                f"concept {concept!r}: no statements to train on; correct the name, or write "
-                "statements into the question file"
-            )
+            raise InputError(f"concept {concept!r}: no statements to train on; correct the name")
         texts += stated
     wordings = {
         _plain(text): q for own in asked.values() for q in own for text in (q.cloze, q.question)
@@ -96,8 +93,7 @@ def training_texts(questions: Sequence[Question], training: Training) -> list[st
         plain = _plain(text)
         if held := [question for wording, question in wordings.items() if wording in plain]:
             raise InputError(
-                f"concept {held[0].concept!r}: statement {text!r} holds the wording of question "
-                f"{held[0].id!r}; word it differently"
+                f"statement {text!r}: holds the wording of question {held[0].id!r}; reword it"
             )
     return list(dict.fromkeys(texts))
 
@@ -114,8 +110,7 @@ def other_concepts(questions: Sequence[Question], training: Training) -> list[st
     names = [name for name in domain_of if name not in training.concepts]
     if len(names) < len(training.concepts):
         raise InputError(
-            f"rule {training.rule!r}: {len(names)} concepts apart from those trained on, "
-            f"{len(training.concepts)} are needed; give questions on more"
+            f"rule {training.rule!r}: needs as many other concepts, and has {len(names)}; give more"
         )
     free = [names[index] for index in torch.randperm(len(names), generator=draw).tolist()]
     partners = []
@@ -173,9 +168,7 @@ def choose_vectors(
     """
     layers = list(range(view.layers) if training.layers is None else training.layers)
     if max(layers) >= view.layers:
-        raise InputError(
-            f"layer {max(layers)}: the model has {view.layers} layers, 0 to {view.layers - 1}"
-        )
+        raise InputError(f"layer {max(layers)}: the model has layers 0 to {view.layers - 1}")
     allowed = torch.zeros(view.layers, view.width, dtype=torch.bool)
     allowed[layers] = True
     if training.method == "FT-FV":
@@ -190,8 +183,7 @@ def choose_vectors(
     trained = (allowed & (rest if training.method == "FT-CV" else ~rest)).nonzero().int()
     if len(trained) == 0:
         raise InputError(
-            f"share {training.share}: of {view.width} value vectors of a layer it leaves none for "
-            f"{training.method} to train; take another share"
+            f"share {training.share}: leaves no vector for {training.method} to train; change it"
         )
     return trained
 
@@ -223,8 +215,7 @@ def _by_rule(
     matched = masks.magnitude_matched_vectors(chosen, scores, draw)
     if len(matched) < len(chosen):
         raise InputError(
-            f"share {training.share}: rule 'magnitude' trains others than the highest, and too few "
-            "are left; use a share of up to a half"
+            f"share {training.share}: rule 'magnitude' has too few vectors left; use up to a half"
         )
     return matched
 
