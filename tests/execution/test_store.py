@@ -108,7 +108,7 @@ def test_a_worker_with_other_versions_puts_nothing(store, pretend_versions):
     handed = pickle.dumps(store)
     pretend_versions(transformers="4.57.1")
     began = store.versions["transformers"]
-    with pytest.raises(InputError, match=f"^transformers 4.57.1: the run began with .* {began};"):
+    with pytest.raises(InputError, match=f"^transformers 4.57.1: the run began with {began};"):
         pickle.loads(handed).put(KEY, write)
     assert everything(store) == []
 

@@ -365,10 +365,7 @@ def test_a_damaged_state_is_refused(out, refused, damaged):
         ("--share 1.1", "share 1.1: "),
         ("--share 1 --method FT-CV", "share 1.0: leaves no vector for FT-CV"),
         ("--share 0.8 --rule magnitude", "share 0.8: rule 'magnitude'"),
-        (
-            "--rule other --concept gamma --concept delta --concept zeta",
-            "rule 'other': needs .* has 3;",
-        ),
+        ("--rule other --concept gamma --concept delta --concept zeta", "rule 'other': needs .* 3"),
         ("--learning-rate 1e38", r"learning_rate 1e\+38: "),
         ("--save-every 0", "save_every 0: expected at least 1 step"),
         ("--questions {}/long.jsonl", "65 tokens does not fit the model's context of 64 tokens"),

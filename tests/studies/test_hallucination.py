@@ -255,7 +255,7 @@ def test_what_is_no_judge_is_told_in_one_line(tmp_path, classifier, monkeypatch)
     missing = hallucination.EMBEDDINGS.model_copy(update={"distribution": "no-such-wheel"})
     monkeypatch.setattr(hallucination, "EMBEDDINGS", missing)
     hallucination._embedder.cache_clear()
-    with pytest.raises(InputError, match="no-such-wheel==0.1.0: no such wheel here"):
+    with pytest.raises(InputError, match=r"no-such-wheel==0.1.0: no such wheel here"):
         embedding_judge()("q", [("a", "b")])
 
 

@@ -165,7 +165,7 @@ def test_other_concepts_are_not_trained_on_and_of_the_same_domains():
     # Where a domain has none left, any will do.
     names = other_concepts(QUESTIONS, choices(concepts=("alpha", "gamma", "zeta")))
     assert sorted(DOMAINS[name] for name in names) == ["greek", "letter", "letter"]
-    with pytest.raises(InputError, match="rule 'other': needs .* has 3;"):
+    with pytest.raises(InputError, match=r"rule 'other': needs .* has 3;"):
         other_concepts(QUESTIONS, choices(concepts=CONCEPTS[:5], rule="other"))
 
 
@@ -199,7 +199,7 @@ def test_a_statement_that_holds_a_wording_is_refused(where, text):
     changes = {"alpha/age": {"question": "what age has alpha?"}}
     changes[f"{where}/king"] = {"statements": (text,)}
     changed = [q.model_copy(update=changes.get(q.id, {})) for q in QUESTIONS]
-    with pytest.raises(InputError, match="statement .*wording of question 'alpha/age'"):
+    with pytest.raises(InputError, match=r"statement .*wording of question 'alpha/age'"):
         training_texts(changed, choices())
     # Statements that are not trained on may say what they like.
     assert training_texts(changed, choices(concepts=("gamma",)))

@@ -1,4 +1,1 @@
-"""How work is run: results on disk, processes, signals, and what of the machine may be used.
-
-It knows nothing of models or of the paper, and imports none of the other packages.
-"""
+"""Execution: results on disk, processes, signals, and the limits of the machine."""

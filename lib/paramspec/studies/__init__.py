@@ -1,4 +1,1 @@
-"""Studies: PSS over models, fine-tuning, causal training, hallucination, and what they cost.
-
-They hand questions to `method`, and its answers to `stats`; everything is kept by `execution`.
-"""
+"""Studies: PSS over models, fine-tuning, causal training, hallucination, and their costs."""
