@@ -159,7 +159,6 @@ def _execute(chapter: Path, values: Mapping[str, Any], scratch: Path, root: Path
 
 @contextlib.contextmanager
 def _kernel_environment(profile: str, used: Path) -> Iterator[None]:
-    """Set the environment that a kernel inherits, and undo it."""
     import tqdm  # noqa: F401  papermill's own progress bar reads the environment at its import
 
     before = dict(os.environ)
@@ -178,7 +177,6 @@ def _kernel_environment(profile: str, used: Path) -> Iterator[None]:
 
 
 def _circumstances(root: Path) -> dict[str, Any]:
-    """Return the versions, the machine, the commit, and whether files differ from it."""
 
     def git(*arguments: str) -> str:
         line = ["git", "-C", str(root), *arguments]

@@ -58,7 +58,6 @@ def run_names(table: pd.DataFrame) -> Names:
 def panels(
     rows: int, columns: int, size: tuple[float, float], **options: Any
 ) -> tuple[Figure, np.ndarray]:
-    """Return a figure of a size in inches, and its panels `[rows, columns]`."""
     return plt.subplots(rows, columns, figsize=size, squeeze=False, **options)
 
 
@@ -118,7 +117,6 @@ def rows(
 
 
 def null_band(axes: Axes, table: pd.DataFrame, x: str) -> None:
-    """Colour the interval of the peak under random masks."""
     null = table.groupby(x)[["peak_null_low", "peak_null_high"]].mean()
     style: dict[str, Any] = {"color": NULL, "alpha": 0.25, "linewidth": 0}
     axes.fill_between(null.index, *null.to_numpy().T, label="random masks, 95 %", **style)
@@ -134,7 +132,6 @@ def on_ratios(axes: Axes, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def legend_below(figure: Figure, columns: int = 3) -> None:
-    """Put one legend below all panels."""
     named: dict[str, Any] = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()

@@ -92,7 +92,6 @@ def load_profile(profile: str, root: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_notebook(chapter: Path) -> Any:
-    """Return a chapter's source as a notebook."""
     import jupytext
 
     return jupytext.read(chapter, fmt="md:myst")

@@ -27,7 +27,6 @@ LOGGER = logging.getLogger(__name__)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Connect the extension; Sphinx calls it."""
     app.connect("builder-inited", register_copies, priority=900)  # myst-nb's own comes before
     app.connect("doctree-read", add_note)
     app.add_directive("executed-chapters", ExecutedChapters)
@@ -104,7 +103,6 @@ class ExecutedChapters(SphinxDirective):
     """`{executed-chapters}`: a table of every chapter's execution."""
 
     def run(self) -> list[nodes.Node]:
-        """Return the table; a chapter without a copy says so."""
         rows = ["| Chapter | Executed | Profile | Commit | Seconds | Machine |", "|" + "---|" * 6]
         env: Any = self.env
         for docname, record in env.executed_records.items():

@@ -34,13 +34,11 @@ def number_versions() -> dict[str, str]:
 
 
 def versions(*names: str) -> dict[str, str]:
-    """Of the libraries that are installed."""
     return {name: found for name in names if (found := version_of(name))}
 
 
 @functools.cache  # read from files, for each stored result; what is imported stays what it is
 def version_of(name: str) -> str | None:
-    """None if the library is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

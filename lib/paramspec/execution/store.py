@@ -122,7 +122,6 @@ class Store:
                 lock.release()
 
     def remove_leftovers(self) -> None:
-        """Remove the unfinished results of killed processes."""
         for pattern in (f"{PARTIAL}*", "*.lock"):
             remove_leftovers(self.root, f"v{STORE_VERSION}/*/{pattern}")
 
@@ -146,7 +145,6 @@ def _digest(file: Path) -> str:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a stored result, or None."""
     try:
         sums = dict(json.loads((path / "checksums.json").read_text(encoding="utf-8")))
         for name in ("key.json", *sums):

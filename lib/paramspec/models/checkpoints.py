@@ -94,7 +94,6 @@ def find_checkpoints(models: Sequence[str]) -> list[Checkpoint]:
 
 
 def is_on_disk(spec: ModelSpec) -> bool:
-    """Whether a load would need no download and no training."""
     try:
         return bool(checkpoint_files(find_checkpoint(spec.id, fetch=()).path))
     except InputError:
@@ -159,7 +158,6 @@ def wheel_file(source: WheelSource) -> Path:
 
 
 def _hub_snapshot(source: HubSource, fetch: Sequence[str]) -> Path:
-    """The directory of a hub repository in the hub's cache."""
     from huggingface_hub import constants, snapshot_download
 
     try:

@@ -85,7 +85,6 @@ class ModelSpec(Checked):
 
     @property
     def micro(self) -> ZooModel | None:
-        """The micro model that it is an entry of, or None of a model that others have made."""
         return self.source if isinstance(self.source, ZooModel) else None
 
 
@@ -191,7 +190,6 @@ def find_micro(model: str) -> ZooModel | None:
 
 
 def _spec_of(model: ZooModel) -> ModelSpec:
-    """A micro model as an entry of the registry."""
     recipe = model.recipe
     step = "" if model.step is None else f", step {model.step}"
     return ModelSpec(

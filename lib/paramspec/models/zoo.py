@@ -124,7 +124,6 @@ class ZooModel(Checked):
 
     @property
     def at(self) -> int:
-        """The step that its weights are of."""
         return self.recipe.steps if self.step is None else self.step
 
 
@@ -174,7 +173,6 @@ def _models_of(name: str, common: Mapping, line: object) -> Iterator[ZooModel]:
 
 
 def architecture(recipe: ModelRecipe) -> PreTrainedConfig:
-    """The configuration of the family's own transformers class."""
     from transformers import AutoConfig
 
     settings: dict[str, Any] = {}

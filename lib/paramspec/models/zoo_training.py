@@ -100,7 +100,6 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def own_tokenizer(model: ZooModel) -> PreTrainedTokenizerFast:
-    """The tokenizer of a micro model, whether the model is trained yet or not."""
     with naming(model.name):
         return train_tokenizer(list(model.recipe.texts), model.recipe.vocabulary)
 

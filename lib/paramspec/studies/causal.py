@@ -194,7 +194,6 @@ def _measure_run(
 def _trained(
     ready: runner.Ready, questions: Sequence[Question], training: Training, store: Store
 ) -> Path:
-    """The directory of trained vectors, from the store or trained now."""
     loaded, view = ready.loaded, ready.view
     key = {
         "unit": "finetune",

@@ -141,7 +141,6 @@ class Plan(NamedTuple):
     totals: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
         tables = {name: getattr(self, name).to_dict("records") for name in ("models", "chapters")}
         return self._asdict() | {"gpu": self.gpu._asdict()} | tables
 

@@ -172,7 +172,6 @@ def _read_state(
 
 
 def texts_digest(texts: Sequence[str]) -> str:
-    """The digest of the texts in a key."""
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 

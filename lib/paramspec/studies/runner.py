@@ -137,7 +137,6 @@ def run_units(
 
 
 def _find_targets(models: Sequence[str | LoadedModel], dtype: str, device: str) -> list[Target]:
-    """Where models lie, trained or fetched if need be."""
     names = [model for model in models if isinstance(model, str)]
     found = {}
     if names:
@@ -261,7 +260,6 @@ def _weights(checkpoint: Checkpoint) -> int:
 
 
 def _require_shared(store: Store) -> None:
-    """A cluster's workers write results to a directory that this machine reads."""
     require_writable(store.root)
     with TemporaryDirectory(dir=store.root) as new:
         (seen,) = hand_out(os.path.isdir, [(new,)])

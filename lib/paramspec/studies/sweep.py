@@ -194,14 +194,11 @@ def answer_table(ready: Ready, questions: Sequence[Question]) -> pd.DataFrame:
         scores = score_options(
             ready.view, requests, [None], engine=ready.engine, progress=bar.update
         )
+    about = {"concept", "domain", "tier", "relation", "fold"}
     return pd.DataFrame(
         {
             "question_id": question.id,
-            "concept": question.concept,
-            "domain": question.domain,
-            "tier": question.tier,
-            "relation": question.relation,
-            "fold": question.fold,
+            **question.model_dump(include=about),
             "option_logprobs": score.tolist(),
             **mark(score.tolist(), question),
         }
@@ -260,7 +257,6 @@ def _progress(questions: Sequence[Question], title: str) -> tqdm:
 
 
 def _run_record(done: Done, cost: int, coefficients: Path | None) -> dict[str, Any]:
-    """The part of `run.json` on a model, see `write_study`."""
     model = done.target.model
     records = [read_computed(path) for path in done.paths]
     # The directory of a micro model has the record of its training.
