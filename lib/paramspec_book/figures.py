@@ -182,9 +182,9 @@ def against_accuracy(table: pd.DataFrame) -> Figure:
         grey = points | {"color": NULL, "marker": "D", "markersize": 3.5, "label": "random masks"}
         panels.draw(axes, table, "accuracy", "peak_null", **grey)
     panels.groups(axes, table, "accuracy", "peak_pss", "run", panels.run_names(table), **points)
-    beside: dict[str, Any] = {"xytext": (7, 5), "textcoords": "offset points", "fontsize": 9}
+    near: dict[str, Any] = {"xytext": (7, 5), "textcoords": "offset points", "fontsize": 9}
     for row in table[table["shown"] != ""].itertuples():
-        axes.annotate(row.shown, (row.accuracy, row.peak_pss), **beside)
+        axes.annotate(row.shown, (row.accuracy, row.peak_pss), **near)
     axes.set(xlabel="accuracy without a mask (acc_norm); dashed: chance", ylabel="peak PSS")
     panels.legend_below(figure, 4)
     return figure

@@ -166,7 +166,7 @@ def test_a_process_killed_beside_the_sweep_is_told_in_one_line(start, tmp_path):
     assert process.returncode == 2, told
     # joblib's own tracker may add what it cleaned up after the dead process.
     (line,) = [line for line in told.split("\n") if line.startswith("paramspec: error: ")]
-    assert "a worker process was killed, most likely for want of memory; run again" in line
+    assert "a worker process was killed, most likely for lack of memory; run again" in line
     assert "Traceback" not in told
     assert before.items() <= finished(store).items()
 

@@ -94,8 +94,8 @@ def hand_out(function: Callable[..., object], tasks: Sequence[Sequence[object]])
         if type(error).__name__ not in ("TerminatedWorkerError", "KilledWorker"):
             raise
         raise InputError(
-            "a worker process was killed, most likely for want of memory; run again with fewer "
-            "workers, or more memory for each: what is finished is kept"
+            "a worker process was killed, most likely for lack of memory; run again with fewer "
+            "workers, or more memory for each: finished units are kept"
         ) from error
 
 
@@ -140,7 +140,7 @@ def _cluster(address: str) -> Iterator[None]:
 
 
 async def _knock(address: str) -> None:
-    """Connect without a `Client`, which waits without end for what is no scheduler."""
+    """Connect without a `Client`, which waits without end at an address of no scheduler."""
     from distributed.comm.core import connect
     from distributed.security import Security
 

@@ -37,7 +37,7 @@ def versions(*names: str) -> dict[str, str]:
     return {name: found for name in names if (found := version_of(name))}
 
 
-@functools.cache  # read from files, for each stored result; what is imported stays what it is
+@functools.cache  # it is read from files, for each stored result; an imported library stays
 def version_of(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)

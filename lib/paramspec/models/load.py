@@ -131,7 +131,7 @@ def device_map(needed: int, place: torch.device) -> dict[str, Any]:
     if place.type == "cpu":
         require_memory(needed)
         return {}
-    torch.cuda.empty_cache()  # what models before this one have left, the driver counts as used
+    torch.cuda.empty_cache()  # the driver counts memory that earlier models left as used
     gpus = range(torch.cuda.device_count())
     free = {index: int(0.9 * torch.cuda.mem_get_info(index)[0]) for index in gpus}
     single = torch.cuda.current_device() if place.index is None else place.index

@@ -1,4 +1,4 @@
-"""The registry of models, `models.yaml`: what a MODEL argument may say.
+"""The registry of models, `models.yaml`: the names that a MODEL argument may have.
 
 torch and transformers are imported where they are used, so that listing the registry is quick.
 """

@@ -54,7 +54,7 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
         if bare and whole[start : start + len(bare)] == bare:
             return whole[:start], whole[start + len(bare) :]
     name = type(tokenizer).__name__
-    raise InputError(f"{name}: cannot tell what it adds to {PROBE!r}; use a model with another one")
+    raise InputError(f"{name}: unclear what it adds to {PROBE!r}; use a model with another one")
 
 
 def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

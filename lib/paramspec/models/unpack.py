@@ -136,7 +136,7 @@ def honoured(config: PreTrainedConfig, facts: Mapping[str, Any]) -> PreTrainedCo
     """
     facts = {
         name: value[0] if isinstance(value, list) and len(set(value)) == 1 else value
-        for name, value in facts.items()  # what is the same in each layer may be said of each
+        for name, value in facts.items()  # a value that is equal in all layers is the value of each
     }
     if facts.get("attention.sliding_window", 0) >= facts.get("context_length", math.inf):
         del facts["attention.sliding_window"]  # nothing is out of reach
@@ -167,7 +167,7 @@ def honoured(config: PreTrainedConfig, facts: Mapping[str, Any]) -> PreTrainedCo
 
 
 def _said_otherwise(config: PreTrainedConfig) -> dict[str, float]:
-    """What the config says under other names than a file's."""
+    """Values of the config that have other names in a file."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = getattr(config, "rope_parameters", None) or {}
     return {

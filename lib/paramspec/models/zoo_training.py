@@ -62,10 +62,11 @@ def train_zoo(models: Sequence[ZooModel], *, root: Path = ROOT) -> None:
 
 def trained(model: ZooModel, *, train: bool = True, root: Path = ROOT) -> Path:
     """`trained(load_zoo()["zoo-llama-3"])`: the model's directory; `train` if need be."""
-    store = Store(root)
-    if train and store.get(_key(model)) is None:
+    store, key = Store(root), _key(model)
+    path = store.get(key)
+    if path is None and train:
         _train([model], store)
-    path = store.get(_key(model))
+        path = store.get(key)
     if path is None:
         raise InputError(f"model {model.name!r}: not trained yet; `paramspec pss` trains it")
     return path

@@ -1,9 +1,8 @@
-"""What each chapter measures, said once: the chapter measures it, and the planner counts it.
+"""The experiments of each chapter, defined once for the chapter and for the planner.
 
     study, holdout = [experiment.measure() for experiment in CHAPTERS["3-masking"](parameters)]
 
-A chapter is named as its notebook is. Of the parameters, all that the notebook declares are needed;
-others are left alone.
+A chapter is named as its notebook is, and needs all parameters that the notebook declares.
 """
 
 from __future__ import annotations
@@ -30,19 +29,17 @@ class Experiment:
     choices: Choices
 
     def measure(self) -> Study:
-        """`experiment.measure()`: where `workers` says."""
         return measure_pss(self.models, self.questions, self.choices)
 
     def changed(self, **choices: object) -> Experiment:
-        """`experiment.changed(position="last")`: with other choices, and no controls."""
+        """The experiment with other choices, and without controls."""
         update = {"controls": 0} | choices
         return replace(self, choices=self.choices.model_copy(update=update))
 
 
 def training_of(name: str, p: Mapping[str, Any]) -> tuple[list[Question], Training]:
-    """`questions, training = training_of("smollm2-135m", parameters)`: of chapters 8 and 9.
-
-    A micro model is asked what it was taught, and its training has parameters of its own.
+    """The questions and the training of a model in chapters 8 and 9. A micro model is asked about
+    concepts that it was taught, and its training has parameters of its own.
     """
     micro = taught(name) is not None
     questions = study_questions([name]) if micro else load_questions()

@@ -30,9 +30,9 @@ from paramspec.studies.runner import Ready
 from paramspec.studies.sweep import answer_table
 from paramspec.studies.training import next_token_nats
 
-EVALUATION_VERSION = 5  # raised whenever a change of this file could move what is stored
+EVALUATION_VERSION = 5  # raised whenever a change of this file could move a stored result
 TABLES = ("answers", "generated", "texts", "pss", "samples")
-PROSE = Path(__file__).with_name("prose.txt")  # prose.md says whose it is
+PROSE = Path(__file__).with_name("prose.txt")  # prose.md names its source
 PASSAGE_TOKENS = 128
 LIKELIHOOD_TOKENS = 256  # of texts in a forward pass, whose logits are all in memory
 

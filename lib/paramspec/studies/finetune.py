@@ -74,7 +74,7 @@ def refuse_divergence(losses: Sequence[float], steps: int, uniform: float, rate:
     guess over the vocabulary; or the model ends no better than such a guess, and began better.
     """
     first, last, done = losses[0], losses[-1], len(losses) - 1
-    # Some runs pass through such a guess and learn. Others stay: a norm divides what is huge away.
+    # Some runs pass through such a guess and learn. Others stay: norms divide huge values away.
     guessing = done == steps and last > 0.99 * uniform > first
     if not math.isfinite(last) or last > 2 * max(uniform, first) or guessing:
         raise InputError(

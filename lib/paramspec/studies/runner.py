@@ -60,7 +60,7 @@ class Ready:
     loaded: LoadedModel
     view: ValueVectorView
     engine: Engine
-    kept: dict[str, Any] = field(default_factory=dict)  # what units leave for later ones
+    kept: dict[str, Any] = field(default_factory=dict)  # results that units leave for later ones
 
 
 Compute = Callable[[Ready, int], Computed]  # computes a unit, given its number
@@ -176,7 +176,7 @@ def _collect(job: Job, computed: int) -> Done:
     if len(paths) < len(job.keys):
         raise InputError(
             f"{job.store.root}: a result of {job.target.model.name!r} was damaged or removed as "
-            "soon as it was written; check the disk, and run again: what is whole is kept"
+            "soon as it was written; check the disk, and run again: finished units are kept"
         )
     return Done(job.target, paths, computed)
 
@@ -190,7 +190,7 @@ def _tasks(jobs: Sequence[Job]) -> list[Job]:
     weights = [_weights(cast("Checkpoint", job.target.model)) for job in jobs]
     if not on_this_machine():
         _require_shared(jobs[0].store)
-    count = joblib.effective_n_jobs(None)  # of what is active, where -1 would be every core
+    count = joblib.effective_n_jobs(None)  # of the active backend, where -1 would be every core
     costs = [
         size * sum(job.costs[n] for n in job.left) for size, job in zip(weights, jobs, strict=True)
     ]

@@ -81,7 +81,7 @@ def measure_pss(
     Raises:
         InputError: if a model is not found, incomplete or named twice, if the questions cannot be
             used or must not be asked of a micro model (see `require_taught`), before anything is
-            measured; if a model cannot be measured, when its turn comes: what is finished is kept.
+            measured; if a model cannot be measured, when its turn comes: finished units are kept.
     """
     choices = (choices or Choices()).with_folds(folds_asked(models))
     store = store or Store("results/store")
