@@ -1,10 +1,5 @@
 """Work handed out with joblib, on one machine's cores or GPUs, or on a Dask cluster.
 
-    with workers(jobs=2):                               # processes on this machine
-        measure_pss(["zoo-llama-1", "zoo-llama-2"], questions)
-    with workers(scheduler="tcp://host:8786"):          # a Dask cluster that is already up
-        measure_pss(["llama-2-7b"], questions)
-
 `hand_out` names no backend to `joblib.Parallel`: `workers` does, or a user's own
 `joblib.parallel_config`. Outside of both, this process does one task after the other.
 """
@@ -108,7 +103,7 @@ def _task(function: Callable[..., object], *arguments: object) -> object:
 
 
 def on_this_machine() -> bool:
-    """`on_this_machine()`: False if tasks go to a cluster, whose machines may differ."""
+    """False if tasks go to a cluster, whose machines may differ."""
     backend, _ = joblib.parallel.get_active_backend()
     return type(backend).__name__ != "DaskDistributedBackend"
 
