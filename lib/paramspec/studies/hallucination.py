@@ -112,10 +112,10 @@ def sample_answers(
     )
     return [
         Sampled(
-            generation.first_lines(tokenizer, [row.tokens for row in sampled]),
+            [row.text for row in sampled],
             [row.log_likelihood for row in sampled],
             [len(row.tokens) for row in sampled],
-            generation.first_lines(tokenizer, [greedy.tokens])[0],
+            greedy.text,
             cast("Tensor", greedy.state),
         )
         for greedy, *sampled in decoded
