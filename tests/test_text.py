@@ -38,7 +38,7 @@ NAMES = [
 
 def printed_by(*words: str, encoding: str, status: int = 0) -> bytes:
     """What the command prints in a process of its own: on standard error, if it fails."""
-    line = [sys.executable, "-m", "paramspec.cli", *words]
+    line = [sys.executable, "-m", "paramspec", *words]
     environment = os.environ | {"PYTHONIOENCODING": encoding}
     done = subprocess.run(line, env=environment, capture_output=True, timeout=300)
     assert done.returncode == status
