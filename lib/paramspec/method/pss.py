@@ -207,7 +207,7 @@ def measure_concepts(
             cells.append((concept, mask, question, role, known))
             if known is None:
                 requests.append(Request(items[question.id], number))
-    budgets = {"row_tokens": choices.row_tokens, "batch_tokens": choices.batch_tokens}
+    budgets = choices.model_dump(include={"row_tokens", "batch_tokens"})
     found = iter(score_options(view, requests, keeps, engine=engine, **budgets))
     rows = []
     for concept, mask, question, role, known in cells:

@@ -9,7 +9,7 @@ questions, masks and draws stay together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,8 +89,7 @@ def summarize(pss: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.
         samples = resample(len(counts.names), resamples, seed)[1:]
         for cell in counts.values:
             row = home | {"mask": cell[0], "ratio": cell[1], "concepts": len(counts.names)}
-            measured, resampled = counts.statistics(cell), counts.statistics(cell, samples)
-            row |= _with_intervals(measured, resampled, len(counts.names))
+            row |= _with_intervals(counts.statistics, cell, samples)
             rows.append(row | _floors(counts, cell))
     return pd.DataFrame(rows)
 
@@ -113,9 +112,7 @@ def peak_pss(pss: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.D
     for home, counts in _each_model(pss):
         samples = resample(len(counts.names), resamples, seed)[1:]
         for mask in dict.fromkeys(mask for mask, _ in counts.values if mask != "none"):
-            row = home | {"mask": mask}
-            measured, resampled = counts.peaks(mask), counts.peaks(mask, samples)
-            row |= _with_intervals(measured, resampled, len(counts.names))
+            row = home | {"mask": mask} | _with_intervals(counts.peaks, mask, samples)
             cells = [cell for cell in counts.values if cell[0] == mask]
             pooled = [counts.statistics(cell)["pss_pooled"].mean() for cell in cells]
             rows.append(row | {"ratio": cells[int(np.argmax(pooled))][1]})
@@ -234,13 +231,13 @@ def _pooled(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _with_intervals(
-    measured: dict[str, np.ndarray], resampled: dict[str, np.ndarray], concepts: int
+    compute: Callable[..., dict[str, np.ndarray]], of: Any, samples: np.ndarray
 ) -> dict[str, float]:
-    """Each statistic, the mean over draws, and its 95 % interval over resampled concepts."""
-    row = {}
-    for name, values in measured.items():
+    """Each statistic `of` a mask, the mean over draws, and its interval over `samples`."""
+    row, resampled = {}, compute(of, samples)
+    for name, values in compute(of).items():
         row[name] = float(values.mean(axis=0))
-        bounds = _bounds(resampled[name].mean(axis=0), concepts)
+        bounds = _bounds(resampled[name].mean(axis=0), samples.shape[1])
         row[f"{name}_low"], row[f"{name}_high"] = bounds
     return row
 

@@ -29,7 +29,7 @@ from paramspec.method.pss import generator_of
 from paramspec.models.checkpoints import find_checkpoint, wheel_file
 from paramspec.models.libraries import line_of, quiet_transformers
 from paramspec.models.registry import WheelSource
-from paramspec.specwiki import normalise
+from paramspec.specwiki.questions import normalise
 
 # Of a question and pairs of answers to it: whether the answers of each pair mean one thing.
 Judge = Callable[[str, Sequence[tuple[str, str]]], list[bool]]
