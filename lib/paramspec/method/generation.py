@@ -1,4 +1,4 @@
-"""Open-ended answers: generated greedily or by another rule, with or without masks.
+"""Open-ended answers: generated greedily or by another rule.
 
 generate_answers(view, tokenizer, ["What is the capital of France?"])      # ["Paris"]
 """
@@ -45,7 +45,6 @@ def generate_answers(
     view: ValueVectorView,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[str],
-    keeps: Sequence[Tensor | None] | None = None,
     *,
     prompt: str = OPEN_PROMPT,
     max_new_tokens: int = MAX_NEW_TOKENS,
@@ -56,10 +55,10 @@ def generate_answers(
     >>> len(answers), type(answers[0])
     (1, <class 'str'>)
 
-    Greedy decoding of the first line after the prompt, each question under its own mask.
+    Greedy decoding of the first line after the prompt. Within `mask_value_vectors`, with one mask
+    for all rows, answers are those under the mask.
 
     Args:
-        keeps: a mask for each question, bool `[layers, width]` or None; no masks if not given.
         prompt: holds `{question}`.
         max_new_tokens: of an answer.
 
@@ -67,9 +66,7 @@ def generate_answers(
         The answers, stripped, in the order of the questions.
     """
     prompts = [prompt.replace("{question}", question) for question in questions]
-    decoded = decode(
-        view, tokenizer, prompts, likeliest, keeps=keeps, max_new_tokens=max_new_tokens
-    )
+    decoded = decode(view, tokenizer, prompts, likeliest, max_new_tokens=max_new_tokens)
     return [row.text for (row,) in decoded]
 
 
@@ -101,22 +98,19 @@ def decode(
     pick: Pick,
     *,
     copies: int = 1,
-    keeps: Sequence[Tensor | None] | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[list[Decoded]]:
     """`decode(view, tokenizer, prompts, likeliest)`: `copies` answers to each prompt, of one line.
 
-    Each needed token is computed once: the beginning that all prompts share for all of them (where
-    none is masked), the rest of a prompt for all its copies, and nothing after an answer's end.
+    Each needed token is computed once: the beginning that all prompts share for all of them, the
+    rest of a prompt for all its copies, and nothing after an answer's end.
     `pick` gives the next token of each unfinished copy of a prompt, from the prompt's number, the
     numbers of these copies, and their fp32 logits `[unfinished copies, vocabulary]`.
     """
-    keeps = [None] * len(prompts) if keeps is None else keeps
     encoded = token_ids(tokenizer, prompts)
     longest = max(map(len, encoded), default=0) + max_new_tokens
     hooks.refuse_too_long(view, longest)
-    unmasked = all(keep is None for keep in keeps)
-    beginning, shared = _read_beginning(view, encoded if unmasked else [])
+    beginning, shared = _read_beginning(view, encoded)
     # Rows of different lengths: only with positions of their own, and within the window.
     window = attention_window(view.model.config)
     pads = shared > 0 and takes_positions(view.model) and (window is None or longest <= window)
@@ -126,8 +120,7 @@ def decode(
         tokens, seen = _pad_left([encoded[index] for index in part], shared)
         if shared:
             cache.batch_repeat_interleave(len(part))
-        with hooks.mask_rows(view, [keeps[index] for index in part]):
-            found = _extend(view, tokens, cache, seen, pads)
+        found = _extend(view, tokens, cache, seen, pads)
         cache.batch_repeat_interleave(copies)
         logits, states, seen = (each.repeat_interleave(copies, dim=0) for each in (*found, seen))
         going = [answer for index in part for answer in answers[index]]
@@ -141,8 +134,7 @@ def decode(
                 going, seen = [going[place] for place in on], seen[on]
             seen = nn.functional.pad(seen, (0, 1), value=1)
             tokens = torch.tensor([answer.tokens[-1:] for answer in going])
-            with hooks.mask_rows(view, [keeps[answer.prompt] for answer in going]):
-                logits, states = _extend(view, tokens, cache, seen, pads)
+            logits, states = _extend(view, tokens, cache, seen, pads)
     for answer in itertools.chain.from_iterable(answers):
         answer.text = _words(tokenizer, answer.tokens).strip().split("\n")[0].strip()
     return answers

@@ -29,17 +29,16 @@ WORTH_PACKING = 512  # laying out a weight costs what it saves on some 150 token
 
 @contextmanager
 def packed_layers(model: PreTrainedModel, *, tokens: int) -> Iterator[None]:
-    """`with packed_layers(model, tokens=4096): model(...)`: faster where it pays, else unchanged.
+    """`with packed_layers(model, tokens=4096): model(...)`: faster for many tokens.
 
-    Args:
-        model: its weights must not change within the block. Its unembedding is left unchanged.
-        tokens: number of tokens that will go through the model; for few, nothing is packed.
+    Weights must not change within the block. The unembedding is left unchanged.
     """
     worth = model.dtype == torch.float32 and tokens >= WORTH_PACKING
     with ExitStack() as stack:
         try:
             for module in _linear_layers(model) if worth and packs() else ():
-                weight = module.weight.T.contiguous() if _is_transposed(module) else module.weight
+                gpt2 = type(module) is Conv1D  # whose weights are transposed
+                weight = module.weight.T.contiguous() if gpt2 else module.weight
                 module.forward = functools.partial(_run_packed, _pack(weight), module.bias)
                 stack.callback(delattr, module, "forward")
         except (MemoryError, RuntimeError) as error:
@@ -55,16 +54,12 @@ def _linear_layers(model: PreTrainedModel) -> list[Any]:
     return [
         module
         for module in model.modules()
-        if (type(module) is nn.Linear or _is_transposed(module))
+        if type(module) in (nn.Linear, Conv1D)
         and module.weight.device.type == "cpu"
         and module is not model.get_output_embeddings()
         # accelerate keeps a forward of its own on each module that it has placed.
         and "forward" not in vars(module)
     ]
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    return type(module) is Conv1D  # GPT-2's
 
 
 def _pack(weight: Tensor) -> Tensor:

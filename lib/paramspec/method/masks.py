@@ -1,12 +1,12 @@
-"""Which value vectors belong to a concept, and which to mask as its controls.
+"""The value vectors of a concept, and those that are masked as its controls.
 
     coefficients = record_concepts(view, tokenizer, questions)
     vectors = top_vectors(value_vector_scores(coefficients, "France"), ratio=0.05)
 
 The score of a value vector is its mean absolute coefficient over a concept's questions minus its
 mean over unrelated ones; the k highest are the concept's (paper, section 3, knowledge-vector
-masking). Which layers compete is not stated: `scope` is ours, `layer` (k in every layer, the
-default) or `model` (k times the layers, wherever they lie).
+masking). The paper does not say which layers compete: `scope` is `layer` (k in every layer, the
+default) or `model` (k times the number of layers, from the whole model).
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def score_options(
 
     Args:
         view: the model's value vectors.
-        requests: what to score; a batch mixes masks.
+        requests: the questions to score; a batch mixes masks.
         keeps: the masks, `keeps[request.mask]` that of a request: bool `[layers, width]`, False
             where masked, or None for no mask.
         engine: from `choose_engine`; chosen here if not given.

@@ -220,15 +220,14 @@ def half_way(
 
 
 def like_sized_ends(about: pd.DataFrame) -> pd.DataFrame:
-    """`like_sized_ends(describe_models(names))`: in each family, an old and a new model to compare.
+    """`like_sized_ends(describe_models(names))`: an old and a new model of each family.
 
     Models of different size say nothing of generations. So the pair is the most generations apart
-    among those in which the larger has at most `LIKE_SIZED` times the parameters of the smaller; of
-    several, the most alike in size, then the first by name. Micro models are families of their own;
-    models without a family or a place in its order are left out.
+    of those in which the larger has at most `LIKE_SIZED` times the parameters of the smaller; of
+    several, the most alike in size, then the first by name. Micro models are families of their own.
 
-    Returns a row per family: `family`, `micro`, `oldest` and `newest` (names, missing if no pair
-    is of like size), and `times`, the larger's parameters over the smaller's.
+    Returns a row per family with columns `family`, `micro`, `oldest`, `newest` (names, missing
+    without such a pair) and `times`, the larger's parameters over the smaller's.
     """
     family = ["family", "micro"]
     known = about.dropna(subset=["family", "order", "parameters"])
