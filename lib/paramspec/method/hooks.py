@@ -194,7 +194,8 @@ def record_coefficients(
 
     Args:
         view: the model's value vectors.
-        tokens_kept: `[batch, tokens]`, non-zero at the prompt's tokens, zero at padding.
+        tokens_kept: `[batch, tokens]`, non-zero at the prompt's tokens (one or more), zero at
+            padding.
         position: reduce absolute coefficients to their `mean` over those tokens, or take the
             `last` of them.
 
@@ -205,8 +206,6 @@ def record_coefficients(
     if position not in ("mean", "last"):
         raise InputError(f"position {position!r}: expected 'mean' or 'last'")
     kept = tokens_kept.bool()
-    if not kept.any(dim=1).all():
-        raise InputError("a prompt has no token to record: every row needs at least one")
     if position == "last":
         kept = kept & (kept.cumsum(dim=1) == kept.sum(dim=1, keepdim=True))
     weights = kept.float() / kept.sum(dim=1, keepdim=True)
@@ -304,11 +303,10 @@ class TrainedVectors:
 def train_value_vectors(view: ValueVectorView, vectors: Tensor) -> Iterator[TrainedVectors]:
     """`with train_value_vectors(view, vectors) as trained: ...`: chosen vectors as parameters.
 
-    `vectors` is int32 `[n, 2]`. Every forward pass adds, for each, its coefficient times its
-    offset, so that gradients and optimizer states are `[n, hidden]`; none of the model's own
+    `vectors` is int32 `[n, 2]`, each once. Every forward pass adds, for each, its coefficient times
+    its offset, so that gradients and optimizer states are `[n, hidden]`; none of the model's own
     parameters should ask for a gradient. Without `merge`, the model is afterwards as it was.
     """
-    _require_vectors(view, vectors)
     trained = TrainedVectors(view, {}, nn.ParameterDict())
     for layer in vectors[:, 0].unique().tolist():
         device = view.modules[layer].weight.device
@@ -332,7 +330,6 @@ def train_value_vectors(view: ValueVectorView, vectors: Tensor) -> Iterator[Trai
 @torch.no_grad()
 def replace_value_vectors(view: ValueVectorView, vectors: Tensor, values: Tensor) -> Iterator[None]:
     """`with replace_value_vectors(view, vectors, values): model(...)`: `values` `[n, hidden]`."""
-    _require_vectors(view, vectors)
     before = []
     for layer in vectors[:, 0].unique().tolist():
         rows, own = vectors[:, 0] == layer, view.vectors(layer)
@@ -344,15 +341,6 @@ def replace_value_vectors(view: ValueVectorView, vectors: Tensor, values: Tensor
     finally:
         for own, chosen, values in before:
             own[chosen] = values
-
-
-def _require_vectors(view: ValueVectorView, vectors: Tensor) -> None:
-    there = (vectors >= 0) & (vectors < torch.tensor([view.layers, view.width]))
-    if not len(vectors.unique(dim=0)) == len(vectors) > 0 or not there.all():
-        raise InputError(
-            f"value vectors {vectors.tolist()[:3]}...: expected at least one (layer, vector), each "
-            f"once, of {view.layers} layers (from 0) of {view.width} value vectors"
-        )
 
 
 @contextmanager

@@ -171,8 +171,6 @@ def top_vectors(scores: Tensor, ratio: float, scope: Scope = "layer") -> Tensor:
     """
     if scope not in ("layer", "model"):
         raise InputError(f"scope {scope!r}: expected 'layer' or 'model'")
-    if not 0 <= ratio <= 1:
-        raise InputError(f"ratio {ratio}: expected a share of the value vectors, from 0 to 1")
     layers, width = scores.shape
     count = round(ratio * width)
     if scope == "model":

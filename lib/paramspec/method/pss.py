@@ -34,7 +34,6 @@ from paramspec.tables import DETAIL_COLUMNS, MASKS, PSS_COLUMNS
 Protocol = Literal["paper", "holdout"]
 Null = Literal["random", "magnitude", "other"]
 Role = Literal["concept", "general"]
-RATIOS = (0.01, 0.02, 0.05, 0.1, 0.2)
 
 
 class Choices(Checked):
@@ -58,7 +57,7 @@ class Choices(Checked):
         row_tokens, batch_tokens: see `score_options`.
     """
 
-    ratios: tuple[Annotated[float, Field(ge=0, le=1)], ...] = RATIOS
+    ratios: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.01, 0.02, 0.05, 0.1, 0.2)
     position: Position = "mean"
     scope: masks.Scope = "layer"
     protocol: Protocol = "paper"

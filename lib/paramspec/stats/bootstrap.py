@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from paramspec.errors import InputError
-
 
 def resample(count: int, resamples: int, seed: int) -> np.ndarray:
     """Indices of concepts, texts or runs, `[1 + resamples, count]`: row 0 is the sample itself."""
@@ -33,12 +31,8 @@ class Draws:
 
     def of(self, measure: str, models: Sequence[str] | None = None) -> np.ndarray:
         """`draws.of("accuracy", ["zoo-llama-1"])`: `[1 + resamples, models]`, by default all."""
-        known = (*self.values, *self.models)
-        for name in (measure, *(models or ())):
-            if name not in known:
-                raise InputError(f"{name!r}: not in this study; choose from {', '.join(known)}")
-        values = self.values[measure]
-        return values if models is None else values[:, [self.models.index(m) for m in models]]
+        values, places = self.values[measure], {name: n for n, name in enumerate(self.models)}
+        return values if models is None else values[:, [places[name] for name in models]]
 
 
 def percentiles(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
