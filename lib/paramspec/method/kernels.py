@@ -89,8 +89,9 @@ def arithmetic(dtype: torch.dtype, device: str) -> str:
 
     Machines with equal values compute the same, except for rounding in float32. In bfloat16, scores
     move with the processor (0.07 nats between AVX2 and AVX512), and with `row_tokens` and
-    `batch_tokens`, which change the padding and are in the key, too. They keep all of their bits
-    under another number of threads, other rows in a batch, and halves of a batch.
+    `batch_tokens`, which change the padding and are in the key, too; and with the engine, which
+    follows from the model, the dtype and the processor. They keep all of their bits under another
+    number of threads, other rows in a batch, and halves of a batch, which keep its padding.
     """
     if dtype == torch.float32 or device != "cpu":
         return "stock"

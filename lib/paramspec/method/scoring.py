@@ -233,10 +233,6 @@ def _head(model: PreTrainedModel) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         logits = logits * scale if scale != 1 else logits
         return cap * torch.tanh(logits / cap) if cap else logits
 
-    def log_sum(logits: Tensor) -> Tensor:
-        # torch's log_softmax is one pass, and takes half the time of its logsumexp.
-        return logits[..., 0] - logits.log_softmax(-1)[..., 0]
-
     def log_probabilities(states: Tensor, which: Tensor, targets: Tensor) -> Tensor:
         """fp32 `[reads]`: token `targets[i]` after state `which[i]` of `states` `[n, hidden]`."""
         states, which, targets = (each.to(weight.device) for each in (states, which, targets))
@@ -248,7 +244,9 @@ def _head(model: PreTrainedModel) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
             logits = nn.functional.linear(
                 padded, weight[block], None if bias is None else bias[block]
             )
-            sums.append(log_sum(finish(logits).float()))
+            logits = finish(logits).float()
+            # torch's log_softmax is one pass, and takes half the time of its logsumexp.
+            sums.append(logits[..., 0] - logits.log_softmax(-1)[..., 0])
         logits = (states[which].float() * weight[targets].float()).sum(-1)
         if bias is not None:
             logits += bias[targets].float()
