@@ -54,8 +54,8 @@ def test_a_plain_word_is_a_text(text):
 @pytest.mark.parametrize(
     ("text", "place"),
     [
-        ("a: 1\nb: 2\na: 3\n", "mine.yaml:3: not YAML ('a' stands twice"),
-        ("a: {b: 1, b: 2}", "mine.yaml: not YAML ('b' stands twice"),
+        ("a: 1\nb: 2\na: 3\n", "mine.yaml:3: not YAML ('a' is given twice"),
+        ("a: {b: 1, b: 2}", "mine.yaml: not YAML ('b' is given twice"),
         ("[" * 5000, "mine.yaml: not YAML ("),
         ("a: \x07", "mine.yaml: not YAML ("),
         ("a: !!python/name:os.system x", "mine.yaml: not YAML ("),

@@ -20,7 +20,8 @@ from paramspec.method.masks import load_masks
 from paramspec.method.pss import mask_name
 from paramspec.models.checkpoints import find_checkpoint
 from paramspec.models.registry import expand_models, find_spec
-from paramspec.specwiki import Question, choose, describe, load_questions
+from paramspec.specwiki import Question, load_questions
+from paramspec.specwiki.questions import choose, describe
 from paramspec_book import figures
 from paramspec_book.sphinx_executed import in_markdown
 from toy_study import save_questions, save_toy, toy_questions
@@ -38,7 +39,7 @@ NAMES = [
 
 def printed_by(*words: str, encoding: str, status: int = 0) -> bytes:
     """What the command prints in a process of its own: on standard error, if it fails."""
-    line = [sys.executable, "-m", "paramspec.cli", *words]
+    line = [sys.executable, "-m", "paramspec", *words]
     environment = os.environ | {"PYTHONIOENCODING": encoding}
     done = subprocess.run(line, env=environment, capture_output=True, timeout=300)
     assert done.returncode == status

@@ -52,7 +52,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         if path.is_file() and "_executed" not in path.parts:
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, place)
-    line = [sys.executable, "-m", "paramspec.cli", "build", "--profile", "smoke"]
+    line = [sys.executable, "-m", "paramspec", "build", "--profile", "smoke"]
     line += ["--out", str(root / "out")]
     done = subprocess.run(line, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -18,8 +18,8 @@ from paramspec.specwiki import (
     export_lm_eval,
     load_questions,
     questions_digest,
-    read_questions,
 )
+from paramspec.specwiki.questions import read_questions
 from specwiki.build import to_jsonl
 from toy_study import save_toy
 
@@ -135,7 +135,7 @@ def changed(**changes) -> str:
         (changed(answer="1"), "answer '1': "),
         (changed(answer=True), "answer True: "),
         (changed(options=["a", "b", "c"]), "options[3]: missing"),
-        (changed(options=["a", "b", "c", "a"]), "option 'a' stands twice"),
+        (changed(options=["a", "b", "c", "a"]), "option 'a' is given twice"),
         (changed(options=["a", "b", "c", ""]), "option 3, '', is empty or padded"),
         (changed(options="abcd"), "options 'abcd': "),
         (changed(tier="huge"), "tier 'huge': input should be 'high', 'medium' or 'low'"),
@@ -143,7 +143,7 @@ def changed(**changes) -> str:
         (changed(cloze="It is "), "ends in white space"),
         (changed(statements=[f"Yes, {ROWS[0]['cloze']} so."]), "contains the cloze"),
         (changed(colour="red"), "colour 'red': "),
-        (changed()[:-1] + ', "answer": 3}', "key 'answer' stands twice"),
+        (changed()[:-1] + ', "answer": 3}', "key 'answer' is given twice"),
         (changed(), f"id {ROWS[0]['id']!r} is that of line 1"),
         (changed(id="x/y", tier="low"), "tier 'low' of concept"),
         (changed(aliases=["é"]).encode("latin-1"), "not plain JSON"),

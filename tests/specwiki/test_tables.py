@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from paramspec.specwiki import QUESTIONS, normalise
+from paramspec.specwiki import QUESTIONS
+from paramspec.specwiki.questions import normalise
 from specwiki.build import build_questions, choose_concepts, read_concepts
 from specwiki.facts import Domain, Fact, read_tables, slug, stands_in
 

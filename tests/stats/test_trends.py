@@ -271,10 +271,6 @@ def test_what_cannot_be_compared_is_refused(pss, draws):
     ):
         with pytest.raises(InputError, match=place):
             resample_models(rows, resamples=2)
-    with pytest.raises(InputError, match="'gpt': not in this study"):
-        contrast(draws, "gpt", "llama-1")
-    with pytest.raises(InputError, match="'pss': not in this study"):
-        draws.of("pss")
     with pytest.raises(InputError, match="2 models: a correlation needs at least 3"):
         correlations(draws, models=["llama-1", "llama-2"])
 

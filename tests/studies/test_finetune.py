@@ -126,7 +126,7 @@ def test_training_columns_is_training_whole_weights_with_masked_gradients(family
     before = [own.clone() for own in value_vectors(model, family)]
     with tuned(model, training) as (vectors, trained, facts):
         # The optimizer knows of the chosen vectors alone.
-        assert sum(offset.numel() for offset in trained.parameters()) == len(vectors) * HIDDEN
+        assert sum(offset.numel() for offset in trained.offsets.values()) == len(vectors) * HIDDEN
         trained.merge()
     losses = by_masked_gradients(plain, family, training, vectors)
     assert len(losses) == 25

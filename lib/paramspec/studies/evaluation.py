@@ -23,6 +23,7 @@ from paramspec.errors import InputError
 from paramspec.execution.limits import release_memory
 from paramspec.method import generation
 from paramspec.method.batches import in_batches, prompt_batches
+from paramspec.method.hooks import require_numbers
 from paramspec.method.masks import record_concepts
 from paramspec.method.pss import Choices, measure_concepts
 from paramspec.models.tokens import front_tokens, token_ids
@@ -209,11 +210,7 @@ def _likelihoods(
     batches = prompt_batches(rows, LIKELIHOOD_TOKENS)
     for places, values in in_batches(batches, forward, lambda places: len(rows[places[0]])):
         nats[places] = values
-    if not np.isfinite(nats).all():
-        raise InputError(
-            "a log-likelihood of held-out texts is not a finite number; the weights are damaged, "
-            "or their dtype overflows: try float32"
-        )
+    require_numbers(ready.view, torch.from_numpy(nats), "a log-likelihood of held-out texts")
     return pd.DataFrame(
         {
             "kind": ["statements"] * len(stated) + ["prose"] * asked.prose,
