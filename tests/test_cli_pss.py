@@ -65,9 +65,6 @@ def contents(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-# What it does
-
-
 def test_it_exits_with_0_and_shows_progress_with_the_time_left(first):
     process, _ = first
     assert process.returncode == 0, process.stderr
@@ -156,9 +153,6 @@ def test_options_reach_the_measurement(pss, tmp_path):
     assert set(rows["n_concept"]) == {5}
 
 
-# What it refuses
-
-
 @pytest.fixture
 def refuse(pss, first, tmp_path):
     """`error = refuse(*options)`: the last line of a failed run, which leaves what there is."""
@@ -197,9 +191,6 @@ def test_an_option_that_is_none(refuse, options, message):
     assert message in refuse(*options.split())
 
 
-# Models
-
-
 def test_a_model_that_cannot_be_measured(refuse, place, tmp_path):
     toy = str(place / "toy")
     assert "Missing argument 'MODEL...'" in refuse(model=[])
@@ -221,9 +212,6 @@ def test_a_model_whose_outputs_are_no_numbers(refuse, tmp_path):
     model.save_pretrained(path)
     told = refuse(model=[path], begun=True)
     assert re.match(rf"{path}: alpha/\w+: a log-likelihood", told)
-
-
-# Questions
 
 
 @pytest.mark.parametrize(
@@ -253,9 +241,6 @@ def test_a_question_that_no_model_position_is_left_for(refuse, tmp_path, family)
     model = save_toy(tmp_path / "toy", family)
     told = refuse("--questions", file, model=[model], begun=True)
     assert re.match(f"{model}: .* of 7\\d tokens does not fit .* of 64 tokens", told)
-
-
-# Directories
 
 
 @pytest.mark.parametrize("option", ["--out", "--store"])

@@ -424,9 +424,6 @@ def test_a_warning_names_the_line_of_the_source(root, chapter, capfd):
     assert f"a-small.md:{line}: WARNING" in capfd.readouterr().err
 
 
-# The real book
-
-
 REAL = {chapter.stem: chapter for chapter in parameters.chapters(REPOSITORY)}
 
 

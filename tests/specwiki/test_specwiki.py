@@ -31,9 +31,6 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-# Loading
-
-
 def test_loading_gives_the_file():
     assert to_jsonl(load_questions()) == QUESTIONS.read_text(encoding="utf-8")
 
@@ -109,9 +106,6 @@ def test_a_choice_of_concepts_is_even_over_tiers_nested_and_seeded():
     assert load_questions(concepts="France", folds=0) == [q for q in named if q.concept == "France"]
 
 
-# Bad input
-
-
 def changed(**changes) -> str:
     return json.dumps(ROWS[0] | changes, ensure_ascii=False)
 
@@ -178,9 +172,6 @@ def test_bad_choices_and_files(tmp_path, monkeypatch, choice, message):
         load_questions(**choice)
 
 
-# The command line
-
-
 def test_the_command_counts_and_shows(command, refused):
     assert re.search(r"all\s+175\s+175\s+175\s+525", command("questions")[1])
     first = ROWS[0]
@@ -198,9 +189,6 @@ def test_the_command_validates(tmp_path, command, refused):
     assert (status, len(out.splitlines()), len(error.splitlines())) == (2, 2, 1)
     path.write_text(changed() + "\n")
     assert command("questions", "--validate", path)[0] == 0
-
-
-# Other programs
 
 
 def test_the_dataset_is_what_the_card_gives(tmp_path):

@@ -54,9 +54,6 @@ def column(domain: str, relation: str) -> dict[str, str]:
     return found
 
 
-# The rules of the tables
-
-
 def test_every_row_keeps_the_rules():
     for domain in DOMAINS.values():
         seen = Counter((fact.concept, fact.relation) for fact in domain.facts)
@@ -96,8 +93,6 @@ def test_normalisation_is_that_of_squad():
     for text in ("The Great  Gatsby!", "a cat, an owl", "Dvořák", "St. John's", "theatre"):
         assert normalise(text) == squad(text)
 
-
-# Facts against second sources
 
 ALIASES = {"Cape Verde": "CV", "East Timor": "TL", "Ivory Coast": "CI", "Turkey": "TR"}
 ALIASES |= {"Democratic Republic of the Congo": "CD", "Republic of the Congo": "CG"}
@@ -231,9 +226,6 @@ def test_cities_agree_with_geonames():
     assert checked > 150
 
 
-# The concepts
-
-
 def test_the_choice_of_concepts_and_their_tiers_is_that_of_wordfreq():
     assert choose_concepts(list(DOMAINS.values())) == CONCEPTS
     assert len({row["concept"] for row in CONCEPTS}) == 525
@@ -245,9 +237,6 @@ def test_the_choice_of_concepts_and_their_tiers_is_that_of_wordfreq():
     assert tiers == ["low"] * 175 + ["medium"] * 175 + ["high"] * 175
     homographs = {name for domain in DOMAINS.values() for name in domain.homographs}
     assert not homographs & {row["concept"] for row in CONCEPTS}
-
-
-# The questions that are built
 
 
 def test_the_builder_gives_the_committed_file_byte_for_byte(tmp_path):

@@ -111,9 +111,6 @@ def test_what_is_undefined_is_no_number():
     assert (summary["general_accuracy"] == 0).all()
 
 
-# Intervals
-
-
 def simulated(rng, concepts):
     """Concepts of very different difficulty: a concept's questions go together."""
     rows = []
@@ -176,9 +173,6 @@ def test_intervals_come_from_the_seed():
     assert not summarize(table).equals(summarize(table, seed=1))
 
 
-# The floor
-
-
 def exact_floor(n_concept, n_general, accuracy):
     """Mean |G - C| of two binomials, by enumeration."""
     own, general = np.arange(n_concept + 1), np.arange(n_general + 1)
@@ -199,9 +193,6 @@ def test_floors_equal_exact_enumeration_and_are_in_units_of_pss():
     pooled = exact_floor(own, general, accuracy)
     assert found["floor_per_concept"] == pytest.approx(each / 0.8, rel=0.01)
     assert found["floor_pooled"] == pytest.approx(pooled / 0.8, rel=0.05)
-
-
-# Claims
 
 
 def test_a_bound_that_is_missing_supports_no_claim():

@@ -71,9 +71,6 @@ def original(**asked):
     return Run("x", TRAINING, Evaluation(**asked), original=True)
 
 
-# Tables
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_tables_are_those_of_the_model_that_finetune_saves(method, model, study, tmp_path):
     """Trained again, saved and loaded as any model: options, samples and the states of greedy
@@ -208,9 +205,6 @@ def test_pss_is_measured_as_its_choices_say(position, model, measure, monkeypatc
     assert not set(about[~own]) & set(TAUGHT)
 
 
-# The store
-
-
 def test_a_rerun_trains_and_asks_nothing(model, store, study, monkeypatch):
     monkeypatch.setattr(causal, "tune", None)
     asked = Run("x", TRAINING, Evaluation(folds=(0,), others=5))  # which is one more question
@@ -276,9 +270,6 @@ def test_a_model_is_loaded_once_for_all_runs_and_not_kept(measure, monkeypatch):
     assert not runner._HELD
 
 
-# What is refused
-
-
 def test_bad_input_is_told_before_any_training(measure, monkeypatch):
     monkeypatch.setattr(runner, "hand_out", None)
     unknown = TRAINING.model_copy(update={"concepts": ("Atlantis",)})
@@ -307,9 +298,6 @@ def test_more_than_there_is_is_refused(measure, name):
     """A passage that is cut short, or empty, would be a likelihood of something else."""
     with pytest.raises(InputError, match=f"x: {name} 1000: "):
         measure(original(**{name: 1000}))
-
-
-# Intervals
 
 
 def answer_table(runs):

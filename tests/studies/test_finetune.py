@@ -50,9 +50,6 @@ def logits(model):
         return model(tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
 
 
-# What moves
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", DOWN)
 def test_all_but_the_chosen_vectors_keep_their_bits(family, method):
@@ -165,9 +162,6 @@ def test_an_epoch_holds_every_text_once_and_a_seed_orders_it():
     assert order != list(batches_of(lengths, other))
 
 
-# What is written
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_the_directory_is_plain_transformers(family, tmp_path):
     """transformers reads what was trained; the record is that of the training."""
@@ -191,8 +185,6 @@ def test_the_directory_is_plain_transformers(family, tmp_path):
     assert record["optimizer_bytes"] == 8 * record["parameters"] == 8 * 3 * 6 * HIDDEN
     assert (record["computed"]["digest"], record["computed"]["device"]) == (base, "cpu")
 
-
-# Killed
 
 LONG = {"statements": 2, "batch": 8, "epochs": 30}  # 150 steps
 WORDS = [*("--statements", "2", "--batch", "8", "--epochs", "30"), "--save-every", "7"]
@@ -305,9 +297,6 @@ def test_the_command_reports_what_it_trained(place, out, command):
     assert "150/150" in progress
 
 
-# What is refused
-
-
 @pytest.fixture
 def refuse(place, refused):
     """`error = refuse(out, "--seed", "-1")`: of a call that leaves what there is as it is."""
@@ -361,9 +350,6 @@ def test_a_directory_that_holds_something_else(place, killed, tmp_path, refuse):
     told = refuse(killed, *WORDS, "--method", "FT-RV")
     assert f"{killed}: holds {state_of(killed).name}" in told
     assert "holds config.json" in refuse(place / "toy")
-
-
-# Diverged
 
 
 @pytest.mark.parametrize(

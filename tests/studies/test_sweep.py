@@ -61,8 +61,6 @@ def units(store):
     return found
 
 
-# What a result depends on
-
 CHANGED = {
     "ratios": (0.1, 0.4),
     "position": "last",
@@ -129,9 +127,6 @@ def test_another_dtype_or_scoring_version_is_another_result(store, tmp_path, mon
     assert len(list(store.root.glob("v*/*/*/coefficients.safetensors"))) == 3
 
 
-# Damage
-
-
 @pytest.mark.parametrize("name", ["pss.parquet", "masks.safetensors", "coefficients.safetensors"])
 def test_a_damaged_unit_is_computed_again(store, name):
     model, questions = toy_loaded(), toy_questions(3)
@@ -160,9 +155,6 @@ def test_a_disk_that_fills_up_leaves_the_earlier_results(tmp_path, store, monkey
     with pytest.raises(InputError, match=r"No space left on device.*free some space"):
         write_study(study, out)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
-
-
-# What is written
 
 
 def test_the_files_hold_the_study(store, tmp_path):

@@ -65,9 +65,6 @@ def choose(view, **changed):
     return chosen
 
 
-# Which vectors
-
-
 @pytest.mark.parametrize("rule", get_args(Rule))
 def test_budgets_of_the_four_methods(view, rule):
     full, own, rest, chance = (choose(view, method=method, rule=rule) for method in METHODS)
@@ -153,9 +150,6 @@ def test_other_concepts_are_not_trained_on_and_of_the_same_domains():
     assert sorted(DOMAINS[name] for name in names) == ["greek", "letter", "letter"]
     with pytest.raises(InputError, match="rule 'other': 3 concepts"):
         other_concepts(QUESTIONS, choices(concepts=CONCEPTS[:5], rule="other"))
-
-
-# Which texts
 
 
 def test_no_text_holds_the_cloze_of_an_evaluation():
