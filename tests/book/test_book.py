@@ -263,7 +263,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "value", "remedy"), BAD, ids=[" ".join(b[0]) for b in BAD])
-def test_bad_input_is_one_line_before_any_work(
+def test_bad_input_is_refused_before_any_work(
     root, arguments, value, remedy, monkeypatch, refused
 ):
     files = {"list.yaml": "[1, 2]", "broken.yaml": "a: [", "stranger.yaml": "9-none: {}"}
@@ -314,22 +314,15 @@ def checked(chapter, annotation, value):
     return parameters.check_value(parameters.declared_parameters(chapter), "x", value)
 
 
-@pytest.mark.parametrize(
-    ("annotation", "good", "bad"),
-    [
-        ("int", [0, -3], [1.0, True, "1", None]),
-        ("float", [0, 1.5], ["1", True, None]),
-        ("bool", [True, False], [0, "yes"]),
-        ("list[str]", [[], ["a"]], ["a", [1]]),
-        ("int | None", [None, 2], ["none", 2.5]),
-        ('Literal["mean", "last"]', ["mean"], ["max", None]),
-    ],
-)
-def test_types_are_strict(chapter, annotation, good, bad):
-    assert [checked(chapter, annotation, value) for value in good] == good
-    for value in bad:
-        with pytest.raises(InputError, match="^x"):
-            checked(chapter, annotation, value)
+BAD_VALUES = [("int", 1.0), ("int", True), ("int", "1"), ("float", "1"), ("float", True)]
+BAD_VALUES += [("bool", 0), ("list[str]", [1]), ("int | None", "none"), ('Literal["a"]', "b")]
+
+
+@pytest.mark.parametrize(("annotation", "value"), BAD_VALUES)
+def test_types_are_strict(chapter, annotation, value):
+    """What is good for them is in the profiles, and below."""
+    with pytest.raises(InputError, match="^x"):
+        checked(chapter, annotation, value)
 
 
 TYPED = [("int", "-2", -2), ("float", "1e-3", 0.001), ("list[float]", "[0, 1e-3]", [0, 0.001])]
