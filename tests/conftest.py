@@ -56,6 +56,19 @@ def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, 
 
 
 @pytest.fixture
+def refused(command: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
+    """`error = refused("pss", "toy", "--seed", "-1")`: the one line of a command's bad input."""
+
+    def refuse(*words: object) -> str:
+        status, out, error = command(*words)
+        assert (status, out, error.count("\n")) == (2, "", 1), error
+        assert error.startswith("paramspec: error: ")
+        return error.rstrip("\n")
+
+    return refuse
+
+
+@pytest.fixture
 def pretend_versions(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """`pretend_versions(torch="9")`: as a process has them that starts with other libraries."""
 

@@ -16,15 +16,14 @@ from paramspec.studies.sweep import measure_pss
 from toy_study import save_toy, toy_loaded, toy_questions
 
 PUBLIC = {name: getattr(paramspec, name) for name in paramspec.__all__}
+EXAMPLES = PUBLIC | {"dataset": dataset, "export_lm_eval": export_lm_eval}
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where the examples run: a directory that holds `my-checkpoint/`."""
-    folder = tmp_path_factory.mktemp("examples")
-    save_toy(folder / "my-checkpoint")
-    return folder
+    return save_toy(tmp_path_factory.mktemp("examples") / "my-checkpoint").parent
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +44,13 @@ def names():
     }
 
 
-@pytest.mark.parametrize("name", [*PUBLIC, "dataset", "export_lm_eval"])
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_the_example_runs(name, names, folder, monkeypatch):
     monkeypatch.chdir(folder)
-    text = (PUBLIC | {"dataset": dataset, "export_lm_eval": export_lm_eval})[name].__doc__
+    text = EXAMPLES[name].__doc__
     example = doctest.DocTestParser().get_doctest(text, dict(names), name, None, 0)
     assert example.examples
     told = io.StringIO()
     doctest.DocTestRunner(optionflags=OPTIONS).run(example, out=told.write)
     assert not told.getvalue(), told.getvalue()
-
-
-def test_the_public_names_fit_on_a_screen():
-    assert len(PUBLIC) <= 40
+    assert len(PUBLIC) <= 40  # they fit on a screen

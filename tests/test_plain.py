@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -21,19 +21,11 @@ TEXTS = (
 )
 
 
-def dates_as_texts(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: dates_as_texts(child) for key, child in value.items()}
-    if isinstance(value, list):
-        return list(map(dates_as_texts, value))
-    return value.isoformat() if isinstance(value, datetime.date) else value
-
-
 @pytest.mark.parametrize("path", [ROOT / "_toc.yml", *SHIPPED], ids=lambda path: path.name)
 def test_what_is_shipped_reads_as_pyyaml_reads_it(path):
     text = path.read_text(encoding="utf-8")
-    # `repr` distinguishes 1 from 1.0 and from True.
-    assert repr(read_yaml(text, path.name)) == repr(dates_as_texts(yaml.safe_load(text)))
+    # As texts, 1, 1.0 and true differ; dates are texts here.
+    assert json.dumps(read_yaml(text, "")) == json.dumps(yaml.safe_load(text), default=str)
 
 
 @pytest.mark.parametrize(
@@ -54,18 +46,16 @@ def test_a_plain_word_is_a_text(text):
 @pytest.mark.parametrize(
     ("text", "place"),
     [
-        ("a: 1\nb: 2\na: 3\n", "mine.yaml:3: not YAML ('a' stands twice"),
-        ("a: {b: 1, b: 2}", "mine.yaml: not YAML ('b' stands twice"),
+        ("a: 1\nb: 2\na: 3\n", "mine.yaml:3: not YAML ('a' is given twice"),
+        ("a: {b: 1, b: 2}", "mine.yaml: not YAML ('b' is given twice"),
         ("[" * 5000, "mine.yaml: not YAML ("),
         ("a: \x07", "mine.yaml: not YAML ("),
         ("a: !!python/name:os.system x", "mine.yaml: not YAML ("),
     ],
 )
 def test_what_is_not_plain_is_one_line(text, place):
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=f"^{re.escape(place)}.*$"):
         read_yaml(text, "mine.yaml")
-    assert str(error.value).startswith(place)
-    assert "\n" not in str(error.value)
 
 
 def test_numbers():

@@ -15,29 +15,23 @@ BAD = {
     "models": ["models", "--set", "none"],
     "questions": ["questions", "--show", "none/none"],
     "pss": ["pss", "smollm2-135m", "--ratios", "a"],
-    "finetune": ["finetune", "smollm2-135m", "--method", "FT-PV"],  # a word is missing
+    "finetune": ["finetune", "smollm2-135m", "--method", "FT-PV"],  # words are missing
     "plan": ["plan", "none"],
 }
 
 
-def test_every_command_is_tried_here():
-    assert set(BAD) == {command.callback.__name__ for command in cli.app.registered_commands}
-
-
 @pytest.mark.parametrize("name", BAD)
-def test_every_command_shows_a_traceback_if_asked(name, monkeypatch, command):
-    status, _, line = command(*BAD[name])
-    assert status == 2
-    assert line.startswith("paramspec: error: ")
-    assert line.count("\n") == 1
+def test_every_command_shows_a_traceback_if_asked(name, monkeypatch, command, refused):
+    assert set(BAD) == {command.callback.__name__ for command in cli.app.registered_commands}
+    line = refused(*BAD[name])
     monkeypatch.setenv("PARAMSPEC_TRACEBACK", "0")
-    assert command(*BAD[name])[2] == line
+    assert refused(*BAD[name]) == line
     asked = [command(*BAD[name], "--traceback"), command("--traceback", *BAD[name])]
     monkeypatch.setenv("PARAMSPEC_TRACEBACK", "1")
-    for same, _, told in (*asked, command(*BAD[name])):
-        assert same == status
+    for status, _, told in (*asked, command(*BAD[name])):
+        assert status == 2
         assert told.startswith("Traceback (most recent call last):\n")
-        assert told.endswith(f"\n{line}")
+        assert told.endswith(f"\n{line}\n")
     assert "--traceback" in command(name, "--help")[1]
 
 

@@ -1,10 +1,4 @@
-"""A toy study: questions in a tiny language, their tokenizer, and models whose facts are planted.
-
-questions = toy_questions()
-tokenizer = toy_tokenizer()
-loaded = toy_loaded("llama")                  # random weights, as `load_model` would give it
-model, home = planted_model(questions)        # home[question.id] = (layer, value vector)
-"""
+"""A toy study: questions in a tiny language, a tokenizer, models that know them by design."""
 
 from __future__ import annotations
 
@@ -38,6 +32,7 @@ VALUES = (
     "wombat", "yellowhammer", "zebrafinch",
 )
 # fmt: on
+STATED = ("{0} the {1} {2}", "{2} {1} of old {0}", "new {1} {2} {0}", "old {2} the {1} new {0}")
 WORDS = ("<pad>", "<s>", "</s>", "the", "of", "old", "new", *CONCEPTS, *RELATIONS, *VALUES)
 VOCABULARY = (*WORDS, *(f"w{place}" for place in range(len(WORDS), 97)))  # as the toy models'
 HIDDEN, WIDTH = 100, 100  # of the planted model
@@ -51,8 +46,7 @@ def toy_tokenizer(template: str = "$A") -> PreTrainedTokenizerFast:
     words = {word: place for place, word in enumerate(VOCABULARY)}
     backend = Tokenizer(WordLevel(words, unk_token="<pad>"))
     backend.pre_tokenizer = WhitespaceSplit()
-    added = [(token, words[token]) for token in set(template.split()) - {"$A"}]
-    if added:
+    if added := [(token, words[token]) for token in set(template.split()) - {"$A"}]:
         backend.post_processor = TemplateProcessing(single=template, special_tokens=added)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
@@ -60,7 +54,7 @@ def toy_tokenizer(template: str = "$A") -> PreTrainedTokenizerFast:
 
 
 def toy_questions(
-    concepts: int = 8, *, seed: int = 0, shortest: bool = False, same_answers: bool = False
+    concepts: int = 8, *, shortest: bool = False, same_answers: bool = False
 ) -> list[Question]:
     """Ten questions a concept, five of each fold; prompts and options differ in length.
 
@@ -71,7 +65,7 @@ def toy_questions(
     questions = []
     for number, concept in enumerate(CONCEPTS[:concepts]):
         for place, relation in enumerate(RELATIONS):
-            draw = np.random.default_rng([seed, 0 if same_answers else number, place])
+            draw = np.random.default_rng([0, 0 if same_answers else number, place])
             options = list(map(str, draw.choice(VALUES, 4, replace=False)))
             answer = min(options, key=len) if shortest else options[draw.integers(4)]
             if place % 4 == 3:  # options of two tokens
@@ -91,38 +85,26 @@ def toy_questions(
                     answer=options.index(answer),
                     aliases=(answer,),
                     fold=place % 2,
-                    statements=(
-                        f"{concept} the {relation} {answer}",
-                        f"{answer} {relation} of old {concept}",
-                        f"new {relation} {answer} {concept}",
-                        f"old {answer} the {relation} new {concept}",
-                    ),
+                    statements=tuple(text.format(concept, relation, answer) for text in STATED),
                 )
             )
     return questions
 
 
-def toy_loaded(
-    family: str = "llama", *, name: str = "toy", digest: str = "0" * 64, seed: int = 0
-) -> LoadedModel:
+def toy_loaded(family: str = "llama", *, seed: int = 0, **about: str) -> LoadedModel:
     """A random model of `toys.py` with the toy tokenizer, as `load_model` would hand it over."""
-    return loaded(toy_model(family, seed), name=name, digest=digest)
+    return loaded(toy_model(family, seed), **about)
 
 
 def loaded(model: nn.Module, *, name: str = "toy", digest: str = "0" * 64) -> LoadedModel:
     """Any model with the toy tokenizer."""
-    return LoadedModel(
-        model=model,
-        tokenizer=toy_tokenizer(),
-        name=name,
-        digest=digest,
-        dtype=next(model.parameters()).dtype,
-        device=torch.device("cpu"),
-    )
+    about = {"name": name, "digest": digest, "device": torch.device("cpu")}
+    dtype = next(model.parameters()).dtype
+    return LoadedModel(model=model, tokenizer=toy_tokenizer(), dtype=dtype, **about)
 
 
 def planted_model(
-    questions: list[Question], *, shared: bool = False, seed: int = 0
+    questions: list[Question], *, shared: bool = False
 ) -> tuple[GPT2LMHeadModel, dict[str, tuple[int, int]]]:
     """A GPT-2 that knows every answer, each by one value vector that nothing else uses.
 
@@ -150,7 +132,7 @@ def planted_model(
     attention = model.transformer.h[0].attn  # no queries, no keys: the mean of all values
     attention.c_attn.weight[:, 2 * HIDDEN :] += torch.eye(HIDDEN)
     attention.c_proj.weight += torch.eye(HIDDEN)
-    draw = np.random.default_rng(seed)
+    draw = np.random.default_rng(0)
     places = [list(map(int, draw.permutation(WIDTH))) for _ in range(2)]
     for block in model.transformer.h:
         block.mlp.c_fc.bias += torch.from_numpy(draw.uniform(0.1, 3, WIDTH)).float()

@@ -5,7 +5,7 @@
     summarize(study.pss)
 
 These are the names for everyday use, in the order of the paper; the modules have more. Each has an
-example in its docstring. There `view` and `tokenizer` are those of `load_model("my-checkpoint/")`,
+example in its docstring, where `view` and `tokenizer` are of `load_model("my-checkpoint/")`,
 `questions` are ten on each of the concepts alpha, beta and gamma, and `study` is `measure_pss` of
 three models on them. Names are imported on first use, so that the command line answers at once.
 """

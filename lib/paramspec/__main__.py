@@ -1,7 +1,4 @@
-"""`python -m paramspec`, and the command `paramspec`.
-
-Signals are minded before anything is imported that takes time.
-"""
+"""`python -m paramspec`, and the command `paramspec`."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from paramspec.execution.ends import mind_signals
 
 def main() -> None:
     """Run the command line; see `paramspec.cli.main`."""
-    mind_signals()
+    mind_signals()  # before imports that take time
     from paramspec import cli
 
     cli.main()

@@ -1,4 +1,4 @@
-"""Values that are checked as they come in, and one line on the first that does not fit.
+"""Values that are checked on input, and one line on the first that does not fit.
 
 class Choices(Checked):
     seed: Seed = 0
@@ -26,7 +26,7 @@ class Checked(BaseModel):
 
     @classmethod
     def parse(cls, **values: object) -> Self:
-        """`Choices.parse(seed=0)`: as the class itself, with an InputError for a bad value."""
+        """`Choices.parse(seed=0)`: as the class, but with an InputError for a bad value."""
         try:
             return cls(**values)
         except ValidationError as error:
@@ -34,14 +34,14 @@ class Checked(BaseModel):
 
 
 def first_breach(error: ValidationError) -> str:
-    """`first_breach(error)`: the first field that does not fit, its value, and why, in one line."""
+    """The first field that does not fit, its value, and the reason, in one line."""
     first = error.errors()[0]
     message = first["msg"].removeprefix("Value error, ")
     parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
     place = "".join(parts).removeprefix(".")
     if first["type"] == "missing":
         return f"{place}: missing"
-    if not place or first["type"] == "value_error":  # a message of ours names the value
+    if not place or first["type"] == "value_error":  # its message names the value
         return f"{place}: {message}".removeprefix(": ")
     value = repr(first["input"])
     value = value if len(value) <= 100 else f"{value[:97]}..."

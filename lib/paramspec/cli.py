@@ -1,4 +1,4 @@
-"""The command `paramspec`. Every failure is one line on standard error; `--help` tells the rest."""
+"""The command `paramspec`. Every failure is one line on standard error."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def real(text: str) -> OptionInfo:
 
 
 def shares(text: str) -> tuple[float, ...]:
-    """`shares("0.01,0.05")`: numbers separated by commas."""
+    """`shares("0.01,0.05")`: (0.01, 0.05)."""
     return tuple(number(part.strip()) for part in text.split(","))
 
 
 def ranges(text: str) -> tuple[int, ...]:
-    """`ranges("0,4-6")`: 0, 4, 5 and 6."""
+    """`ranges("0,4-6")`: (0, 4, 5, 6)."""
     found: list[int] = []
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
@@ -56,18 +56,18 @@ Profile = Annotated[str, Option(help="A profile of book/profiles, or a YAML file
 Force = Annotated[bool, Option("--force", help="Run even if nothing changed.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON, every field.")]
 Questions = Annotated[Path | None, Option(help="A question file; SpecWiki if not given.")]
-Concepts = Annotated[int | None, whole("How many, evenly over the tiers; all if not given.")]
+Concepts = Annotated[int | None, whole("Their number, evenly over tiers; all if not given.")]
 Ratios = Annotated[str, Option(parser=shares, help="Shares of value vectors to mask.")]
 Protocol = Annotated[
-    Literal["paper", "holdout"], Option(help="Score on the questions chosen on, or on fold 1.")
+    Literal["paper", "holdout"], Option(help="holdout: choose on fold 0, score on fold 1.")
 ]
 Method = Annotated[
     Literal["FT-FV", "FT-PV", "FT-CV", "FT-RV"],
-    Option(help="FV: all value vectors; PV: those chosen; CV: all others; RV: as many at random."),
+    Option(help="FV: all value vectors; PV: chosen ones; CV: all others; RV: as many at random."),
 ]
 Rule = Annotated[
     Literal["coefficient", "score", "gradient", "magnitude", "other"],
-    Option(help="How FT-PV chooses them; the paper's is coefficient."),
+    Option(help="How FT-PV chooses value vectors; the paper's rule is coefficient."),
 ]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16"], Option(help="auto: bfloat16 on a GPU that has it.")
@@ -75,15 +75,15 @@ Dtype = Annotated[
 Device = Annotated[str, Option(help="auto, cpu, cuda, or cuda:1.")]
 Parameters = Annotated[
     list[str] | None,
-    Option("-p", "--parameter", metavar="NAME VALUE", help="A chapter's, as YAML; repeatable."),
+    Option("-p", "--parameter", metavar="NAME VALUE", help="Of a chapter, as YAML; repeatable."),
 ]
 Gpu = Annotated[str, Option(help="A100 80GB, H100, H200, L40S, L4, RTX 4090, RTX 3090, or cpu.")]
 
 
 class Command(TyperCommand):
-    """A command whose `-p NAME VALUE` takes two words, as papermill's does.
+    """A command whose `-p NAME VALUE` takes two words, which Typer's repeated options cannot.
 
-    Typer has no repeated option of two words, so the two are joined before it reads them.
+    The two are joined before Typer reads them.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -116,9 +116,9 @@ def run(
     out: Annotated[Path | None, Option(help="The notebook to write (.ipynb).")] = None,
     force: Force = False,
 ) -> None:
-    """Run one chapter. Exit status 2 for bad input, 3 when the chapter fails.
+    """Run one chapter. The exit status is 2 for bad input, 3 if the chapter fails.
 
-    With parameters of your own, the result goes to results/runs/; the book's copy stays.
+    With -p, the result goes to results/runs/, and the book's copy stays.
     """
     from paramspec_book import book
     from paramspec_book.parameters import parse_assignments
@@ -130,10 +130,10 @@ def run(
 @command()
 def build(
     profile: Profile = "default",
-    out: Annotated[Path | None, Option(help="Where copies and _build/html go.")] = None,
+    out: Annotated[Path | None, Option(help="A directory for copies and _build/html.")] = None,
     force: Force = False,
 ) -> None:
-    """Run every chapter, then build the site. Exit status 3 when a chapter fails, 4 the site."""
+    """Run every chapter, then build the site. Exit status: 3 if a chapter fails, 4 if the site."""
     from paramspec_book import book
 
     book.build(profile=profile, out=out, force=force)
@@ -144,7 +144,7 @@ def models(
     chosen: Annotated[str | None, Option("--set", help="twenty, scale, zoo, ...; or all.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the registry: what MODEL arguments may say, and which models are on this disk."""
+    """List the registry: the names of models, and whether they are on this disk."""
     from paramspec import report
     from paramspec.models.checkpoints import is_on_disk
     from paramspec.models.registry import models_in
@@ -163,23 +163,24 @@ def questions(
     export_lm_eval: Annotated[Path | None, Option(help="Write a task of lm-eval here.")] = None,
     show: Annotated[str | None, Option(help="Print one question: france/capital.")] = None,
     concept: Annotated[str | None, Option(help="Print a concept's questions.")] = None,
-    file: Annotated[Path | None, Option("--questions", help="A file; or SpecWiki.")] = None,
+    questions: Questions = None,
 ) -> None:
-    """Print, check or export questions; with no option, count SpecWiki by domain and tier."""
+    """Print, check or export questions; without an option, count them by domain and tier."""
     from paramspec import report, specwiki
+    from paramspec.specwiki.questions import choose, describe, read_questions
 
-    _, problems = specwiki.read_questions(validate) if validate is not None else ([], [])
+    _, problems = read_questions(validate) if validate is not None else ([], [])
     if len(problems) > 1:
         print("\n".join(problems))
         raise InputError(f"{validate}: {len(problems)} problems, listed above; mend them")
-    asked = specwiki.load_questions(file or validate, concepts=concept)
+    asked = specwiki.load_questions(questions or validate, concepts=concept)
     if export_lm_eval is not None:
         task = specwiki.export_lm_eval(export_lm_eval, asked)
         place = shlex.quote(str(task.parent))
         print(f"{task}: lm_eval --model hf --tasks specwiki --include_path {place} ...")
     elif show is not None or concept is not None:
-        shown = specwiki.choose(asked, "id", show, "--show")
-        print("\n\n".join(specwiki.describe(question) for question in shown))
+        shown = choose(asked, "id", show, "--show")
+        print("\n\n".join(describe(question) for question in shown))
     else:
         report.print_counts(asked)
 
@@ -191,17 +192,17 @@ def pss(
     concepts: Concepts = None,
     ratios: Ratios = "0.01,0.02,0.05,0.1,0.2",
     position: Annotated[Literal["mean", "last"], Option(help="Prompt tokens that count.")] = "mean",
-    scope: Annotated[Literal["layer", "model"], Option(help="Where vectors compete.")] = "layer",
+    scope: Annotated[Literal["layer", "model"], Option(help="Rank per layer or model.")] = "layer",
     protocol: Protocol = "paper",
     controls: Annotated[int, whole("Draws of each control mask: random, magnitude, other.")] = 1,
     general: Annotated[int, whole("Unrelated questions for each concept's masks.")] = 10,
-    seed: Annotated[int, whole("Of concepts, general questions and controls.")] = 0,
+    seed: Annotated[int, whole("Seed of concepts, general questions and controls.")] = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    jobs: Annotated[int, whole("Processes side by side; 0: one a GPU, or else one a core.")] = 1,
+    jobs: Annotated[int, whole("Worker processes; 0: one per GPU, or else per core.")] = 1,
     scheduler: Annotated[str | None, Option(help="A Dask scheduler: tcp://host:8786.")] = None,
-    out: Annotated[Path, Option(help="Where the four files go.")] = Path("results/pss"),
-    store: Annotated[Path, Option(help="Where a rerun continues from.")] = Path("results/store"),
+    out: Annotated[Path, Option(help="A directory for the four files.")] = Path("results/pss"),
+    store: Annotated[Path, Option(help="Finished work, for reruns.")] = Path("results/store"),
 ) -> None:
     """Measure the parameter specialization score (PSS) of models, with nulls and intervals.
 
@@ -240,23 +241,23 @@ def finetune(
     model: Annotated[str, Argument(help=MODEL)],
     method: Method,
     concept: Annotated[list[str], Option(help="A concept to train on; repeatable.")],
-    out: Annotated[Path, Option(help="The model's directory: new, or that of the same run.")],
+    out: Annotated[Path, Option(help="The tuned model's directory: new, or of the same run.")],
     questions: Questions = None,
     share: Annotated[float, real("Share of a layer's value vectors that FT-PV trains.")] = 0.125,
     rule: Rule = "coefficient",
     layers: Annotated[str | None, Option(parser=ranges, help="Only these layers: 0,4-6.")] = None,
-    statements: Annotated[int, whole("Statements of each fact to train on, the first ones.")] = 4,
-    epochs: Annotated[int, whole("Times that each statement is seen.")] = 3,
-    batch: Annotated[int, whole("Statements of a step.")] = 16,
-    learning_rate: Annotated[float, real("Of AdamW, after a warm-up.")] = 1e-3,
-    seed: Annotated[int, whole("Of random vectors, and of the statements' order.")] = 0,
-    save_every: Annotated[int, whole("Steps between states that a rerun continues from.")] = 50,
+    statements: Annotated[int, whole("The first statements of each fact to train on.")] = 4,
+    epochs: Annotated[int, whole("Passes over the statements.")] = 3,
+    batch: Annotated[int, whole("Statements per step.")] = 16,
+    learning_rate: Annotated[float, real("Learning rate of AdamW, after a warm-up.")] = 1e-3,
+    seed: Annotated[int, whole("Seed of random vectors and of the statements' order.")] = 0,
+    save_every: Annotated[int, whole("Steps between states from which a rerun continues.")] = 50,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Fine-tune chosen value vectors on statements about concepts; all else stays as it is.
+    """Fine-tune chosen value vectors on statements about concepts; other weights stay.
 
-    The directory is an ordinary one of transformers. A killed run continues when called again.
+    The result is an ordinary transformers directory. A killed run continues when called again.
     """
     from paramspec import report
     from paramspec.studies import finetune as tuning
@@ -287,7 +288,7 @@ def plan(
     utilisation: Annotated[float, real("Share of the GPU's peak that is reached, up to 1.")] = 0.3,
     as_json: AsJson = False,
 ) -> None:
-    """What a profile costs: weights, tokens, FLOPs, hours. Runs and downloads nothing."""
+    """Estimate a profile's cost: weights, tokens, FLOPs, hours. Runs and downloads nothing."""
     from paramspec import report
     from paramspec.studies.chapters import CHAPTERS
     from paramspec.studies.cost import plan as make_plan
@@ -306,7 +307,7 @@ def plan(
 def _format_warning(
     message: object, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """Ours in one line, as errors are; a library's as Python shows it."""
+    """A warning of this package in one line, as errors are; of a library, as Python shows it."""
     if Path(filename).is_relative_to(Path(__file__).parent):
         return f"paramspec: warning: {printable(message)}\n"
     return f"{filename}:{lineno}: {category.__name__}: {message}\n"
@@ -315,8 +316,8 @@ def _format_warning(
 def main() -> None:
     """Run the command line; a failure is one line on standard error and the exit status.
 
-    Bad input is status 2, a bug of this package 1 with a traceback. `--traceback` anywhere among
-    the words, or PARAMSPEC_TRACEBACK=1, shows the traceback of every failure, causes included.
+    The status is 2 for bad input, and 1, with a traceback, for a bug of this package. `--traceback`
+    anywhere, or PARAMSPEC_TRACEBACK=1, shows the traceback of any failure, with its causes.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a question mark for what the terminal lacks
@@ -350,7 +351,3 @@ def _status_and_line(error: Exception) -> tuple[int, str]:
         return 2, f"error: this command needs {error.name}, which is not installed; {place}"
     name = type(error).__name__
     return 1, f"internal error ({name}): please report the traceback; finished work is kept"
-
-
-if __name__ == "__main__":
-    main()

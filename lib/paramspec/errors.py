@@ -1,4 +1,4 @@
-"""The one exception for input that a user can mend."""
+"""The one exception for input that a user can correct."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class InputError(ValueError):
-    """Bad input, told in one line that names the value, the place and the remedy.
+    """Bad input: one line that names the value, the place and the remedy.
 
     >>> load_questions(concepts=0)
     Traceback (most recent call last):
@@ -29,7 +29,7 @@ def naming(name: str) -> Iterator[None]:
 
 
 def printable(text: object) -> str:
-    """`printable(error)`: in one line; control characters and broken Unicode as `\\n`, `\\x1b`."""
+    """A message in one line; control characters and broken Unicode as `\\n`, `\\x1b`."""
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text)
     )

@@ -1,11 +1,11 @@
-"""YAML and numbers that mean what they say: JSON's values, and nothing that a reader guesses.
+"""YAML and numbers as JSON has them, with no value that a reader guesses.
 
     read_yaml("seed: 3\ntime: 12:30", "mine.yaml")     # {"seed": 3, "time": "12:30"}
     read_value("010", "-p seed")                       # "010": not 8, and not 10
     integer("10"), number("1e-3")                      # of the command line
 
-YAML 1.1, PyYAML's, takes `010` for 8, `12:30` for 750, `1_0` for 10, `no` for false, `2020-01-01`
-for a date. Here they are the texts that they look like; a place that wants a number refuses them.
+PyYAML reads YAML 1.1: `010` as 8, `12:30` as 750, `1_0` as 10, `no` as false, `2020-01-01` as a
+date. Here these are texts, which are refused where a number is expected.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ import yaml
 from paramspec.errors import InputError
 
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]*)\Z")
-# JSON's numbers, and those that leave out a zero: .5 and 1.
+# JSON's numbers, and those without a zero: .5 and 1.
 _NUMBER = re.compile(r"-?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?\Z")
 _WORDS = {"null": None, "true": True, "false": False}
 
 
 def integer(text: str) -> int:
-    """`integer("10")`: a whole number in decimal digits; a ValueError for `010`, `1_0` or `1.0`."""
+    """`integer("10")`: a whole number in decimal digits; ValueError for `010`, `1_0` or `1.0`."""
     if isinstance(text, str) and not _INTEGER.match(text):  # an option's default is a number
         raise ValueError(f"expected a whole number, as 10, not {text!r}")
     return int(text)
 
 
 def number(text: str) -> float:
-    """`number("1e-3")`: a finite number; a ValueError for `1_0`, `nan`, `inf` or `1,5`."""
+    """`number("1e-3")`: a finite number; ValueError for `1_0`, `nan`, `inf` or `1,5`."""
     if isinstance(text, str) and not (_NUMBER.match(text) and math.isfinite(float(text))):
         raise ValueError(f"expected a number, as 0.05, not {text!r}")
     return float(text)
@@ -43,8 +43,8 @@ def number(text: str) -> float:
 def read_value(text: str, place: str) -> Any:
     """`read_value("3", "-p seed")`: a value as it is typed after `-p`.
 
-    A list, a mapping and a quoted text are YAML. All else is one value to its end, also with a
-    colon or a # in it: a number, true, false or null, and otherwise the text.
+    A list, a mapping and a quoted text are YAML. Anything else is one value, also with a colon or
+    a # in it: a number, true, false or null, and otherwise a text.
     """
     bare = text.strip()
     if bare[:1] in ("[", "{", '"', "'"):
@@ -54,10 +54,10 @@ def read_value(text: str, place: str) -> Any:
 
 
 def read_yaml(text: str, place: str) -> Any:
-    """`read_yaml(path.read_text("utf-8"), str(path))`: the value that YAML holds.
+    """`read_yaml(path.read_text("utf-8"), str(path))`: the value of a YAML text.
 
     Numbers, true, false and null are JSON's (and numbers as `1e3`, `.5`); every other scalar is a
-    text. A key stands once. An InputError names the place, the line and the problem.
+    text. No key may be given twice. An InputError names the place, the line and the problem.
     """
     try:
         return yaml.load(text, _Loader)
@@ -69,7 +69,7 @@ def read_yaml(text: str, place: str) -> Any:
 
 
 def require_unicode(path: Path) -> None:
-    """Refuse a path that is not UTF-8, which the files of weights and tables can't hold."""
+    """Refuse a path that is not UTF-8, which files of weights and tables can't hold."""
     try:
         str(path.absolute()).encode()
     except UnicodeEncodeError as error:
@@ -77,7 +77,7 @@ def require_unicode(path: Path) -> None:
 
 
 def _scalar(text: str) -> Any:
-    """A number, true, false or null where the text is one of JSON's; or else the text."""
+    """A number, true, false or null as JSON has them, or else the text."""
     for read in (_WORDS.__getitem__, integer, number):
         with contextlib.suppress(KeyError, ValueError):
             return read(text)
@@ -95,10 +95,8 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
         keys = [key.value for key, _ in node.value]
         for place, (key, _) in enumerate(node.value):
             if key.value in keys[:place]:
-                problem = f"{key.value!r} stands twice"
-                raise yaml.constructor.ConstructorError(
-                    problem=problem, problem_mark=key.start_mark
-                )
+                problem = f"{key.value!r} is given twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
         return super().construct_mapping(node, deep)
 
 

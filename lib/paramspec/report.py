@@ -1,4 +1,4 @@
-"""What commands print: tables of models, questions, plans and studies."""
+"""The tables that commands print: of models, questions, plans and studies."""
 
 from __future__ import annotations
 
@@ -25,11 +25,7 @@ def hours_of(hours: float) -> str:
     return f"{hours:,.1f}" if hours >= 0.1 else f"{hours:.1g}"
 
 
-def yes_or_no(value: bool | None) -> str:
-    return "yes" if value else "no"
-
-
-# How the values of a column are shown; those of others as they stand.
+# How the values of a column are shown; values of other columns by `str`.
 FORMATS = {
     "parameters": lambda n: f"{n / 1e9:.2f} B" if n >= 1e8 else f"{n / 1e6:.2f} M",
     "weights": bytes_of,
@@ -40,16 +36,15 @@ FORMATS = {
     "ratio": "{:g}".format,
     "floor_pooled": "{:.3f}".format,
     "floor_per_concept": "{:.3f}".format,
-    "gated": yes_or_no,
-    "on_disk": yes_or_no,
+    "gated": lambda value: "yes" if value else "no",
+    "on_disk": lambda value: "yes" if value else "no",
 }
 
 
 def show(frame: pd.DataFrame, title: str | None = None, caption: str | None = None) -> None:
-    """Print a table, its columns by `FORMATS`; numbers stand on the right.
+    """Print a table, its columns by `FORMATS`, numbers on the right.
 
-    Texts are as they stand: in a name, `[bold]` and `:cat:` are no markup. In a pipe there is no
-    width to fit into, and a cut cell helps nobody.
+    In a name, `[bold]` and `:cat:` are no markup. In a pipe, no width is to be kept to.
     """
     from rich import box
     from rich.console import Console
@@ -90,7 +85,6 @@ def print_models(specs: Sequence[ModelSpec]) -> None:
 
 
 def print_counts(asked: list[Question]) -> None:
-    """A table of the number of concepts in each domain and tier."""
     from paramspec.specwiki import questions_digest
 
     concepts = pd.DataFrame(
@@ -103,12 +97,11 @@ def print_counts(asked: list[Question]) -> None:
 
 
 def print_plan(planned: Plan, others: Sequence[str]) -> None:
-    """Tables of models and chapters, and the totals."""
     on = f"one {planned.gpu.name} at {100 * planned.utilisation:g} %"
     models, chapters = (
         table.rename(columns={"gpu_hours": "hours"}) for table in (planned.models, planned.chapters)
     )
-    show(models.drop(columns="micro"), f"Models, hours of {on}; what chapters share counts once")
+    show(models.drop(columns="micro"), f"Models, hours of {on}; work that chapters share, once")
     show(chapters, "Chapters, each by itself; shared: with a chapter above")
     if untrained := int((models["micro"] & ~models["on_disk"]).sum()):
         print(f"To train first: {untrained} micro models, some minutes on a few cores.")
@@ -123,7 +116,7 @@ def print_plan(planned: Plan, others: Sequence[str]) -> None:
 
 
 def print_study(study: Study) -> None:
-    """A table a model: accuracies and PSS with intervals at each mask and ratio, and the peaks."""
+    """A table per model, of accuracies and PSS with intervals, and the peaks."""
     from paramspec.stats.summary import peak_pss, summarize
 
     titles = {
@@ -140,7 +133,7 @@ def print_study(study: Study) -> None:
         show(
             rows[["mask", "ratio"]].assign(**shown).join(floors),
             f"{model}: {first['concepts']} concepts, protocol {first['protocol']}",
-            "in brackets: 95 % bootstrap intervals over concepts; floor: sampling alone",
+            "in brackets: 95 % bootstrap intervals over concepts; floor: by sampling alone",
         )
     peaks = peak_pss(study.pss)
     pooled, per_concept = (_intervals(peaks, f"peak_{name}") for name in ("pooled", "per_concept"))

@@ -1,4 +1,4 @@
-"""The one hash by which seeds decide orders: the same on every machine, and of any other order."""
+"""The hash that decides every seeded order, the same on every machine."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import hashlib
 
 
 def by_hash(*parts: object) -> bytes:
-    """`sorted(names, key=lambda name: by_hash(seed, name))`: an order that nothing else decides."""
+    """`sorted(names, key=lambda name: by_hash(seed, name))`: an order by seed and names alone."""
     return hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()

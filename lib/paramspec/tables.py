@@ -1,35 +1,31 @@
-"""What the tables of a study are made of: `method` writes them, `stats` reads them.
-
-PSS_COLUMNS["general_accuracy"]     # what stands in a column
-MASKS, TIERS                        # values of the columns `mask` and `tier`, in their order
-"""
+"""The columns of a study's tables, and the values of `tier` and `mask` in their order."""
 
 TIERS = ("high", "medium", "low")
 MASKS = ("none", "concept", "random", "magnitude", "other")
 
 PSS_COLUMNS = {
     "model": "name of the model",
-    "concept": "whose mask, and whose own questions",
+    "concept": "the concept of the mask and of the own questions",
     "domain": "the concept's domain",
     "tier": "the concept's frequency tier: high, medium, low",
     "ratio": "mask ratio; 0 without a mask",
     "mask": "none, concept, random, magnitude, or other",
-    "seed": "of the mask's random draw and of the general questions",
+    "seed": "seed of the mask's random draw and of the general questions",
     "protocol": "paper or holdout",
     "concept_accuracy": "acc_norm on the concept's own questions under the mask",
     "general_accuracy": "acc_norm on unrelated questions under the mask",
-    "n_concept": "how many own questions",
-    "n_general": "how many unrelated questions",
+    "n_concept": "number of own questions",
+    "n_general": "number of unrelated questions",
 }
 DETAIL_COLUMNS = {
     "model": "name of the model",
     "protocol": "paper or holdout",
     "question_id": "the question answered",
     "role": "concept (the mask's concept's own) or general (unrelated to it)",
-    "mask_concept": "whose mask",
+    "mask_concept": "the concept of the mask",
     "ratio": "mask ratio; 0 without a mask",
     "mask": "none, concept, random, magnitude, or other",
-    "seed": "of the mask's random draw",
+    "seed": "seed of the mask's random draw",
     "option_logprobs": "log-likelihood of each option, nats",
     "option_tokens": "tokens of each option",
     "predicted": "option with the highest log-likelihood, the first of those that tie",

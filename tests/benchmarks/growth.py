@@ -27,8 +27,7 @@ from paramspec.method.hooks import ValueVectorView, value_vector_view
 from paramspec.method.scoring import choose_engine
 from paramspec.models.load import LoadedModel, load_model
 from paramspec.specwiki import load_questions
-from turns import timed
-from works import Work, masked, needed, spread, unmasked
+from works import Work, masked, needed, spread, timed, unmasked
 
 LINEAR = ("questions", "concepts", "masks")  # the axes that time is linear in
 # The points of each axis. `questions` are without a mask; `concepts` have a mask each, on their own
@@ -101,8 +100,7 @@ def superlinear(rows: Sequence[dict], slack: float = 1.2) -> list[str]:
         for first, last in zip(along[:1], along[-1:], strict=True):
             grown = last["seconds"] / first["seconds"] / (last["tokens"] / first["tokens"])
             if grown > slack:
-                step = f"from {first['x']} to {last['x']}"
-                problems.append(f"{axis} {step}: time per token grows {grown:.2f} times")
+                problems.append(f"{axis}: time per token grows {grown:.2f} times")
     return problems
 
 
@@ -140,8 +138,7 @@ def growing(rows: Sequence[dict], slack: float = 0.1) -> list[str]:
     """`growing(rows)`: cases whose peak exceeds that of the fewest questions by more than slack."""
     least = min(rows, key=lambda row: row["questions"], default=None)
     return [
-        f"{row['concepts']} concepts with {row['masks']} masks take {row['peak'] / 1e6:.0f} MB, "
-        f"{least['concepts']} with {least['masks']} take {least['peak'] / 1e6:.0f} MB"
+        f"{row['questions']} questions take {row['peak'] / least['peak']:.2f} times the memory"
         for row in rows
         if row["peak"] > (1 + slack) * least["peak"]
     ]

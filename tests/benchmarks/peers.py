@@ -74,15 +74,12 @@ class LmEval:
     def __call__(self, work: Work) -> list[Tensor]:
         asked = [
             # The texts are keys of its cache alone; without one they may be empty.
-            (("", ""), list(request.item.context), list(option))
-            for request in work.requests
-            for option in request.item.options
+            (("", ""), list(item.context), list(option))
+            for item, _ in work.requests
+            for option in item.options
         ]
         answers = iter(self._model._loglikelihood_tokens(asked, disable_tqdm=True))
-        return [
-            torch.tensor([next(answers)[0] for _ in request.item.options])
-            for request in work.requests
-        ]
+        return [torch.tensor([next(answers)[0] for _ in item.options]) for item, _ in work.requests]
 
 
 def wrap(loaded: LoadedModel) -> TransformersModel:
@@ -122,14 +119,12 @@ class Nnsight:
 
     def __call__(self, work: Work) -> list[Tensor]:
         scores = [torch.zeros(len(request.item.options)) for request in work.requests]
-        order = sorted(range(len(scores)), key=lambda index: work.requests[index].mask)
-        for mask, indices in itertools.groupby(order, key=lambda i: work.requests[i].mask):
-            lines = [
-                _Line(item.context + option, option, index, place)
-                for index in indices
-                for item in [work.requests[index].item]
-                for place, option in enumerate(item.options)
-            ]
+        of_mask: dict[int, list[_Line]] = {}
+        for index, (item, mask) in enumerate(work.requests):
+            for place, option in enumerate(item.options):
+                line = _Line(item.context + option, option, index, place)
+                of_mask.setdefault(mask, []).append(line)
+        for mask, lines in of_mask.items():
             lines.sort(key=lambda line: -len(line.tokens))
             size = self.rows or len(lines)
             for start in range(0, len(lines), size):
@@ -146,9 +141,8 @@ class Nnsight:
         tokens, attention_mask = pad_right([line.tokens[:-1] for line in lines])
         options = [line.option for line in lines]
         rows = torch.tensor([row for row, option in enumerate(options) for _ in option])
-        ends = [len(line.tokens) - 1 for line in lines]
-        places = [range(end - len(o), end) for end, o in zip(ends, options, strict=True)]
-        places = torch.tensor(list(itertools.chain(*places)))
+        ends = [(len(line.tokens) - 1, len(line.option)) for line in lines]
+        places = torch.tensor([place for end, size in ends for place in range(end - size, end)])
         targets = torch.tensor(list(itertools.chain(*options)))
         chosen = [
             (self.wrapped.get(name), (~keep[layer]).nonzero()[:, 0])

@@ -2,11 +2,13 @@
 
 work = masked(view, tokenizer, load_questions(concepts=30), ratios=[0.01], general=10)
 needed(work.requests).flops(model)
+timed(lambda: score(work))                  # seconds
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -20,6 +22,13 @@ from paramspec.method.pss import Choices, asked_questions
 from paramspec.method.rows import Item, Request
 from paramspec.method.scoring import encode
 from paramspec.specwiki import Question
+
+
+def timed(work: Callable[[], object]) -> float:
+    """`timed(work)`: the seconds that it takes."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
 
 
 @dataclass(frozen=True)
@@ -38,8 +47,7 @@ class Work:
     def only(self, indices: Sequence[int]) -> Work:
         """`work.only(range(8))`: some of the requests, under the same masks."""
         requests = [self.requests[index] for index in indices]
-        options = [self.options[index] for index in indices]
-        return replace(self, requests=requests, options=options)
+        return replace(self, requests=requests, options=[self.options[index] for index in indices])
 
     @property
     def size(self) -> int:
@@ -103,18 +111,14 @@ class Needed(NamedTuple):
 
     def flops(self, model: PreTrainedModel) -> int:
         """Of products of matrices, two per weight and token."""
-        config, unembedding = model.config, model.get_output_embeddings()
-        projections = sum(
-            part.weight.numel()
-            for part in model.modules()
-            if isinstance(part, nn.Linear | Conv1D) and part is not unembedding
-        )
+        config, unembedding = model.config, model.get_output_embeddings().weight.numel()
+        linear = [part for part in model.modules() if isinstance(part, nn.Linear | Conv1D)]
+        projections = sum(part.weight.numel() for part in linear) - unembedding
         heads = config.num_attention_heads
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
         # Of a pair, queries with keys, and their weights with values.
         pair = 4 * config.num_hidden_layers * width
-        read = 2 * self.unembedded * unembedding.weight.numel()
-        return 2 * self.tokens * projections + self.pairs * pair + read
+        return 2 * self.tokens * projections + self.pairs * pair + 2 * self.unembedded * unembedding
 
 
 def needed(requests: Sequence[Request]) -> Needed:

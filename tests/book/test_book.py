@@ -21,7 +21,7 @@ from paramspec.errors import InputError
 from paramspec.execution import provenance
 from paramspec.execution.store import Store
 from paramspec_book import book, keys, parameters, sphinx_executed
-from paramspec_book.keys import execution_key
+from paramspec_book.keys import execution_key, read_record
 
 CHAPTER = (
     HEADER
@@ -61,37 +61,27 @@ print(seed, ratios, limit, model, exact)
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def root(tmp_path):
     """A checkout with one chapter, `a-small`."""
     return make_checkout(tmp_path / "checkout", a_small=CHAPTER)
 
 
 @pytest.fixture
-def chapter(root: Path) -> Path:
+def chapter(root):
     return root / "book" / "a-small.md"
 
 
-def printed(copy: Path) -> str:
-    """Return what the last cell of an executed copy printed."""
+def printed(copy):
+    """What the last cell of an executed copy printed."""
     return nbformat.read(copy, 4).cells[-1].outputs[0].text.strip()
 
 
-def record_of(copy: Path) -> dict:
-    return json.loads(copy.read_text())["metadata"]["paramspec"]
-
-
-def runs(root: Path) -> int:
-    """Return how often the chapter's cells ran in this checkout."""
-    log = root / "runs.txt"
-    return len(log.read_text().splitlines()) if log.exists() else 0
-
-
-def test_a_run_executes_once_and_records_where_it_came_from(root: Path) -> None:
+def test_a_run_executes_once_and_records_where_it_came_from(root):
     (root / "book" / "profiles" / "tiny.yaml").write_text("a-small:\n  ratios: [1]\n")
     copy = book.run_chapter("a-small", profile="tiny", root=root)
     assert copy == root / "book" / "_executed" / "a-small.ipynb"
     assert printed(copy) == "0 [1.0] None none True"
-    record = record_of(copy)
+    record = read_record(copy)
     expected = {"seed": 0, "ratios": [1.0], "limit": None, "model": "none", "exact": True}
     assert (record["parameters"], record["profile"]) == (expected, "tiny")
     assert record["commit"] is None  # a temporary folder is outside git
@@ -99,9 +89,9 @@ def test_a_run_executes_once_and_records_where_it_came_from(root: Path) -> None:
     assert str(root) not in copy.read_text()  # the site publishes copies: no machine's paths
     before = copy.stat().st_mtime_ns
     book.run_chapter("a-small", profile="tiny", root=root)
-    assert (runs(root), copy.stat().st_mtime_ns) == (1, before)
+    assert ((root / "runs.txt").read_text(), copy.stat().st_mtime_ns) == ("run\n", before)
     book.run_chapter("a-small", profile="tiny", root=root, force=True)
-    assert runs(root) == 2
+    assert (root / "runs.txt").read_text() == "run\n" * 2
 
 
 MEASURES = """
@@ -118,9 +108,7 @@ for unit in ("pss", "answers"):
 """
 
 
-def test_a_page_says_what_computed_its_results_and_not_what_read_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_page_says_what_computed_its_results_and_not_what_read_them(tmp_path, monkeypatch):
     """One of two results was there, of another machine and from a hub's model."""
     root = make_checkout(tmp_path / "checkout", a_small=HEADER + MEASURES)
     facts = {"model": "org/toy", "commit": "c" * 40, "tokenizer": {"kept": [{"token": "<s>"}]}}
@@ -130,21 +118,20 @@ def test_a_page_says_what_computed_its_results_and_not_what_read_them(
         store = Store(root / "results" / "store")
         store.put({"unit": "pss"}, lambda folder: None, facts | {"device": "cuda:0"})
         store.put({"unit": "never read"}, lambda folder: None, {"device": "cuda:0"})
-    results = record_of(book.run_chapter("a-small", root=root))["results"]
+    results = read_record(book.run_chapter("a-small", root=root))["results"]
     first, second = results["computed"]
     assert (first["units"], first["hardware"], first["device"]) == ({"pss": 1}, gone, "cuda:0")
     assert (second["units"], second["device"]) == ({"answers": 1}, "cpu")
     assert second["hardware"]["cpu"] == provenance.hardware()["cpu"]
     assert results["models"] == {"org/toy": {"commit": "c" * 40, "before": ["<s>"]}}
     told = sphinx_executed.describe_results(results)
-    for part in ("1 pss: ", "Another CPU, 64 cores, 1024 GiB, 1 x A100, 8 threads, device cuda:0"):
+    for part in ("1 pss: ", "Another CPU, 64 cores", f"torch {version('torch')}"):
         assert part in told[0]
-    assert f"torch {version('torch')}" in told[0]
-    assert told[2] == f"org/toy, commit {'c' * 40}: <s> added before each text"
+    assert f"org/toy, commit {'c' * 40}: <s> " in told[2]
     assert not list((root / "results" / "unfinished").glob("*.used"))
 
 
-def test_parameters_of_ones_own_leave_the_books_copy_alone(root: Path) -> None:
+def test_parameters_of_ones_own_leave_the_books_copy_alone(root):
     copy = book.run_chapter("a-small", root=root)
     before = copy.read_bytes()
     other = book.run_chapter("a-small", {"seed": -4, "limit": 2}, root=root)
@@ -157,16 +144,14 @@ def test_parameters_of_ones_own_leave_the_books_copy_alone(root: Path) -> None:
     assert list((root / "results" / "unfinished").iterdir()) == []
 
 
-def test_the_key_changes_with_everything_a_result_depends_on(
-    root: Path, chapter: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_key_changes_with_everything_a_result_depends_on(root, chapter, monkeypatch):
     library = root / "lib"
     caches = library / "paramspec" / "__pycache__"
     caches.mkdir(parents=True)
     (library / "paramspec_book").mkdir()
     monkeypatch.setattr(keys, "LIBRARY", library)
 
-    def key(profile: str = "default", **values: object) -> str:
+    def key(profile="default", **values):
         return execution_key(chapter, profile, values, root)
 
     seen = [key(), key(profile="paper"), key(seed=1)]
@@ -200,36 +185,32 @@ def test_the_key_changes_with_everything_a_result_depends_on(
     ],
 )
 def test_what_a_parameter_names_is_in_the_key_by_its_content(
-    root: Path, chapter: Path, monkeypatch: pytest.MonkeyPatch, value: object, file: str
-) -> None:
+    root, chapter, monkeypatch, value, file
+):
     monkeypatch.setenv("HOME", str(root / "home"))
-    path = root / file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    seen = [execution_key(chapter, "", {"model": value}, root)]
-    for text in ("one", "two", "one"):  # the content counts, not when it was written
-        path.write_text(text)
-        os.utime(path, ns=(len(seen), len(seen)))
-        seen.append(execution_key(chapter, "", {"model": value}, root))
-    assert len(set(seen)) == 3
-    assert seen[3] == seen[1]
+    (root / file).parent.mkdir(parents=True, exist_ok=True)
+
+    def key(text, time):
+        (root / file).write_text(text)
+        os.utime(root / file, ns=(time, time))
+        return execution_key(chapter, "", {"model": value}, root)
+
+    seen = {execution_key(chapter, "", {"model": value}, root), key("one", 1), key("two", 2)}
+    assert len(seen) == 3
+    assert key("one", 3) in seen  # the content counts, not when it was written
     monkeypatch.setattr(keys, "READ_WHOLE", 2)
-    for time_of_change in (1, 2):  # of a large file, size and time
-        os.utime(path, ns=(time_of_change, time_of_change))
-        seen.append(execution_key(chapter, "", {"model": value}, root))
-    assert len(set(seen)) == 5
+    assert len(seen | {key("one", 1), key("one", 2)}) == 5  # of a large file, size and time
 
 
 @pytest.mark.parametrize("value", ["", ".", "..", "/", "~", "no:file", "tcp://host:8786"])
-def test_what_names_no_input_does_not_depend_on_the_checkout(
-    root: Path, chapter: Path, monkeypatch: pytest.MonkeyPatch, value: str
-) -> None:
+def test_what_names_no_input_does_not_depend_on_the_checkout(root, chapter, monkeypatch, value):
     monkeypatch.setenv("HOME", str(root.parent))
     before = execution_key(chapter, "default", {"model": value}, root)
     (root / "something").write_text("new")
     assert execution_key(chapter, "default", {"model": value}, root) == before
 
 
-def test_declared_inputs_are_in_the_key(root: Path, chapter: Path) -> None:
+def test_declared_inputs_are_in_the_key(root, chapter):
     declared = "paramspec: {inputs: ['bench/*.py', 'results/bench/**/*', gone.txt]}"
     chapter.write_text(CHAPTER.replace("kernelspec:", f"{declared}\nkernelspec:", 1))
     seen = [execution_key(chapter, "default", {}, root)]
@@ -242,21 +223,17 @@ def test_declared_inputs_are_in_the_key(root: Path, chapter: Path) -> None:
     assert seen[-1] == seen[-2]
 
 
-def test_a_failing_chapter_keeps_its_last_good_copy(
-    root: Path, chapter: Path, monkeypatch, command
-) -> None:
+def test_a_failing_chapter_keeps_its_last_good_copy(root, chapter, monkeypatch, command):
     copy = book.run_chapter("a-small", root=root)
     before = copy.read_bytes()
     chapter.write_text(CHAPTER.replace("seed == 13", "seed == 0"))
     monkeypatch.chdir(root)
     status, _, error = command("build")
     assert (status, copy.read_bytes()) == (3, before)
-    lines = error.strip().splitlines()
     # the first line of the failing cell, counted here from the text itself
     line = chapter.read_text().split("if seed ==")[0].count("\n") + 1
-    (told,) = [x for x in lines if x.startswith("chapter a-small")]
+    (told,) = [x for x in error.splitlines() if x.startswith("chapter a-small")]
     assert f"(a-small.md:{line}): ValueError: an unlucky seed" in told
-    assert "a-small failed" in lines[-1]
     assert "ValueError" in (root / told.rsplit(" ", 1)[1]).read_text()  # the unfinished notebook
     assert not (root / "_build" / "html").exists()
 
@@ -271,7 +248,6 @@ BAD = [
     (["run", "a-small", "--profile", "absent.yaml"], "absent.yaml", "No such file"),
     (["run", "a-small", "--profile", "stranger.yaml"], "9-none", "a-small"),
     (["build", "--profile", "typo.yaml"], "sede", "seed"),
-    (["build", "--profile", "none"], "none", "default"),
     (["run", "a-small", "-p", "sede", "1"], "sede", "seed"),
     (["run", "a-small", "-p", "seed", "x"], "seed 'x'", "integer"),
     (["run", "a-small", "-p", "exact", "1"], "exact 1", "boolean"),
@@ -287,22 +263,21 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "value", "remedy"), BAD, ids=[" ".join(b[0]) for b in BAD])
-def test_bad_input_is_one_line_before_any_work(
-    root: Path, arguments: list[str], value: str, remedy: str, monkeypatch, command
-) -> None:
+def test_bad_input_is_refused_before_any_work(
+    root, arguments, value, remedy, monkeypatch, refused
+):
     files = {"list.yaml": "[1, 2]", "broken.yaml": "a: [", "stranger.yaml": "9-none: {}"}
     for name, text in {**files, "typo.yaml": "a-small: {sede: 1}", "runs.txt": ""}.items():
         (root / name).write_text(text)
     (root / "folder.ipynb").mkdir()
     monkeypatch.chdir(root)
-    monkeypatch.setattr(papermill, "execute_notebook", lambda *a, **k: pytest.fail("work began"))
-    status, _, error = command(*arguments)
-    assert (status, len(error.strip().splitlines())) == (2, 1)
+    monkeypatch.setattr(papermill, "execute_notebook", None)
+    error = refused(*arguments)
     assert value in error
     assert remedy in error
 
 
-def test_a_chapter_is_found_by_name_number_and_path(tmp_path: Path) -> None:
+def test_a_chapter_is_found_by_name_number_and_path(tmp_path):
     names = {"3_masking": CHAPTER, "4_twenty": CHAPTER, "31_other": CHAPTER}
     root = make_checkout(tmp_path / "checkout", **names)
     for name in ("3-masking", "3", "book/3-masking.md", "3-masking.md"):
@@ -313,7 +288,7 @@ def test_a_chapter_is_found_by_name_number_and_path(tmp_path: Path) -> None:
         parameters.chapters(root)
 
 
-def test_papermill_itself_runs_a_chapter(root: Path) -> None:
+def test_papermill_itself_runs_a_chapter(root):
     tools = Path(sys.executable).parent
     pipe = f"{tools}/jupytext --to ipynb -o - book/a-small.md | {tools}/papermill - out.ipynb"
     line = f"{pipe} -p seed 3 -y 'ratios: [0.1]'"
@@ -327,75 +302,52 @@ LINES = ["seed = 0", "seed: int = len('a')", "seed: int = = 1", "seed: integer =
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_a_parameter_must_be_typed_and_literal(chapter: Path, line: str) -> None:
+def test_a_parameter_must_be_typed_and_literal(chapter, line):
     chapter.write_text(CHAPTER.replace("seed: int = 0", line))
     with pytest.raises(InputError, match=r"a-small.md: parameters cell"):
         parameters.declared_parameters(chapter)
 
 
-def checked(chapter: Path, annotation: str, value: object) -> object:
-    """A value as a parameter of this type has it."""
+def checked(chapter, annotation, value):
+    """A value as a parameter `x` of this type has it."""
     chapter.write_text(CHAPTER.replace("seed: int = 0", f"x: {annotation} = None"))
     return parameters.check_value(parameters.declared_parameters(chapter), "x", value)
 
 
-def typed(chapter: Path, annotation: str, text: str) -> object:
-    """What `-p x TEXT` gives a parameter of this type."""
-    return checked(chapter, annotation, parameters.parse_assignments([f"x={text}"])["x"])
+BAD_VALUES = [("int", 1.0), ("int", True), ("int", "1"), ("float", "1"), ("float", True)]
+BAD_VALUES += [("bool", 0), ("list[str]", [1]), ("int | None", "none"), ('Literal["a"]', "b")]
 
 
-@pytest.mark.parametrize(
-    ("annotation", "good", "bad"),
-    [
-        ("int", [0, -3], [1.0, True, "1", None]),
-        ("float", [0, 1.5], ["1", True, None]),
-        ("bool", [True, False], [0, "yes"]),
-        ("list[str]", [[], ["a"]], ["a", [1]]),
-        ("int | None", [None, 2], ["none", 2.5]),
-        ('Literal["mean", "last"]', ["mean"], ["max", None]),
-    ],
-)
-def test_types_are_strict(chapter, annotation: str, good: list[object], bad: list[object]) -> None:
-    for value in good:
-        assert checked(chapter, annotation, value) == value
-    for value in bad:
-        with pytest.raises(InputError, match="^x"):
-            checked(chapter, annotation, value)
+@pytest.mark.parametrize(("annotation", "value"), BAD_VALUES)
+def test_types_are_strict(chapter, annotation, value):
+    """What is good for them is in the profiles, and below."""
+    with pytest.raises(InputError, match="^x"):
+        checked(chapter, annotation, value)
 
 
+TYPED = [("int", "-2", -2), ("float", "1e-3", 0.001), ("list[float]", "[0, 1e-3]", [0, 0.001])]
+TYPED += [("int | None", "null", None), ("bool", "true", True), ("str", '"a: #b"', "a: #b")]
+TYPED += [("list[str]", "[no, 010, 2020-01-01]", ["no", "010", "2020-01-01"])]
 KEPT = ["010", "1:30", "no", "~", "1e3", "3", "true", "null", "", " a", "a #b", "*a", "[a]", "[a"]
+TYPED += [("str", text, text) for text in [*KEPT, "k=v"]]
+NO_NUMBERS = ["010", "1_0", "no", "", "nan", "1e999", "1 #2"]
+TYPED += [(kind, text, InputError) for kind in ("int", "bool", "float") for text in NO_NUMBERS]
 
 
-@pytest.mark.parametrize(
-    ("annotation", "text", "value"),
-    [
-        ("int", "-2", -2),
-        ("float", "1e-3", 0.001),
-        ("list[float]", "[0, 1e-3]", [0, 0.001]),
-        ("int | None", "null", None),
-        ("bool", "true", True),
-        ("str", "k=v", "k=v"),
-        ("str", '"quoted: #text"', "quoted: #text"),
-        ("list[str]", "[no, 010, 2020-01-01]", ["no", "010", "2020-01-01"]),
-        *(("str", text, text) for text in KEPT),
-    ],
-)
-def test_a_typed_value_is_read_by_the_parameter_s_type(chapter, annotation, text, value) -> None:
-    read = typed(chapter, annotation, text)
-    assert (type(read), read) == (type(value), value)
+@pytest.mark.parametrize(("annotation", "text", "value"), TYPED)
+def test_a_typed_value_is_read_by_the_parameter_s_type(chapter, annotation, text, value):
+    """What `-p x TEXT` gives a parameter of this type; or one line."""
+    given = parameters.parse_assignments([f"x={text}"])["x"]
+    if value is InputError:
+        with pytest.raises(InputError, match=f"^x {re.escape(repr(text))}: .*$"):
+            checked(chapter, annotation, given)
+    else:
+        read = checked(chapter, annotation, given)
+        assert (type(read), read) == (type(value), value)
 
 
-@pytest.mark.parametrize("annotation", ["int", "bool", "float"])
-@pytest.mark.parametrize("text", ["010", "1_0", "no", "", "nan", "1e999", "1 #2"])
-def test_what_only_looks_like_a_number_is_one_line(chapter, annotation: str, text: str) -> None:
-    with pytest.raises(InputError, match=r"^x '.*") as error:
-        typed(chapter, annotation, text)
-    assert repr(text) in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_the_commit_and_changes_to_it_are_recorded(root: Path) -> None:
-    def git(*words: str) -> str:
+def test_the_commit_and_changes_to_it_are_recorded(root):
+    def git(*words):
         line = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b.c", *words]
         return subprocess.run(line, check=True, capture_output=True, text=True).stdout.strip()
 
@@ -410,7 +362,8 @@ def test_the_commit_and_changes_to_it_are_recorded(root: Path) -> None:
 SMALL = HEADER + "\n# Page {name}\n\n```{{code-cell}} ipython3\nprint('{name}')\n```\n"
 
 
-def test_texts_on_a_page_are_as_they_stand_in_a_folder_of_any_name(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_texts_on_a_page_are_as_they_stand_in_a_folder_of_any_name(tmp_path):
     root = make_checkout(tmp_path / "a{b} [c] $d", a_small=CHAPTER)
     model = "$x$ | `y` <b>_z_</b> a--b {w}"
     profile = "_tiny_|*a*`b`.yaml"
@@ -423,9 +376,8 @@ def test_texts_on_a_page_are_as_they_stand_in_a_folder_of_any_name(tmp_path: Pat
     assert f"model = {model}" in page.replace('<span class="pre">', "").replace("</span>", "")
 
 
-def test_a_site_refuses_missing_and_stale_copies(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.slow
+def test_a_site_refuses_missing_and_stale_copies(tmp_path, capfd):
     names = ("good", "gone", "stale")
     root = make_checkout(tmp_path / "checkout", **{n: SMALL.format(name=n) for n in names})
     (root / "results").mkdir()  # no page of the book: not to be read at all
@@ -433,8 +385,7 @@ def test_a_site_refuses_missing_and_stale_copies(
     out = root / "elsewhere"
     built = book.build(root=root, out=out)
     assert built == out / "_build" / "html"
-    assert not (root / "_build").exists()
-    assert not (root / "book" / "_executed").exists()
+    assert not [*root.glob("_build"), *root.glob("book/_executed")]
     status = (built / "book" / "status.html").read_text()
     for name in names:
         page = (built / "book" / f"{name}.html").read_text()
@@ -454,7 +405,8 @@ def test_a_site_refuses_missing_and_stale_copies(
     assert (built / "index.html").stat().st_mtime_ns == before  # the whole site stays
 
 
-def test_a_warning_names_the_line_of_the_source(root: Path, chapter: Path, capfd) -> None:
+@pytest.mark.slow
+def test_a_warning_names_the_line_of_the_source(root, chapter, capfd):
     """Also behind a cell that papermill put in."""
     (root / "book" / "profiles" / "default.yaml").write_text("a-small: {seed: 4}")
     text = CHAPTER + "\nProse.\n\nAnd [a dead link](nowhere.md).\n"
@@ -465,14 +417,11 @@ def test_a_warning_names_the_line_of_the_source(root: Path, chapter: Path, capfd
     assert f"a-small.md:{line}: WARNING" in capfd.readouterr().err
 
 
-# The real book
-
-
 REAL = {chapter.stem: chapter for chapter in parameters.chapters(REPOSITORY)}
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_real_chapters_declare_kernel_and_typed_parameters(name: str) -> None:
+def test_real_chapters_declare_kernel_and_typed_parameters(name):
     notebook = parameters.read_notebook(REAL[name])
     assert notebook.metadata["kernelspec"]["name"] == "python3"
     declared = parameters.declared_parameters(REAL[name])

@@ -43,24 +43,18 @@ def computing(source: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_cells_are_short_and_do_one_thing(name: str) -> None:
+def test_cells_are_short_and_do_one_thing(name):
     for source in code_cells(PAGES[name]):
         assert len(source.strip().splitlines()) <= LONGEST, source
         assert not computing(source), source
         assert "Markdown(" not in source, source  # prose is in Markdown, with glued numbers
 
 
-def test_a_cell_that_computes_and_plots_would_be_seen() -> None:
-    assert computing("rows = paramspec.summarize(pss)\nfigures.curves(rows);")
-    assert computing("figures.curves([row for row in rows]);")
-    assert not computing('if len(rows):\n    figures.curves(rows[rows["mask"] != "none"]);')
-
-
-def test_every_figure_of_a_chapter_is_shown() -> None:
+def test_every_figure_of_a_chapter_is_shown():
     """The second one too: matplotlib's settings must not be put back by the first."""
     start = "import pandas as pd\nfrom paramspec_book import figures\nfigures.use_book_style()"
-    draw = "figures.forest(pd.DataFrame(columns=['r', 'low', 'high', 'family_low', 'family_high',"
-    sources = [start, *[f"{draw} 'reading']));"] * 2]
+    columns = ["r", "low", "high", "family_low", "family_high", "reading"]
+    sources = [start, *[f"figures.forest(pd.DataFrame(columns={columns}));"] * 2]
     cells = [nbformat.v4.new_code_cell(source) for source in sources]
     done = nbclient.NotebookClient(nbformat.v4.new_notebook(cells=cells), kernel_name="python3")
     _, *drawn = done.execute().cells
@@ -68,14 +62,14 @@ def test_every_figure_of_a_chapter_is_shown() -> None:
 
 
 @pytest.mark.parametrize("name", CHAPTERS)
-def test_what_a_chapter_measures_is_said_in_the_library(name: str) -> None:
+def test_what_a_chapter_measures_is_said_in_the_library(name):
     assert f'notebook.begin("{name}", globals())' in PAGES[name]
     assert "notebook.measure(" in PAGES[name]
     assert not re.search(r"measure_pss\(|measure_runs\(|Training\.|Choices\.", PAGES[name])
 
 
 @pytest.mark.parametrize("claim", CLAIMS)
-def test_a_claim_is_said_once_and_shown_where_it_is_tested(claim: str) -> None:
+def test_a_claim_is_said_once_and_shown_where_it_is_tested(claim):
     one, key = CLAIMS[claim], claim.lower()
     assert set(one) == {"chapter", "source", "claim", "numbers", "published", "rule"}
     page, index = PAGES[one["chapter"]], (REPOSITORY / "book" / "index.md").read_text("utf-8")
@@ -90,7 +84,7 @@ def test_a_claim_is_said_once_and_shown_where_it_is_tested(claim: str) -> None:
 
 
 @pytest.mark.parametrize("profile", ["smoke", "default", "paper"])
-def test_chapter_9_trains_what_chapter_8_trains(profile: str) -> None:
+def test_chapter_9_trains_what_chapter_8_trains(profile):
     """So that its trained vectors are found."""
     eight, nine = (
         chapter_values(find_chapter(name, REPOSITORY), profile, {}, REPOSITORY) for name in "89"
@@ -99,7 +93,7 @@ def test_chapter_9_trains_what_chapter_8_trains(profile: str) -> None:
         assert eight[name] == nine[name]
 
 
-def test_a_micro_model_has_a_training_of_its_own() -> None:
+def test_a_micro_model_has_a_training_of_its_own():
     given = {"training": {"epochs": 7}, "micro_training": {"epochs": 2, "share": 0.5}}
     for name, epochs, share in (("smollm2-135m", 7, 0.125), ("zoo-llama-3", 2, 0.5)):
         questions, training = training_of(name, {"concepts": 3, "seed": 5, **given})
@@ -107,7 +101,7 @@ def test_a_micro_model_has_a_training_of_its_own() -> None:
         assert set(training.concepts) <= {question.concept for question in questions}
 
 
-def test_rows_of_methods_keep_their_order_and_differences_are_paired() -> None:
+def test_rows_of_methods_keep_their_order_and_differences_are_paired():
     one, other = np.array([3.0, 1.0, 5.0]), np.array([1.0, 0.0, 4.0])
     measures = {"b": {"z": {"FT-PV": one, "FT-FV": other}}, "a": {"z": {"FT-PV": one}}}
     rows = notebook.method_rows(measures)

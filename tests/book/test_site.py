@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import functools
-import http.server
 import os
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import sync_playwright
 
+from checkout import REPOSITORY
 from paramspec_book.parameters import toc_pages
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 PAGES = [p.relative_to(REPOSITORY).with_suffix(".html").as_posix() for p in toc_pages(REPOSITORY)]
-WIDTHS = [1280, 390]  # a laptop's and a phone's, in px
+WIDTHS = (1280, 390)  # a laptop's and a phone's, in px
 PATIENCE = 600_000  # ms, on a machine that has other things to do
 
 # Resolves when MathJax has drawn what is there, at once on a page without mathematics.
@@ -38,11 +37,11 @@ BROKEN = """[
       || m.querySelector('[data-mjx-error], merror'))
     .map(m => m.textContent.slice(0, 60)),
 ]"""
-OVERFLOW = "document.documentElement.scrollWidth - window.innerWidth"
+OVERFLOW = "document.documentElement.scrollWidth - window.innerWidth"  # scrolled sideways, px
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def site(tmp_path_factory):
     """The address of the site, built from a copy of the checkout so that nothing is left in it."""
     root = tmp_path_factory.mktemp("site") / "checkout"
     # The appendix on speed runs a benchmark.
@@ -52,24 +51,19 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         if path.is_file() and "_executed" not in path.parts:
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, place)
-    line = [sys.executable, "-m", "paramspec.cli", "build", "--profile", "smoke"]
-    line += ["--out", str(root / "out")]
+    line = [sys.executable, "-m", "paramspec", "build", "--profile", "smoke", "--out", "out"]
     done = subprocess.run(line, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stdout + done.stderr
 
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    handler = functools.partial(Handler, directory=str(root / "out" / "_build" / "html"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=root / "out/_build/html")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def browser():
     """Headless Chromium, the system's own."""
     flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     with sync_playwright() as playwright:
@@ -78,13 +72,13 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-def visit(browser: Browser, site: str, page: str, scheme: str) -> tuple[Page, list[str]]:
+def visit(browser, site, page, scheme):
     """Open a page with every request beyond the site aborted; return it and all that went wrong."""
-    context = browser.new_context(color_scheme=scheme)  # type: ignore[arg-type]
+    context = browser.new_context(color_scheme=scheme)
     context.set_default_timeout(PATIENCE)
-    wrong: list[str] = []
+    wrong = []
 
-    def gate(route: Any) -> None:
+    def gate(route):
         if route.request.url.startswith(site):
             route.continue_()
         else:
@@ -104,7 +98,7 @@ def visit(browser: Browser, site: str, page: str, scheme: str) -> tuple[Page, li
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_page_is_whole_without_network(browser: Browser, site: str, page: str) -> None:
+def test_a_page_is_whole_without_network(browser, site, page):
     colours = {}
     for scheme in ("light", "dark"):
         tab, wrong = visit(browser, site, page, scheme)
@@ -113,15 +107,14 @@ def test_a_page_is_whole_without_network(browser: Browser, site: str, page: str)
             here = f"{page} at {width} px, {scheme}"
             tab.set_viewport_size({"width": width, "height": 900})
             assert tab.evaluate(BROKEN) == [], here
-            wide = tab.evaluate(OVERFLOW)
-            assert wide <= 0, f"{here}: scrolls sideways by {wide} px"
+            assert tab.evaluate(OVERFLOW) <= 0, here
         assert wrong == [], f"{page}, {scheme}"
         colours[scheme] = tab.evaluate("getComputedStyle(document.body).backgroundColor")
         tab.context.close()
     assert colours["light"] != colours["dark"]
 
 
-def test_every_link_within_the_site_leads_somewhere(browser: Browser, site: str) -> None:
+def test_every_link_within_the_site_leads_somewhere(browser, site):
     """Links, view-source and download buttons; links elsewhere must be https."""
     dead, seen = [], set()
     for page in PAGES:

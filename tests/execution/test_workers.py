@@ -119,7 +119,7 @@ def start(place, models):
     started = []
 
     def start(out, store, *options):
-        command = [sys.executable, "-m", "paramspec.cli", "pss", *models, *OPTIONS, *options]
+        command = [sys.executable, "-m", "paramspec", "pss", *models, *OPTIONS, *options]
         command += ["--questions", "questions.jsonl", "--out", out, "--store", store]
         pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
         process = subprocess.Popen(command, cwd=place, text=True, start_new_session=True, **pipes)

@@ -10,6 +10,7 @@ import torch
 
 from oracles import with_vectors_zeroed
 from paramspec.errors import InputError
+from paramspec.method import generation
 from paramspec.method.generation import (
     OPEN_PROMPT,
     answer_matches,
@@ -17,7 +18,7 @@ from paramspec.method.generation import (
     generate_answers,
     likeliest,
 )
-from paramspec.method.hooks import value_vector_view
+from paramspec.method.hooks import mask_rows, value_vector_view
 from paramspec.specwiki import load_questions
 from toy_study import toy_tokenizer
 from toys import toy_model
@@ -52,18 +53,18 @@ def greedy(view, tokenizer, prompt, keep=None, steps=6):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_answers_under_masks_equal_a_greedy_loop_on_edited_weights(family):
+def test_answers_under_masks_equal_a_greedy_loop_on_edited_weights(family, monkeypatch):
     view, tokenizer = value_vector_view(toy_model(family)), toy_tokenizer()
     draw = torch.Generator().manual_seed(1)
-    masks = [None, *(torch.rand(4, view.layers, view.width, generator=draw) > 0.3)]
-    pairs = zip(PROMPTS, masks, strict=True)
-    expected = [greedy(view, tokenizer, prompt, keep) for prompt, keep in pairs]
-    assert generate_answers(view, tokenizer, PROMPTS, masks, **AS_IT_IS) == expected
-    assert generate_answers(view, tokenizer, PROMPTS, masks, batch_size=2, **AS_IT_IS) == expected
-    unmasked = [greedy(view, tokenizer, prompt) for prompt in PROMPTS]
-    assert generate_answers(view, tokenizer, PROMPTS, **AS_IT_IS) == unmasked
-    assert unmasked[0] == expected[0]
-    assert sum(one != other for one, other in zip(unmasked, expected, strict=True)) >= 2
+    mask = torch.rand(view.layers, view.width, generator=draw) > 0.3
+    found = []
+    for keep, batch in ((None, 64), (mask, 64), (mask, 2)):
+        monkeypatch.setattr(generation, "BATCH", batch)
+        expected = [greedy(view, tokenizer, prompt, keep) for prompt in PROMPTS]
+        with mask_rows(view, [keep]):
+            found.append(generate_answers(view, tokenizer, PROMPTS, **AS_IT_IS))
+        assert found[-1] == expected
+    assert sum(one != other for one, other in zip(*found[:2], strict=True)) >= 2
 
 
 @pytest.mark.parametrize("front", ["", "<s> "])
@@ -112,15 +113,15 @@ def test_prompts_of_unlike_length_are_answered_together_as_alone(family):
     assert texts == [greedy(view, tokenizer, prompt) for prompt in prompts]
 
 
-def test_an_answer_is_the_first_line_without_space_around_it(monkeypatch, llama):
-    tokenizer, texts = (
-        toy_tokenizer(),
-        [" Paris\nQuestion: What", "\n\nthe Thames \n", "", "Big Ben"],
-    )
-    monkeypatch.setattr(type(tokenizer), "batch_decode", lambda *_, **__: texts)
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [(" Paris\nQuestion: What", "Paris"), ("\n\nthe Thames \n", "the Thames"), ("", "")],
+)
+def test_an_answer_is_the_first_line_without_space_around_it(said, answer, monkeypatch, llama):
+    tokenizer = toy_tokenizer()
+    monkeypatch.setattr(type(tokenizer), "decode", lambda *_, **__: said)
     # A question may hold braces.
-    answers = generate_answers(llama, tokenizer, [*PROMPTS[:3], "{question} {0}"], **AS_IT_IS)
-    assert answers == ["Paris", "the Thames", "", "Big Ben"]
+    assert generate_answers(llama, tokenizer, ["{question} {0}"], **AS_IT_IS) == [answer]
 
 
 def test_the_examples_of_the_prompt_are_about_no_concept():

@@ -99,13 +99,6 @@ def test_operators_that_give_other_numbers_are_done_without(factor, monkeypatch)
     assert kernels.packs.__wrapped__() == (factor == 1)
 
 
-def test_missing_operators_are_done_without_and_a_lack_of_memory_is_reported(monkeypatch):
-    def failing(weight):
-        raise error
-
-    monkeypatch.setattr(kernels, "_pack", failing)
-    error = AttributeError("no such operator")
+def test_missing_operators_are_done_without(monkeypatch):
+    monkeypatch.setattr(kernels, "_pack", lambda weight: weight.no_such_operator)
     assert not kernels.packs.__wrapped__()
-    error = RuntimeError("DefaultCPUAllocator: can't allocate memory")
-    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
-        kernels.packs.__wrapped__()

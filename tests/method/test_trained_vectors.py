@@ -8,7 +8,6 @@ from contextlib import ExitStack, suppress
 import pytest
 import torch
 
-from paramspec.errors import InputError
 from paramspec.method.hooks import (
     mask_value_vectors,
     replace_value_vectors,
@@ -103,15 +102,3 @@ def test_replaced_vectors_come_back_bit_by_bit(model, family, raises):
     assert torch.equal(logits(model), output)
     assert torch.equal(inside, logits(edited))
     assert not torch.allclose(inside, output, atol=0.1)
-
-
-@pytest.mark.parametrize("vectors", [[], [[3, 0]], [[0, 48]], [[-1, 0]], [[1, 5], [1, 5]]], ids=str)
-def test_vectors_that_are_none_are_refused(vectors):
-    view = value_vector_view(toy_model("llama"))
-    vectors = torch.tensor(vectors, dtype=torch.int32).reshape(-1, 2)
-    before = weights_of(view.model)
-    values = torch.zeros(len(vectors), HIDDEN)
-    for block in (train_value_vectors(view, vectors), replace_value_vectors(view, vectors, values)):
-        with pytest.raises(InputError, match=r"^value vectors .* of 3 layers"), block:
-            pass
-    same_weights(before, weights_of(view.model))

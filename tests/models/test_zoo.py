@@ -209,7 +209,7 @@ BAD = {
     "many concepts": ("country: 1", "country: 16", "concepts: 16 of domain 'country'.* has 15"),
     "late checkpoint": ("[2, 4]", "[2, 6]", r"model llama-2: checkpoints \[2, 6\]: .* 1 to 5"),
     "checkpoint twice": ("[2, 4]", "[2, 2]", r"checkpoints \[2, 2\]: .* each once"),
-    "key twice": ("seed: 0", "seed: 0\nwidth: 16", "'width' stands twice"),
+    "key twice": ("seed: 0", "seed: 0\nwidth: 16", "'width' is given twice"),
     "octal": ("layers: 2", "layers: 010", "layers '010': .*integer"),
     "not YAML": ("layers: 2", "layers: [2", "not YAML"),
     "python": ("layers: 2", "layers: !!python/name:os.system", "not YAML .*python/name"),

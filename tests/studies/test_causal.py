@@ -14,7 +14,7 @@ from paramspec.errors import InputError
 from paramspec.execution import provenance
 from paramspec.execution.parallel import workers
 from paramspec.execution.store import Store
-from paramspec.method import generation, masks
+from paramspec.method import generation
 from paramspec.method.hooks import value_vector_view
 from paramspec.method.masks import record_concepts
 from paramspec.method.pss import Choices
@@ -67,25 +67,14 @@ def measure(model, tmp_path):
     return lambda *runs: measure_runs(model, QUESTIONS, runs, store=Store(tmp_path))
 
 
-@pytest.fixture
-def never(monkeypatch):
-    """`never(module, name)`: what must not be called any more."""
-    return lambda module, name: monkeypatch.setattr(
-        module, name, lambda *_, **__: pytest.fail(f"{name} was called")
-    )
-
-
 def original(**asked):
     return Run("x", TRAINING, Evaluation(**asked), original=True)
 
 
-# Tables
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_tables_are_those_of_the_model_that_finetune_saves(method, model, study, tmp_path):
-    """Trained again into a directory and loaded as any model: each option, sample and state of a
-    greedy answer by a plain forward pass."""
+    """Trained again, saved and loaded as any model: options, samples and the states of greedy
+    answers, by plain forward passes."""
     finetune(model, QUESTIONS, TRAINING.model_copy(update={"method": method}), tmp_path / "out")
     loaded = load_model(str(tmp_path / "out"))
     view, name = value_vector_view(loaded.model), f"{method}/0"
@@ -105,7 +94,7 @@ def test_tables_are_those_of_the_model_that_finetune_saves(method, model, study,
         return float(likelihood), output.hidden_states[-1][0, -2]
 
     moved = compared = 0
-    for question in (question for question in QUESTIONS if question.id in answers.index):
+    for question in (q for q in QUESTIONS if q.id in answers.index):
         expected = score_one_at_a_time(view, encode(loaded.tokenizer, question))
         stored = answers.loc[question.id]
         np.testing.assert_allclose(stored["option_logprobs"], expected, atol=1e-4)
@@ -152,13 +141,10 @@ def test_likelihoods_are_the_models_own_loss(model, study):
 
 @pytest.mark.parametrize("template", ["$A </s>", "<s> $A </s>"])
 def test_every_passage_begins_with_what_the_tokenizer_puts_in_front(template):
-    passages = evaluation._passages(toy_tokenizer(template), 3)
     front = [1] if "<s>" in template else []
-    assert all(row[: len(front)] == front and 2 not in row for row in passages)
-    assert [len(row) for row in passages] == [128] * 3
-    prose = toy_tokenizer().encode(evaluation.PROSE.read_text())
-    joined = [token for row in passages for token in row[len(front) :]]
-    assert joined == prose[: len(joined)]
+    prose, size = toy_tokenizer().encode(evaluation.PROSE.read_text()), 128 - len(front)
+    expected = [[*front, *prose[start : start + size]] for start in (0, size, 2 * size)]
+    assert evaluation._passages(toy_tokenizer(template), 3) == expected
 
 
 def test_all_runs_are_asked_the_same_and_others_are_others(study):
@@ -180,59 +166,45 @@ def test_all_runs_are_asked_the_same_and_others_are_others(study):
 
 
 @pytest.mark.parametrize("position", ["mean", "last"])
-def test_pss_is_measured_as_its_choices_say(position, model, measure, monkeypatch):
-    """Masks are chosen by coefficients of each question by itself; unrelated questions are on
-    concepts that were not trained on."""
-    seen, budgets = [], []
-    real, batches = evaluation.measure_concepts, masks.prompt_batches
+def test_pss_is_measured_as_its_choices_say(position, measure, monkeypatch):
+    """Masks are chosen by coefficients of the questions asked; unrelated questions are on concepts
+    that were not trained on."""
+    recorded, measured, real = [], [], evaluation.measure_concepts
 
-    def note(*given, **options):
-        seen.append((given[-1], real(*given, **options)))
-        return seen[-1][1]
+    def note_record(view, tokenizer, questions, **options):
+        recorded.append((options, {question.fold for question in questions}))
+        return record_concepts(view, tokenizer, questions, **options)
 
-    monkeypatch.setattr(evaluation, "measure_concepts", note)
-    monkeypatch.setattr(
-        masks, "prompt_batches", lambda *given: budgets.append(given[1]) or batches(*given)
-    )
+    def note_measure(*given, **options):
+        measured.append(real(*given, **options))
+        return measured[-1]
+
+    monkeypatch.setattr(evaluation, "record_concepts", note_record)
+    monkeypatch.setattr(evaluation, "measure_concepts", note_measure)
     choices = FULL.choices.model_copy(update={"position": position, "batch_tokens": 12})
     measure(original(others=10, folds=(1,), choices=choices))
-    assert set(budgets) == {12}
-    ((coefficients, tables),) = seen
-    loaded = load_model(model)
-    view = value_vector_view(loaded.model)
-    for concept in TAUGHT:
-        alone = [
-            record_concepts(view, loaded.tokenizer, [question], position=position).sums[0, 1]
-            for question in QUESTIONS
-            if (question.concept, question.fold) == (concept, 1)
-        ]
-        found = coefficients.sums[coefficients.concepts.index(concept), 1]
-        torch.testing.assert_close(found, sum(alone), atol=1e-4, rtol=1e-4)
-    details = tables.details
+    assert recorded == [({"position": position, "batch_tokens": 12}, {1})]
+    details = measured[0].details
     about = details["question_id"].map({question.id: question.concept for question in QUESTIONS})
     own = details["role"] == "concept"
-    assert set(details["mask_concept"]) == set(TAUGHT)
     assert (about[own] == details.loc[own, "mask_concept"]).all()
+    assert set(about[own]) == set(TAUGHT)
     assert len(about[~own]) > 0
     assert not set(about[~own]) & set(TAUGHT)
 
 
-# The store
-
-
-def test_a_rerun_trains_and_asks_nothing(model, store, study, never):
-    never(causal, "tune")
+def test_a_rerun_trains_and_asks_nothing(model, store, study, monkeypatch):
+    monkeypatch.setattr(causal, "tune", None)
     asked = Run("x", TRAINING, Evaluation(folds=(0,), others=5))  # which is one more question
     answers = measure_runs(model, QUESTIONS, [asked], store=store).answers
     assert len(answers) == 15 + 5
-    never(runner, "load_model")
+    monkeypatch.setattr(runner, "load_model", None)
     renamed = [dataclasses.replace(run, name=f"again {run.name}") for run in RUNS]
     again = measure_runs(model, QUESTIONS, renamed, store=store)
     for table in ("answers", "generated", "texts", "pss", "losses", "samples"):
-        one, other = (each.drop(columns=["run", "model"], errors="ignore") for each in (
-            getattr(study, table), getattr(again, table)
-        ))  # fmt: skip
-        pd.testing.assert_frame_equal(one, other)
+        both = (getattr(each, table) for each in (study, again))
+        both = (each.drop(columns=["run", "model"], errors="ignore") for each in both)
+        pd.testing.assert_frame_equal(*both)
     assert set(again.pss["model"]) == set(again.pss["run"])
     assert all(torch.equal(study.vectors[r.name], again.vectors[f"again {r.name}"]) for r in RUNS)
 
@@ -247,16 +219,6 @@ def test_a_page_says_what_trained_and_what_evaluated(measure, tmp_path, monkeypa
     records = provenance.used_results(used)["computed"]
     found = {record["hardware"]["cpu"]: record["units"] for record in records}
     assert found == {"one": {"finetune": 1}, "another": {"causal": 1}}
-
-
-def test_other_versions_train_and_ask_anew(measure, monkeypatch, pretend_versions):
-    run = Run("x", TRAINING, Evaluation())
-    measure(run)
-    pretend_versions(torch="999.0")
-    tune, trained = causal.tune, []
-    monkeypatch.setattr(causal, "tune", lambda *given: trained.append(1) or tune(*given))
-    measure(run)
-    assert trained == [1]
 
 
 @pytest.mark.parametrize(
@@ -274,21 +236,18 @@ def test_other_versions_train_and_ask_anew(measure, monkeypatch, pretend_version
 def test_other_code_is_another_result(module, name, value, monkeypatch):
     run = Run("x", TRAINING, FULL.model_copy(update={"open_ended": "question"}))
     before = run.key()
-    assert before == run.key()
     monkeypatch.setattr(module, name, value)
     assert run.key() != before
 
 
+@pytest.mark.slow
 def test_workers_give_the_same_tables(study, measure):
-    some = [*RUNS[:3], *RUNS[-2:]]
     with workers(jobs=2):
-        other = measure(*some)
+        other = measure(*RUNS[:3])
     for table in ("answers", "generated", "pss"):
         expected = getattr(study, table).drop(columns="option_logprobs", errors="ignore")
-        expected = expected[expected["run"].isin([run.name for run in some])]
-        pd.testing.assert_frame_equal(
-            getattr(other, table)[list(expected)], expected.reset_index(drop=True)
-        )
+        expected = expected[expected["run"].isin(NAMES[:3])].reset_index(drop=True)
+        pd.testing.assert_frame_equal(getattr(other, table)[list(expected)], expected)
 
 
 def test_a_model_is_loaded_once_for_all_runs_and_not_kept(measure, monkeypatch):
@@ -299,48 +258,34 @@ def test_a_model_is_loaded_once_for_all_runs_and_not_kept(measure, monkeypatch):
     assert not runner._HELD
 
 
-# What is refused
-
-
-def test_bad_input_is_told_before_any_training(model, tmp_path, never):
-    never(runner, "hand_out")
-    silent = [question.model_copy(update={"statements": ()}) for question in QUESTIONS]
+def test_bad_input_is_told_before_any_training(measure, monkeypatch):
+    monkeypatch.setattr(runner, "hand_out", None)
     unknown = TRAINING.model_copy(update={"concepts": ("Atlantis",)})
-    for runs, asked, message in (
-        ([RUNS[1], RUNS[1]], QUESTIONS, "'FT-FV/0' is given twice"),
-        ([Run("x", unknown, FULL)], QUESTIONS, "'Atlantis'"),
-        ([Run("x", unknown, FULL, original=True)], QUESTIONS, "'Atlantis'"),
-        ([RUNS[1]], silent, "no statements"),
+    for runs, message in (
+        ([RUNS[1], RUNS[1]], "'FT-FV/0' is given twice"),
+        ([Run("x", unknown, FULL)], "'Atlantis': no statements"),
+        ([Run("x", unknown, FULL, original=True)], "'Atlantis'"),
     ):
         with pytest.raises(InputError, match=message):
-            measure_runs(model, asked, runs, store=Store(tmp_path))
+            measure(*runs)
     with pytest.raises(InputError, match="concepts 9: expected 1 to 3"):
         trained_concepts(QUESTIONS, 9)
 
 
-def test_a_diverging_run_is_named_and_the_others_are_kept(measure, never):
+def test_a_diverging_run_is_named_and_the_others_are_kept(measure, monkeypatch):
     wild = Run("wild", TRAINING.model_copy(update={"learning_rate": 1e37}), Evaluation())
     calm = Run("calm", TRAINING, Evaluation())
     with pytest.raises(InputError, match=r": wild: training diverged: "):
         measure(calm, wild)
-    never(causal, "tune")
+    monkeypatch.setattr(causal, "tune", None)
     assert len(measure(calm).answers) == 30
 
 
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [
-        # A passage that is cut short, or empty, would be a likelihood of something else.
-        ({"prose": 1000}, r"x: prose 1000: prose.txt holds \d+ passages of 128"),
-        ({"others": 1000}, "others 1000: only 50 questions on other concepts"),
-    ],
-)
-def test_more_than_there_is_is_refused(measure, asked, message):
-    with pytest.raises(InputError, match=message):
-        measure(original(**asked))
-
-
-# Intervals
+@pytest.mark.parametrize("name", ["prose", "others"])
+def test_more_than_there_is_is_refused(measure, name):
+    """A passage that is cut short, or empty, would be a likelihood of something else."""
+    with pytest.raises(InputError, match=f"x: {name} 1000: "):
+        measure(original(**{name: 1000}))
 
 
 def answer_table(runs):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 import socket
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +14,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from checkout import REPOSITORY
-from paramspec import cli
-from paramspec.errors import InputError
 from paramspec.method.hooks import ValueVectorView, unembed_only, value_vector_view
 from paramspec.method.masks import record_concepts
 from paramspec.method.pss import Choices, measure_concepts
@@ -31,36 +29,17 @@ from paramspec_book import parameters
 from toy_study import save_toy
 from toys import random_model
 
-TINY = """
-concepts: {country: 1, element: 1}
-exposure: {high: 4, medium: 2, low: 1}
-vocabulary: 400
-layers: 2
-width: 16
-mlp_width: 24
-heads: 4
-key_value_heads: 2
-batch: 8
-learning_rate: 0.005
-seed: 0
-models:
-  llama-1: {family: llama, generation: 1, steps: 4, checkpoints: [2]}
-  qwen2-1: {family: qwen2, generation: 1, steps: 4}
-  gemma2-1: {family: gemma2, generation: 1, steps: 4}
-"""
-HUB = [spec for spec in load_registry().values() if spec.source.kind == "hub"]
-
 
 @pytest.fixture
-def recipe(tmp_path) -> Path:
-    path = tmp_path / "tiny.yaml"
-    path.write_text(TINY)
-    return path
+def recipe(tmp_path):
+    """Of the smallest zoo, in a folder of its own."""
+    smoke = REPOSITORY / "book" / "profiles" / "zoo" / "smoke.yaml"
+    return Path(shutil.copy(smoke, tmp_path)).as_posix()
 
 
 @contextlib.contextmanager
 def counting(view: ValueVectorView):
-    """A list of tokens and of the rows of masks that each forward pass computes, padding aside."""
+    """A list of the tokens that each forward pass computes under its masks, padding aside."""
     found, entered = [], []
 
     def enter(_, args, kwargs):
@@ -86,10 +65,10 @@ def counting(view: ValueVectorView):
             hook.remove()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_tokens_are_those_of_a_counted_run(recipe, family):
     """Recording and measuring a micro model."""
-    micro = load_zoo(recipe)[f"{recipe.as_posix()}:{family}-1"]
+    micro = load_zoo(Path(recipe))[f"{recipe}:{family}-1"]
     view = value_vector_view(random_model(architecture(micro.recipe)))
     tokenizer, engine = own_tokenizer(micro), choose_engine(view)
     questions = tuple(study_questions([micro.name]))
@@ -97,9 +76,8 @@ def test_tokens_are_those_of_a_counted_run(recipe, family):
     concepts = list(dict.fromkeys(question.concept for question in questions))
     with counting(view) as ran:
         coefficients = record_concepts(view, tokenizer, questions, batch_tokens=300)
-        measure_concepts(
-            "m", view, tokenizer, questions, concepts, choices, coefficients, engine=engine
-        )
+        asked = (questions, concepts, choices, coefficients)
+        measure_concepts("m", view, tokenizer, *asked, engine=engine)
     planned = tokens_of(Experiment((micro.name,), questions, choices), tokenizer)
     assert engine.name == "packed"
     assert planned.passed == sum(ran) > 0
@@ -142,9 +120,8 @@ def small(models, chapters=("6-scale",), **options):
 
 
 def test_a_plan_adds_up_and_shared_work_counts_once(offline, recipe):
-    models = [f"{recipe.as_posix()}:llama-1", f"{recipe.as_posix()}:gemma2-1"]
-    one = small(models)
-    both = small(models, ("6-scale", "7-pretraining"))
+    models = [f"{recipe}:llama-1", f"{recipe}:gemma2-1"]
+    one, both = small(models), small(models, ("6-scale", "7-pretraining"))
     flops = one.models["flops"].sum()
     assert one.chapters.loc[0, ["models", "concepts"]].tolist() == [2, 6]
     assert both.models.equals(one.models)
@@ -156,8 +133,8 @@ def test_a_plan_adds_up_and_shared_work_counts_once(offline, recipe):
 
 
 def test_micro_models_of_a_recipe_of_any_name_are_planned_untrained(offline, recipe):
-    recipe.rename(offline / "a@1: b.yaml")
-    name = "a@1: b.yaml:llama-1"
+    Path(recipe).rename(offline / "a@1: b.yaml")
+    name = "a@1: b.yaml:llama-2"
     before = small([f"{name}@2", f"./{name}"]).models
     recipes = load_zoo(Path("a@1: b.yaml"))
     train_zoo([recipes[name], recipes[f"{name}@2"]])
@@ -189,75 +166,49 @@ def test_a_model_larger_than_a_gpu_takes_several(offline):
 
 
 @pytest.fixture
-def planned(offline, monkeypatch, capsys):
-    """`status, out, err = planned("6-scale", "--json")`: the command, far from the checkout."""
+def checkout(offline, monkeypatch):
+    """The book is found, though the working directory is another."""
     monkeypatch.setattr(parameters, "find_root", lambda: REPOSITORY)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["paramspec", "plan", *words])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        return stopped.value.code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (["--gpu", "abacus"], "GPU 'abacus': unknown; use A100 80GB"),
-        (["--utilisation", "0"], "utilisation 0: expected a share above 0 and up to 1"),
-        (["--profile", "nowhere"], "unknown profile 'nowhere'"),
+        (["--utilisation", "0"], "utilisation 0: "),
         (["9-nothing"], "unknown chapter '9-nothing'"),
-        (["1-value-vectors"], "1-value-vectors has no chapter that measures models; name one of"),
-        (["--profile", "none.yaml"], "unknown chapter 'chapter'"),
-        (["--profile", "typed.yaml", "6-scale"], "6-scale: concepts 'many'"),
-        (["6-scale", "-p", "modles", "[]"], "-p modles: no chapter planned here has such"),
+        (["1-value-vectors"], "1-value-vectors has no chapter that measures models"),
+        (["6-scale", "-p", "concepts", "many"], "6-scale: concepts 'many'"),
+        (["6-scale", "-p", "modles", "[]"], "-p modles: "),
         (["6-scale", "-p", "models", "[lama]"], "model 'lama': not in models.yaml"),
         (["6-scale", "-p", "models", "[]"], "models: none given"),
     ],
 )
-def test_bad_input_is_one_line(words, told, offline, planned):
-    (offline / "none.yaml").write_text("chapter: {}\n")
-    (offline / "typed.yaml").write_text("6-scale: {concepts: many}\n")
-    status, out, error = planned(*words)
-    assert (status, out, error.count("\n")) == (2, "", 1)
-    assert error.startswith("paramspec: error: ")
-    assert told in error
+def test_bad_input_is_one_line(words, told, checkout, refused):
+    assert told in refused("plan", *words)
 
 
 def test_gpus_are_sourced_and_found_by_any_spelling():
     assert find_gpu("l4").name == "L4"
     assert find_gpu("RTX4090").peak == 165.2e12
-    with pytest.raises(InputError):
-        find_gpu("")
 
 
-def test_command_says_what_twenty_models_cost(planned):
+@pytest.mark.slow
+def test_command_says_what_twenty_models_cost(checkout, command):
     """Of the paper's profile, as tables and as JSON."""
-    words = ("4-twenty-models", "--profile", "paper")
-    (_, shown, _), (_, text, _) = planned(*words), planned(*words, "--json")
+    words = ("plan", "4-twenty-models", "--profile", "paper")
+    (_, shown, _), (_, text, _) = command(*words), command(*words, "--json")
     lines, content = shown.splitlines(), json.loads(text)
     hours = f"{content['totals']['gpu_hours']:,.1f}"
     told = f"20 models, 525 concepts: {hours} hours of one A100 80GB at 30 %"
     assert lines[-1] == f"In all: {told}"
     assert content["totals"]["flops"] == sum(model["flops"] for model in content["models"])
-    twenty = [spec for spec in HUB if "twenty" in spec.sets]
+    twenty = [spec for spec in load_registry().values() if "twenty" in spec.sets]
     assert [model["model"] for model in content["models"]] == [spec.id for spec in twenty]
     for spec in twenty:
         row = next(line.split() for line in lines if line.split()[:1] == [spec.id])
         assert f"{spec.parameters / 1e9:.2f}" == row[1]
     assert content["gpu"]["source"]
-
-
-# Chapters
-
-
-def test_a_chapter_begins_with_what_it_is_planned_for():
-    for name in CHAPTERS:
-        text = (REPOSITORY / "book" / f"{name}.md").read_text()
-        assert f'notebook.begin("{name}", globals())' in text
-        assert "measure_pss(" not in text
 
 
 def test_changes_of_an_experiment_are_as_the_chapters_say():

@@ -18,7 +18,6 @@ from paramspec.errors import InputError
 from paramspec.method.generation import decode, generate_answers
 from paramspec.method.hooks import value_vector_view
 from paramspec.specwiki import load_questions
-from paramspec.studies import hallucination
 from paramspec.studies.hallucination import (
     cluster_answers,
     embedding_judge,
@@ -28,29 +27,22 @@ from paramspec.studies.hallucination import (
     semantic_entropy,
 )
 from toy_study import toy_tokenizer
-from toys import FAMILIES, random_model, toy_model
+from toys import FAMILIES, toy_model
 
 PROMPT = "the old king of the new {question} of the"
 ASKED = ["beta", "river of omega", "age", "song of alpha old", "ash new bee", "price"]
 
 
-def windowed(family):
-    """A sliding window that the prompts are longer than, in the families that have one."""
-    import transformers
-
-    class_name, settings = FAMILIES[family]
-    if "sliding_window" in settings:
-        settings = settings | {"sliding_window": 5}
-    return random_model(getattr(transformers, class_name)(**settings))
-
-
-# Sampling
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma2", "gpt2", "opt"])
-def test_what_is_decoded_is_what_plain_forward_passes_predict(family):
-    """No cache, no batch: likelihoods, hidden states and where an answer ends."""
-    view, tokenizer = value_vector_view(windowed(family)), toy_tokenizer()
+def test_what_is_decoded_is_what_plain_forward_passes_predict(family, monkeypatch):
+    """No cache, no batch: likelihoods, hidden states and where an answer ends.
+
+    A sliding window, in the families that have one, is shorter than the prompts.
+    """
+    class_name, settings = FAMILIES[family]
+    short = {"sliding_window": 5} if "sliding_window" in settings else {}
+    monkeypatch.setitem(FAMILIES, family, (class_name, settings | short))
+    view, tokenizer = value_vector_view(toy_model(family)), toy_tokenizer()
     prompts = [PROMPT.replace("{question}", asked) for asked in ASKED]
     draw = torch.Generator().manual_seed(3)
 
@@ -59,54 +51,39 @@ def test_what_is_decoded_is_what_plain_forward_passes_predict(family):
 
     decoded = decode(view, tokenizer, prompts, pick, copies=3, max_new_tokens=7)
     assert [len(copies) for copies in decoded] == [3] * len(prompts)
-    ended = 0
     for prompt, copies in zip(prompts, decoded, strict=True):
         start = tokenizer.encode(prompt)
         for row in copies:
-            states = []
-            hook = view.model.get_output_embeddings().register_forward_pre_hook(
-                lambda _, args, states=states: states.append(args[0])
-            )
+            tokens = torch.tensor([start + row.tokens])
             with torch.no_grad():
-                logits = view.model(torch.tensor([start + row.tokens]), use_cache=False).logits[0]
-            hook.remove()
+                logits = view.model(tokens, use_cache=False).logits[0]
+                states = view.model.base_model(tokens, use_cache=False).last_hidden_state[0]
             chosen = logits.log_softmax(-1)[len(start) - 1 : -1]
             expected = chosen.gather(1, torch.tensor(row.tokens)[:, None]).sum()
             assert row.log_likelihood == pytest.approx(float(expected), abs=1e-4)
-            state = states[0][0, len(start) + len(row.tokens) - 2]
-            torch.testing.assert_close(row.state, state, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(row.state, states[-2], atol=1e-4, rtol=1e-4)
             assert tokenizer.eos_token_id not in row.tokens[:-1]
-            over = row.tokens[-1] == tokenizer.eos_token_id
-            ended += over
-            assert over or len(row.tokens) == 7
+            assert row.tokens[-1] == tokenizer.eos_token_id or len(row.tokens) == 7
     assert len({tuple(row.tokens) for copies in decoded for row in copies}) > 12
 
 
-def test_some_answers_end_before_others():
+def test_samples_depend_on_the_seed_and_the_question_alone():
     """An answer that ends leaves the batch, and the others go on as if it had stayed."""
     model = toy_model("llama")
     model.lm_head.weight[2] *= 3  # the end of a text is likely, or very unlikely
     view, tokenizer = value_vector_view(model), toy_tokenizer()
     options = {"prompt": PROMPT, "samples": 20, "max_new_tokens": 6}
-    sampled = sample_answers(view, tokenizer, ASKED, **options)
-    assert len({n for one in sampled for n in one.tokens}) > 2
-    for one, asked in zip(sampled, ASKED, strict=True):
-        (other,) = sample_answers(view, tokenizer, [asked], **options)
-        assert one.answers == other.answers
-        assert one.log_likelihoods == pytest.approx(other.log_likelihoods, abs=1e-4)
-
-
-def test_samples_depend_on_the_seed_and_the_question_alone():
-    view, tokenizer = value_vector_view(toy_model("qwen2")), toy_tokenizer()
-    options = {"prompt": PROMPT, "samples": 5}
     first = sample_answers(view, tokenizer, ASKED, **options)
-    turned = sample_answers(view, tokenizer, ASKED[::-1], **options)
-    assert [one.answers for one in first] == [one.answers for one in turned[::-1]]
+    assert len({n for one in first for n in one.tokens}) > 2
     other = sample_answers(view, tokenizer, ASKED, seed=1, **options)
-    assert all(a.answers != b.answers for a, b in zip(first, other, strict=True))
-    assert [one.greedy for one in first] == [one.greedy for one in other]
-    assert [one.greedy for one in first] == generate_answers(view, tokenizer, ASKED, prompt=PROMPT)
-    assert sample_answers(view, tokenizer, []) == []
+    for asked, one, two in zip(ASKED, first, other, strict=True):
+        (alone,) = sample_answers(view, tokenizer, [asked], **options)
+        assert one.answers == alone.answers
+        assert one.log_likelihoods == pytest.approx(alone.log_likelihoods, abs=1e-4)
+        assert one.greedy == two.greedy
+    assert [one.answers for one in first] != [one.answers for one in other]
+    greedy = generate_answers(view, tokenizer, ASKED, prompt=PROMPT, max_new_tokens=6)
+    assert [one.greedy for one in first] == greedy
     with pytest.raises(InputError, match="does not fit the model's context of 64"):
         sample_answers(view, tokenizer, ["old " * 60], prompt="{question}")
 
@@ -136,44 +113,33 @@ def test_first_tokens_are_drawn_as_often_as_the_model_says(temperature):
             assert likelihood == pytest.approx(logprobs[answer], abs=1e-4)
 
 
-# Meanings
-
-
-def clusters(answers, *sets):
-    """Answers of one set mean the same."""
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ("Rhine, the rhine., Po, Rhine", [0, 0, 1, 0]),  # the same words
+        ("Thames, Donau, the Thames, Danube, THAMES!", [0, 1, 0, 1, 0]),  # aliases, a judge's word
+        (", Donau, , ..., Danube, Rhine", [0, 1, 0, 0, 1, 2]),
+        # An answer joins the first cluster whose first member means the same: in a judge's eyes
+        # y is like x and z, and x unlike z.
+        ("x, y, z", [0, 0, 1]),
+        ("y, x, z", [0, 0, 0]),
+        ("z, x, y", [0, 1, 0]),
+    ],
+)
+def test_answers_are_clustered_by_words_then_aliases_then_judgement(answers, expected):
+    """A judge is asked neither of accepted answers nor of empty ones."""
 
     def same(question, pairs):
         assert question == "Which river?"
-        return [any({*pair} <= group for group in sets) for pair in pairs]
+        assert not {"Thames", "", "..."} & set(itertools.chain(*pairs))
+        alike = ({"Donau", "Danube"}, {"x", "y"}, {"y", "z"})
+        return [any({*pair} <= group for group in alike) for pair in pairs]
 
-    return cluster_answers("Which river?", answers, ("the Thames", "Thames"), same)
-
-
-def test_answers_are_clustered_by_words_then_aliases_then_judgement():
-    assert clusters(["Danube", "the danube.", "Rhine", "Danube"]) == [0, 0, 1, 0]
-    assert clusters(["Thames", "Rhine", "the Thames", "THAMES!"]) == [0, 1, 0, 0]
-    assert clusters(["Donau", "Rhine", "Danube"], {"Donau", "Danube"}) == [0, 1, 0]
-    assert clusters(["", "Rhine", "", "..."]) == [0, 1, 0, 0]
+    aliases = ("the Thames", "Thames")
+    assert cluster_answers("Which river?", answers.split(", "), aliases, same) == expected
 
 
-def test_an_answer_joins_the_first_cluster_whose_first_member_means_the_same():
-    """Meaning the same is not transitive in a judge's eyes: y is like x and z, x unlike z."""
-    sets = ({"x", "y"}, {"y", "z"})
-    for order, wanted in {"xyz": [0, 0, 1], "yxz": [0, 0, 0], "zxy": [0, 1, 0]}.items():
-        assert clusters(list(order), *sets) == wanted
-
-
-def test_a_judge_is_not_asked_of_what_is_known():
-    """Neither of accepted answers nor of empty ones: right and wrong are never one meaning."""
-    asked = []
-    answers = ["Thames", "Rhine", "", "the Thames", "Danube"]
-    found = cluster_answers(
-        "q", answers, ["Thames"], lambda _, pairs: asked.extend(pairs) or [True] * len(pairs)
-    )
-    assert found == [0, 1, 2, 0, 1]
-    assert asked == [("Rhine", "Danube")]
-
-
+@pytest.mark.slow
 def test_embeddings_tell_phrasings_from_other_answers():
     """The shares that the threshold was chosen by, measured anew on as many pairs."""
     draw = random.Random(0)
@@ -205,7 +171,7 @@ def classifier(request, tmp_path):
         id2label=dict(enumerate(labels)), label2id={label: n for n, label in enumerate(labels)},
     )  # fmt: skip
     with torch.random.fork_rng():
-        torch.manual_seed(5)  # one whose verdicts vary
+        torch.manual_seed(5)
         model = BertForSequenceClassification(config).eval().requires_grad_(False)
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -231,44 +197,27 @@ def test_entailment_is_asked_both_ways_after_the_question(classifier):
     assert 0 < sum(expected) < sum(one_way)  # so that asking one way alone would show
 
 
-def test_what_is_no_judge_is_told_in_one_line(tmp_path, classifier, monkeypatch):
+def test_what_is_no_judge_is_refused(tmp_path, classifier):
     path, model, _ = classifier
-
-    def refused(name, message):
-        with pytest.raises(InputError, match=message) as caught:
-            entailment_judge(str(name))
-        assert "\n" not in str(caught.value)
-
-    tensors = load_file(path / "model.safetensors")
-    weight = tensors.pop("classifier.weight")
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    refused(path, r"missing weights \['classifier.weight'\]")
-    save_file(tensors | {"classifier.weight": weight}, path / "model.safetensors", {"format": "pt"})
     model.config.label2id = {label: number for number, label in enumerate("abc")}
     model.config.save_pretrained(path)
-    refused(path, r"labels \['a', 'b', 'c'\], .*`entailment`")
+    with pytest.raises(InputError, match=r"labels \['a', 'b', 'c'\], .*`entailment`"):
+        entailment_judge(str(path))
+    tensors = load_file(path / "model.safetensors")
+    del tensors["classifier.weight"]
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"missing weights \['classifier.weight'\]"):
+        entailment_judge(str(path))
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "empty: cannot be loaded")
-    refused("/no/such/place", "no such directory")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    refused("org/no-such-model", "org/no-such-model: not a directory, not in the hub cache")
-    missing = hallucination.EMBEDDINGS.model_copy(update={"distribution": "no-such-wheel"})
-    monkeypatch.setattr(hallucination, "EMBEDDINGS", missing)
-    hallucination._embedder.cache_clear()
-    with pytest.raises(InputError, match=r"no-such-wheel==0.1.0: no such wheel here"):
-        embedding_judge()("q", [("a", "b")])
-
-
-# Entropy
+    with pytest.raises(InputError, match="empty: cannot be loaded"):
+        entailment_judge(str(tmp_path / "empty"))
 
 
 def test_entropy_of_known_shares():
-    assert semantic_entropy([0] * 10) == 0
-    assert math.copysign(1, semantic_entropy([0] * 10)) == 1
-    assert semantic_entropy(range(10)) == pytest.approx(math.log(10))
-    assert semantic_entropy([3, 3, 7, 7]) == pytest.approx(math.log(2))
-    shares = np.array([5, 3, 2]) / 10
-    assert semantic_entropy([0] * 5 + [1] * 3 + [2] * 2) == pytest.approx(stats.entropy(shares))
+    assert math.copysign(1, semantic_entropy([0] * 10)) == 1  # 0, and not -0
+    for shares in ([10], [1] * 10, [2, 2], [5, 3, 2]):
+        clusters = np.repeat(range(len(shares)), shares)
+        assert semantic_entropy(clusters) == pytest.approx(stats.entropy(shares))
 
 
 def test_likelihoods_weigh_meanings_by_their_length():
@@ -280,11 +229,8 @@ def test_likelihoods_weigh_meanings_by_their_length():
     sure = semantic_entropy([0, 1], [-1.0, -2000.0], [1, 1])
     assert sure == pytest.approx(0, abs=1e-9)
     for given in ([], [-1.0, -2.0]), ([0, 1], [-1.0, -2.0]), ([],):
-        with pytest.raises(InputError, match="give one of each for every answer"):
+        with pytest.raises(InputError, match="clusters"):
             semantic_entropy(*given)
-
-
-# Dimension
 
 
 def points(n):
@@ -306,8 +252,6 @@ def test_equal_states_count_as_one_point():
 
 
 def test_points_that_have_no_dimension_are_refused():
-    for neighbours in (3, 30):
-        with pytest.raises(InputError, match=f"neighbours {neighbours}: .* at least 4, of 30"):
-            local_intrinsic_dimension(points(30), neighbours)
-    with pytest.raises(InputError, match="of 1 different points"):
-        local_intrinsic_dimension(torch.ones(50, 8), 10)
+    for states, neighbours in ((points(30), 3), (points(30), 30), (torch.ones(50, 8), 10)):
+        with pytest.raises(InputError, match=f"neighbours {neighbours}: "):
+            local_intrinsic_dimension(states, neighbours)

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from paramspec.seeds import by_hash
-from paramspec.specwiki import QUESTIONS, Question, normalise
+from paramspec.specwiki import QUESTIONS, Question
+from paramspec.specwiki.questions import normalise
 from paramspec.tables import TIERS
 from specwiki.facts import FACTS_A_CONCEPT, Domain, Fact, number, read_tables, slug, stands_in
 

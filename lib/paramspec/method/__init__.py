@@ -1,4 +1,1 @@
-"""The paper, in its order: value vectors, masks, scoring, PSS.
-
-It imports `models` and `specwiki` alone.
-"""
+"""The paper, in its order: value vectors, masks, scoring, PSS."""

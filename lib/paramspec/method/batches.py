@@ -1,4 +1,4 @@
-"""Batches that fit into memory: what does not is halved, and the work goes on."""
+"""Batches that fit into memory: a batch that does not is halved, and the work goes on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from paramspec.execution.limits import OutOfMemory, is_out_of_memory
 
-# Tokens of a forward pass: enough for what a pass costs of itself to be little of it.
+# Tokens of a forward pass: large enough that the cost of a call is small.
 BATCH_TOKENS = 1024
 
 Row = TypeVar("Row")
@@ -25,10 +25,10 @@ def in_batches(
 ) -> Iterator[tuple[Sequence[Row], Result]]:
     """`for rows, result in in_batches(batches, forward, length)`: each batch, or its halves.
 
-    While memory suffices, batches are run as they come. A batch that does not fit is run again in
-    two halves, and no later one is larger than a half that was needed. `forward` is given rows, and
-    the `length` of their whole batch to pad them to: in bfloat16 padding is what moves a number.
-    OutOfMemory is raised if a single row does not fit.
+    A batch that does not fit into memory is run again in two halves, and no later batch is larger
+    than a half that was needed. `forward` is given rows, and the `length` of their whole batch to
+    pad them to: in bfloat16, other padding would move a number. OutOfMemory is raised if a single
+    row does not fit.
     """
     most = math.inf  # tokens that a batch may have, once memory ran out
     for batch in batches:
@@ -54,7 +54,7 @@ def in_batches(
 def _attempt(
     forward: Callable[[Sequence[Row], int], Result], rows: Sequence[Row], length: int
 ) -> Result | None:
-    """The result of a forward pass if it fits; when this returns, what it held is free."""
+    """The result of a forward pass, or None if it does not fit; then its memory is free."""
     try:
         return forward(rows, length)
     except (MemoryError, RuntimeError) as error:
@@ -74,7 +74,7 @@ def pad_right(rows: Sequence[Sequence[int]], least: int = 0) -> tuple[Tensor, Te
 
 
 def prompt_batches(rows: Sequence[Sequence[int]], batch_tokens: int) -> list[list[int]]:
-    """Indices of rows that go together, as many as the budget takes; the longest first."""
+    """Indices of the rows of each batch, as many as the budget takes; the longest first."""
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
     batches: list[list[int]] = []
     while order:

@@ -1,4 +1,4 @@
-"""Open-ended answers: generated, greedily or by a rule of one's own, with or without masks.
+"""Open-ended answers: generated greedily or by another rule.
 
 generate_answers(view, tokenizer, ["What is the capital of France?"])      # ["Paris"]
 """
@@ -18,14 +18,15 @@ from paramspec.method import hooks
 from paramspec.method.hooks import ValueVectorView
 from paramspec.method.scoring import attention_window, takes_positions
 from paramspec.models.tokens import token_ids
-from paramspec.specwiki import normalise
+from paramspec.specwiki.questions import normalise
 
 # Raised whenever a change could move an answer or a sample of one; part of their keys.
 GENERATION_VERSION = 3
 MAX_NEW_TOKENS = 12
+BATCH = 64  # answers that are decoded together
 
-# Three examples show that a bare answer is wanted; without them, models answer in sentences, or
-# stop at once. They are about no concept of SpecWiki.
+# Three examples show that the answer alone is asked for; without them, models answer in sentences,
+# or stop at once. They are about no concept of SpecWiki.
 OPEN_PROMPT = """\
 Question: Who painted the Mona Lisa?
 Answer: Leonardo da Vinci
@@ -44,11 +45,9 @@ def generate_answers(
     view: ValueVectorView,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[str],
-    keeps: Sequence[Tensor | None] | None = None,
     *,
     prompt: str = OPEN_PROMPT,
     max_new_tokens: int = MAX_NEW_TOKENS,
-    batch_size: int = 64,
 ) -> list[str]:
     """`answers = generate_answers(view, tokenizer, ["What is the capital of France?"])`.
 
@@ -56,31 +55,19 @@ def generate_answers(
     >>> len(answers), type(answers[0])
     (1, <class 'str'>)
 
-    Greedy decoding of the first line after the prompt, each question under its own mask.
+    Greedy decoding of the first line after the prompt. Within `mask_value_vectors`, with one mask
+    for all rows, answers are those under the mask.
 
     Args:
-        keeps: a mask for each question, bool `[layers, width]` or None; no masks if not given.
         prompt: holds `{question}`.
+        max_new_tokens: of an answer.
 
     Returns:
         The answers, stripped, in the order of the questions.
     """
-    decoded = decode(
-        view,
-        tokenizer,
-        [prompt.replace("{question}", question) for question in questions],
-        likeliest,
-        keeps=keeps,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-    )
-    return first_lines(tokenizer, [row.tokens for (row,) in decoded])
-
-
-def first_lines(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> list[str]:
-    """`first_lines(tokenizer, tokens)`: each answer in words, up to the end of its line."""
-    texts = tokenizer.batch_decode([list(row) for row in rows], skip_special_tokens=True)
-    return [text.strip().split("\n")[0].strip() for text in texts]
+    prompts = [prompt.replace("{question}", question) for question in questions]
+    decoded = decode(view, tokenizer, prompts, likeliest, max_new_tokens=max_new_tokens)
+    return [row.text for (row,) in decoded]
 
 
 Pick = Callable[[int, list[int], Tensor], Tensor]
@@ -88,16 +75,17 @@ Pick = Callable[[int, list[int], Tensor], Tensor]
 
 @dataclass
 class Decoded:
-    """What was generated after prompt number `prompt`, as number `copy` of the answers to it.
+    """Answer number `copy` to prompt number `prompt`.
 
-    `tokens` are up to and with the one that ended the text or the line, `log_likelihood` is theirs,
-    in nats, whatever they were picked by; `state`, fp32 `[hidden]`, is what the last of them was
-    predicted from, the unembedding's input at the token before it.
+    `tokens` include the one that ended the text or its line, `text` is that line, stripped;
+    `log_likelihood` is that of the tokens, in nats, by the model's own probabilities; `state`, fp32
+    `[hidden]`, is the unembedding's input from which the last token was predicted.
     """
 
     prompt: int
     copy: int
     tokens: list[int] = field(default_factory=list)
+    text: str = ""
     log_likelihood: float = 0.0
     state: Tensor | None = None
 
@@ -110,34 +98,29 @@ def decode(
     pick: Pick,
     *,
     copies: int = 1,
-    keeps: Sequence[Tensor | None] | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
-    batch_size: int = 64,
 ) -> list[list[Decoded]]:
     """`decode(view, tokenizer, prompts, likeliest)`: `copies` answers to each prompt, of one line.
 
-    Each needed token is computed once: the beginning that all prompts share for all of them (where
-    none is masked), the rest of a prompt for all its copies, and nothing after an answer's end.
-    `pick` is given a prompt's number, those of its copies that go on, and fp32 logits `[copies that
-    go on, vocabulary]`, and says which tokens they go on with.
+    Each needed token is computed once: the beginning that all prompts share for all of them, the
+    rest of a prompt for all its copies, and nothing after an answer's end.
+    `pick` gives the next token of each unfinished copy of a prompt, from the prompt's number, the
+    numbers of these copies, and their fp32 logits `[unfinished copies, vocabulary]`.
     """
-    keeps = [None] * len(prompts) if keeps is None else keeps
     encoded = token_ids(tokenizer, prompts)
     longest = max(map(len, encoded), default=0) + max_new_tokens
     hooks.refuse_too_long(view, longest)
-    unmasked = all(keep is None for keep in keeps)
-    beginning, shared = _read_beginning(view, encoded if unmasked else [])
-    # Rows of unlike length: only with positions of their own, and within the window.
+    beginning, shared = _read_beginning(view, encoded)
+    # Rows of different lengths: only with positions of their own, and within the window.
     window = attention_window(view.model.config)
     pads = shared > 0 and takes_positions(view.model) and (window is None or longest <= window)
     answers = [[Decoded(index, copy) for copy in range(copies)] for index in range(len(prompts))]
-    for part in _parts(encoded, max(1, batch_size // copies), equal=not pads):
+    for part in _parts(encoded, max(1, BATCH // copies), equal=not pads):
         cache = deepcopy(beginning)
         tokens, seen = _pad_left([encoded[index] for index in part], shared)
         if shared:
             cache.batch_repeat_interleave(len(part))
-        with hooks.mask_rows(view, [keeps[index] for index in part]):
-            found = _extend(view, tokens, cache, seen, pads)
+        found = _extend(view, tokens, cache, seen, pads)
         cache.batch_repeat_interleave(copies)
         logits, states, seen = (each.repeat_interleave(copies, dim=0) for each in (*found, seen))
         going = [answer for index in part for answer in answers[index]]
@@ -151,8 +134,9 @@ def decode(
                 going, seen = [going[place] for place in on], seen[on]
             seen = nn.functional.pad(seen, (0, 1), value=1)
             tokens = torch.tensor([answer.tokens[-1:] for answer in going])
-            with hooks.mask_rows(view, [keeps[answer.prompt] for answer in going]):
-                logits, states = _extend(view, tokens, cache, seen, pads)
+            logits, states = _extend(view, tokens, cache, seen, pads)
+    for answer in itertools.chain.from_iterable(answers):
+        answer.text = _words(tokenizer, answer.tokens).strip().split("\n")[0].strip()
     return answers
 
 
@@ -164,7 +148,7 @@ def likeliest(index: int, copies: list[int], logits: Tensor) -> Tensor:
 def _take_tokens(
     view: ValueVectorView, going: Sequence[Decoded], logits: Tensor, states: Tensor, pick: Pick
 ) -> None:
-    """Let each answer go on with a token; `logits` and `states` have a row for each answer."""
+    """Add a token to each answer; `logits` and `states` have a row for each answer."""
     log_probabilities = logits.log_softmax(-1)
     hooks.require_numbers(view, log_probabilities.amax(-1), "a log-probability")
     tokens: list[int] = []
@@ -209,7 +193,7 @@ def _extend(
 def _read_beginning(
     view: ValueVectorView, rows: Sequence[Sequence[int]]
 ) -> tuple[DynamicCache, int]:
-    """A cache that holds the tokens that all rows begin with, and how many; one is left of each."""
+    """A cache of the tokens that all rows begin with, and how many; one of each row is left."""
     cache = DynamicCache(config=view.model.config.get_text_config(decoder=True))
     most = min(map(len, rows), default=1) - 1
     shared = next((n for n in range(most) if len({row[n] for row in rows}) > 1), most)
@@ -220,7 +204,7 @@ def _read_beginning(
 
 
 def _pad_left(rows: Sequence[Sequence[int]], shared: int) -> tuple[Tensor, Tensor]:
-    """What follows the first `shared` tokens of each row, after padding; the mask of it all."""
+    """Each row after its first `shared` tokens, padded in front; the attention mask of it all."""
     width = max(map(len, rows))
     rest = [[0] * (width - len(row)) + list(row[shared:]) for row in rows]
     seen = [[1] * shared + [0] * (width - len(row)) + [1] * (len(row) - shared) for row in rows]
@@ -228,7 +212,7 @@ def _pad_left(rows: Sequence[Sequence[int]], shared: int) -> tuple[Tensor, Tenso
 
 
 def _parts(rows: Sequence[Sequence[int]], most: int, *, equal: bool) -> Iterator[list[int]]:
-    """Indices of rows, up to `most` together, the longest first; `equal`, of one length."""
+    """Indices of rows, up to `most` together, the longest first; with `equal`, of one length."""
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
     for _, group in itertools.groupby(order, key=lambda index: equal and len(rows[index])):
         members = list(group)
@@ -238,12 +222,16 @@ def _parts(rows: Sequence[Sequence[int]], most: int, *, equal: bool) -> Iterator
 def _has_ended(
     view: ValueVectorView, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]
 ) -> bool:
-    """Whether a text or its first line has ended; space before the first word does not count."""
+    """Whether a text or its first line has ended; space before the first word is ignored."""
     ends = view.model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     if tokens[-1] in (*ends, tokenizer.eos_token_id):
         return True
-    return "\n" in str(tokenizer.decode(list(tokens), skip_special_tokens=True)).lstrip()
+    return "\n" in _words(tokenizer, tokens).lstrip()
+
+
+def _words(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
 
 
 def answer_matches(answer: str, aliases: Sequence[str]) -> bool:
@@ -252,8 +240,8 @@ def answer_matches(answer: str, aliases: Sequence[str]) -> bool:
     >>> answer_matches("The Paris.", ["Paris"]), answer_matches("Lyon", ["Paris"])
     (True, False)
 
-    Of an alias that is an article or a sign (blood group A, C#'s #), normalisation leaves nothing:
-    it is compared as it is, lest an empty answer be right.
+    Normalisation leaves nothing of an alias that is an article or a sign (blood group A, C#'s #):
+    it is compared as it is, so that an empty answer is not right.
     """
     if said := normalise(answer):
         return said in {normalise(alias) for alias in aliases}

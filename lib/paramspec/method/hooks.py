@@ -12,6 +12,7 @@ gated first half of the MLP makes no difference, and are removed when the `with`
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ DOWN_PROJECTIONS = (
 
 @dataclass(frozen=True)
 class ValueVectorView:
-    """The down projections of a model, one a layer: modules and their dotted names.
+    """The down projections of a model, one per layer: modules and their dotted names.
 
     `width` is the number of value vectors in a layer, `hidden` the length of each.
     """
@@ -79,9 +80,9 @@ def value_vector_view(model: PreTrainedModel) -> ValueVectorView:
     >>> view.layers, view.width, view.names[0]
     (3, 48, 'model.layers.0.mlp.down_proj')
 
-    The view is found by the names above, then held against one forward pass: every down
+    The view is found by the names above, then compared with one forward pass: every down
     projection runs once, its output is the sum of coefficients times value vectors plus the bias,
-    and the MLP adds nothing to it but a residual that it was given.
+    and the MLP's output equals it, plus at most a residual that the MLP was given.
 
     Raises:
         InputError: if the model is a mixture of experts, if a layer has no down projection of a
@@ -94,7 +95,7 @@ def value_vector_view(model: PreTrainedModel) -> ValueVectorView:
 
 
 def unverified_view(model: PreTrainedModel) -> ValueVectorView:
-    """`unverified_view(model)`: found by name and shape alone, also in a model without weights."""
+    """`unverified_view(model)`: found by name and shape alone, also without weights."""
     with naming(type(model).__name__):
         found = _find_down_projections(model)
         shapes = {tuple(_vectors(module).shape) for module in found.values()}
@@ -109,8 +110,8 @@ def _find_down_projections(model: PreTrainedModel) -> dict[str, nn.Linear | Conv
     for name in modules:
         if name.rpartition(".")[2] == "experts":
             raise InputError(
-                f"a mixture of experts is not supported: a token meets the value vectors in {name} "
-                "only where a router sends it there; use a dense model"
+                "a mixture of experts is not supported: a router decides which tokens meet the "
+                f"value vectors in {name}; use a dense model"
             )
     stacks = [
         name
@@ -122,114 +123,101 @@ def _find_down_projections(model: PreTrainedModel) -> dict[str, nn.Linear | Conv
         if all(isinstance(modules.get(name), nn.Linear | Conv1D) for name in names):
             return {name: modules[name] for name in names}
     raise InputError(
-        f"no down projection found in its {layers} layers; add what the family calls it to "
+        f"no down projection found in its {layers} layers; add the family's name for it to "
         "paramspec.method.hooks.DOWN_PROJECTIONS"
     )
 
 
 @torch.no_grad()
 def _verify(view: ValueVectorView) -> None:
-    """Hold the view against one forward pass, on two short rows of tokens."""
+    """Compare the view with one forward pass, on two short rows of tokens."""
+    parents = [name.rpartition(".")[0] for name in view.names]
+    # OPT has no MLP module: its down projection is on the layer itself.
+    own = not parents[0].rpartition(".")[2].isdigit()
+    mlps = [view.model.get_submodule(parent) for parent in parents] if own else []
+    # Of each call of a module: the tensors that go in, and the first that comes out.
+    calls: dict[nn.Module, list[tuple[list[Tensor], Tensor]]] = defaultdict(list)
+
+    def note(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        given = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+        output = output if isinstance(output, Tensor) else output[0]
+        # A copy: Falcon adds its attention to the output of the MLP in place.
+        calls[module].append((given, output.clone()))
+
     with ExitStack() as stack:
-
-        def watch(module: nn.Module) -> list[tuple[list[Tensor], Tensor]]:
-            """Of each call, the tensors that go in, and the first that comes out."""
-            calls: list[tuple[list[Tensor], Tensor]] = []
-
-            def note(_: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-                given = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
-                output = output if isinstance(output, Tensor) else output[0]
-                # A copy: Falcon adds its attention to the output of the MLP in place.
-                calls.append((given, output.clone()))
-
+        for module in (*view.modules, *mlps):
             stack.enter_context(module.register_forward_hook(note, with_kwargs=True))
-            return calls
-
-        projections = [watch(module) for module in view.modules]
-        parents = [name.rpartition(".")[0] for name in view.names]
-        # OPT has no MLP module: its down projection is on the layer itself.
-        mlps = [
-            [] if parent.rpartition(".")[2].isdigit() else watch(view.model.get_submodule(parent))
-            for parent in parents
-        ]
         places = torch.arange(10, device=view.embedding.device)
         tokens = (places * 7 + 3).remainder(len(view.embedding)).reshape(2, 5)
         view.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
 
     tolerance = 1e-4 if view.modules[0].weight.dtype == torch.float32 else 2e-2
-    for layer, name in enumerate(view.names):
-        if len(projections[layer]) != 1:
+    for layer, (name, projection) in enumerate(zip(view.names, view.modules, strict=True)):
+        if len(calls[projection]) != 1:
             raise InputError(f"{name} does not run exactly once in a forward pass")
-        ((coefficients, *_), output) = projections[layer][0]
+        ((coefficients, *_), output) = calls[projection][0]
         expected = coefficients.float() @ view.vectors(layer).float()
-        if (bias := getattr(view.modules[layer], "bias", None)) is not None:
+        if (bias := getattr(projection, "bias", None)) is not None:
             expected += bias.float()
-        what = f"the output of {name} differs from"
-        sums = f"{what} the sum of coefficients times value vectors"
-        _expect_equal(sums, output, expected, tolerance)
-        for given, mlp_output in mlps[layer]:
+        sums = "the sum of coefficients times value vectors"
+        _expect_equal(name, sums, output, expected, tolerance)
+        for given, mlp_output in calls[mlps[layer]] if mlps else ():
             ways = [output.reshape(mlp_output.shape)]
             ways += [ways[0] + each for each in given if each.shape == mlp_output.shape]
             best = min(ways, key=lambda way: float((mlp_output - way).abs().max()))
-            _expect_equal(f"{what} the output of its MLP", mlp_output, best, tolerance)
+            _expect_equal(name, "the output of its MLP", mlp_output, best, tolerance)
 
 
-def _expect_equal(what: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
+def _expect_equal(
+    name: str, other: str, actual: Tensor, expected: Tensor, tolerance: float
+) -> None:
     actual, expected = actual.float(), expected.float()
     error = float((actual - expected).norm() / expected.norm().clamp_min(1e-12))
     if not error <= tolerance:  # also when it is nan
         raise InputError(
-            f"{what} by {error:.1e} (relative); the value-vector view does not hold for this model"
+            f"the output of {name} differs from {other} by {error:.1e} (relative); the "
+            "value-vector view does not hold for this model"
         )
-
-
-@dataclass
-class Recorded:
-    """What `record_coefficients` fills in: fp32 `[batch, layers, width]`, nan until then."""
-
-    coefficients: Tensor
 
 
 @contextmanager
 def record_coefficients(
     view: ValueVectorView, tokens_kept: Tensor, position: Position = "mean"
-) -> Iterator[Recorded]:
-    """`with record_coefficients(view, attention_mask) as recorded: model(...)`.
+) -> Iterator[Tensor]:
+    """`with record_coefficients(view, attention_mask) as coefficients: model(...)`.
 
     >>> tokens = torch.tensor([[3, 4, 5]])
-    >>> with record_coefficients(view, torch.ones_like(tokens)) as recorded:
+    >>> with record_coefficients(view, torch.ones_like(tokens)) as coefficients:
     ...     output = view.model(tokens)
-    >>> recorded.coefficients.shape == (1, view.layers, view.width)
+    >>> coefficients.shape == (1, view.layers, view.width)
     True
 
     Args:
         view: the model's value vectors.
-        tokens_kept: `[batch, tokens]`, non-zero at the prompt's tokens, zero at padding.
+        tokens_kept: `[batch, tokens]`, non-zero at the prompt's tokens (one or more), zero at
+            padding.
         position: reduce absolute coefficients to their `mean` over those tokens, or take the
             `last` of them.
 
     Yields:
-        Recorded, whose `coefficients` are there after one forward pass. They are reduced inside
-        the hooks, in fp32, so that `[batch, tokens, width]` is never kept.
+        fp32 `[batch, layers, width]`, filled by one forward pass, nan until then. Coefficients are
+        reduced inside the hooks, so that `[batch, tokens, width]` is never kept.
     """
     if position not in ("mean", "last"):
         raise InputError(f"position {position!r}: expected 'mean' or 'last'")
     kept = tokens_kept.bool()
-    if not kept.any(dim=1).all():
-        raise InputError("a prompt has no token to record: every row needs at least one")
     if position == "last":
         kept = kept & (kept.cumsum(dim=1) == kept.sum(dim=1, keepdim=True))
     weights = kept.float() / kept.sum(dim=1, keepdim=True)
     shape = len(kept), view.layers, view.width
-    recorded = Recorded(torch.full(shape, torch.nan, device=kept.device))
+    recorded = torch.full(shape, torch.nan, device=kept.device)
 
     def reduce(layer: int, _: nn.Module, args: tuple[Tensor]) -> None:
         inputs = args[0].reshape(*kept.shape, -1)  # OPT flattens batch and tokens
         # Padding may hold anything, even inf: leave it out before it is weighted.
         padding = ~kept.to(inputs.device)[..., None]
         absolute = inputs.detach().float().abs().masked_fill(padding, 0)
-        means = torch.einsum("bt,btw->bw", weights.to(inputs.device), absolute)
-        recorded.coefficients[:, layer] = means
+        recorded[:, layer] = torch.einsum("bt,btw->bw", weights.to(inputs.device), absolute)
 
     with ExitStack() as stack:
         for layer, module in enumerate(view.modules):
@@ -251,10 +239,10 @@ def mask_value_vectors(view: ValueVectorView, keep: Tensor) -> Iterator[None]:
     Args:
         view: the model's value vectors.
         keep: bool `[layers, batch, width]`, False where a row's value vector is masked; a batch
-            of 1 applies to every row. A batch of several under a single row of tokens makes a row
-            of each mask at the first layer where one masks: what is below is computed once.
+            of 1 applies to every row. Under a batch of several, a single row of tokens becomes a
+            row per mask at the first layer where one masks: layers below are computed once.
 
-    Masking is exact: it gives the bits that zeroing the value vectors themselves would give.
+    Masking is exact: zeroing the value vectors themselves would give the same bits.
     """
     fits = keep.ndim == 3 and keep.shape[::2] == (view.layers, view.width)
     if keep.dtype != torch.bool or not fits:
@@ -283,7 +271,7 @@ def _masked(keep: Tensor, _: nn.Module, args: tuple[Tensor]) -> Tensor:
 def mask_rows(
     view: ValueVectorView, keeps: Sequence[Tensor | None]
 ) -> AbstractContextManager[None]:
-    """`with mask_rows(view, [keep, None]): model(...)`: a `[layers, width]` for each row."""
+    """`with mask_rows(view, [keep, None]): model(...)`: a `[layers, width]` per row."""
     if all(keep is None for keep in keeps):
         return nullcontext()
     everything = torch.ones(view.layers, view.width, dtype=torch.bool)
@@ -291,30 +279,22 @@ def mask_rows(
     return mask_value_vectors(view, torch.stack(chosen, dim=1))
 
 
-class TrainedVectors(nn.Module):
-    """What `train_value_vectors` trains: how far each chosen value vector has moved.
+@dataclass(frozen=True)
+class TrainedVectors:
+    """How far chosen value vectors have moved; `train_value_vectors` makes it.
 
     `offsets[str(layer)]` is a parameter, fp32 `[n, hidden]`; row i is of vector `chosen[layer][i]`.
     """
 
-    def __init__(self, view: ValueVectorView, vectors: Tensor) -> None:
-        super().__init__()
-        self._view = [view]  # in a list, lest the model's own parameters become this module's
-        self.chosen: dict[int, Tensor] = {}
-        self.offsets = nn.ParameterDict()
-        for layer in vectors[:, 0].unique().tolist():
-            device = view.modules[layer].weight.device
-            chosen = vectors[vectors[:, 0] == layer, 1].long().sort().values.to(device)
-            self.chosen[layer] = chosen
-            zeros = torch.zeros(len(chosen), view.hidden, device=device)
-            self.offsets[str(layer)] = nn.Parameter(zeros)
+    view: ValueVectorView
+    chosen: dict[int, Tensor]
+    offsets: nn.ParameterDict
 
     @torch.no_grad()
     def merge(self) -> None:
         """Add the offsets to the model's own weights, in fp32, and start again at zero."""
-        (view,) = self._view
         for layer, chosen in self.chosen.items():
-            vectors, offset = view.vectors(layer), self.offsets[str(layer)]
+            vectors, offset = self.view.vectors(layer), self.offsets[str(layer)]
             vectors[chosen] = (vectors[chosen].float() + offset).to(vectors.dtype)
             offset.zero_()
 
@@ -323,12 +303,16 @@ class TrainedVectors(nn.Module):
 def train_value_vectors(view: ValueVectorView, vectors: Tensor) -> Iterator[TrainedVectors]:
     """`with train_value_vectors(view, vectors) as trained: ...`: chosen vectors as parameters.
 
-    `vectors` is int32 `[n, 2]`. Every forward pass adds, for each, its coefficient times how far it
-    has moved, so that gradients and optimizer states are `[n, hidden]`; none of the model's own
-    parameters should ask for a gradient. With no `merge`, the model is afterwards as it was.
+    `vectors` is int32 `[n, 2]`, each once. Every forward pass adds, for each, its coefficient times
+    its offset, so that gradients and optimizer states are `[n, hidden]`; none of the model's own
+    parameters should ask for a gradient. Without `merge`, the model is afterwards as it was.
     """
-    _require_vectors(view, vectors)
-    trained = TrainedVectors(view, vectors)
+    trained = TrainedVectors(view, {}, nn.ParameterDict())
+    for layer in vectors[:, 0].unique().tolist():
+        device = view.modules[layer].weight.device
+        chosen = vectors[vectors[:, 0] == layer, 1].long().sort().values.to(device)
+        trained.chosen[layer] = chosen
+        trained.offsets[str(layer)] = torch.zeros(len(chosen), view.hidden, device=device)
 
     def add(layer: int, _: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
         (inputs,) = args
@@ -346,7 +330,6 @@ def train_value_vectors(view: ValueVectorView, vectors: Tensor) -> Iterator[Trai
 @torch.no_grad()
 def replace_value_vectors(view: ValueVectorView, vectors: Tensor, values: Tensor) -> Iterator[None]:
     """`with replace_value_vectors(view, vectors, values): model(...)`: `values` `[n, hidden]`."""
-    _require_vectors(view, vectors)
     before = []
     for layer in vectors[:, 0].unique().tolist():
         rows, own = vectors[:, 0] == layer, view.vectors(layer)
@@ -360,18 +343,9 @@ def replace_value_vectors(view: ValueVectorView, vectors: Tensor, values: Tensor
             own[chosen] = values
 
 
-def _require_vectors(view: ValueVectorView, vectors: Tensor) -> None:
-    there = (vectors >= 0) & (vectors < torch.tensor([view.layers, view.width]))
-    if not len(vectors.unique(dim=0)) == len(vectors) > 0 or not there.all():
-        raise InputError(
-            f"value vectors {vectors.tolist()[:3]}...: expected at least one (layer, vector), each "
-            f"once, of {view.layers} layers (from 0) of {view.width} value vectors"
-        )
-
-
 @contextmanager
 def unembed_only(model: PreTrainedModel, places: Tensor) -> Iterator[None]:
-    """Within the block logits are `[1, n, vocabulary]`: at `places` `[n, 2]`, of (row, token)."""
+    """Within the block, logits are `[1, n, vocabulary]`, at `places` `[n, 2]` of (row, token)."""
 
     def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         rows, tokens = places.to(args[0].device).T
@@ -382,7 +356,7 @@ def unembed_only(model: PreTrainedModel, places: Tensor) -> Iterator[None]:
 
 
 def refuse_too_long(view: ValueVectorView, tokens: int, what: str = "a question") -> None:
-    """`refuse_too_long(view, 9000)`: InputError if the model has no position for so many tokens."""
+    """InputError if the model has no position for so many tokens."""
     config = view.model.config.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and tokens > limit:
@@ -393,7 +367,7 @@ def refuse_too_long(view: ValueVectorView, tokens: int, what: str = "a question"
 
 
 def require_numbers(view: ValueVectorView, values: Tensor, what: str) -> None:
-    """`require_numbers(view, scores, "a score")`: InputError if the model gave inf or nan."""
+    """InputError if the model gave inf or nan."""
     if not values.isfinite().all():
         raise InputError(
             f"{what} of {type(view.model).__name__} is not a finite number; the weights are "

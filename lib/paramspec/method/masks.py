@@ -1,12 +1,12 @@
-"""Which value vectors belong to a concept, and which to mask beside them as controls.
+"""The value vectors of a concept, and those that are masked as its controls.
 
     coefficients = record_concepts(view, tokenizer, questions)
     vectors = top_vectors(value_vector_scores(coefficients, "France"), ratio=0.05)
 
 The score of a value vector is its mean absolute coefficient over a concept's questions minus its
 mean over unrelated ones; the k highest are the concept's (paper, section 3, knowledge-vector
-masking). Which layers compete is not stated: `scope` is ours, `layer` (k in every layer, the
-default) or `model` (k times the layers, wherever they lie).
+masking). The paper does not say which layers compete: `scope` is `layer` (k in every layer, the
+default) or `model` (k times the number of layers, from the whole model).
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from paramspec.errors import InputError
-from paramspec.execution.files import atomic
 from paramspec.method import hooks
 from paramspec.method.batches import BATCH_TOKENS, in_batches, pad_right, prompt_batches
 from paramspec.method.hooks import Position, ValueVectorView
@@ -39,8 +38,8 @@ Scope = Literal["layer", "model"]
 class ConceptCoefficients:
     """Absolute coefficients, summed over the questions of each concept and fold.
 
-    `sums` is fp32 `[concepts, 2, layers, width]`, `counts` `[concepts, 2]`. Those of each question
-    would be 7 GB of a model of 7 billion parameters.
+    `sums` is fp32 `[concepts, 2, layers, width]`, `counts` `[concepts, 2]`. Coefficients of single
+    questions would be 7 GB for a model of 7 billion parameters.
     """
 
     concepts: tuple[str, ...]
@@ -79,9 +78,8 @@ def record_concepts(
     Args:
         questions: of at least two concepts.
         position: the tokens that count, see `record_coefficients`.
-        batch_tokens: tokens of a forward pass, padding included; fewer where memory does not
-            suffice.
-        progress: called with the number of questions that each forward pass did.
+        batch_tokens: tokens per forward pass, padding included; fewer where memory runs out.
+        progress: called after each forward pass with its number of questions.
 
     Raises:
         InputError: if a cloze is longer than the model's context, or too long for memory.
@@ -120,7 +118,7 @@ def _record_texts(
     position: Position,
     batch_tokens: int,
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
-    """Indices of some texts, and their coefficients `[texts, layers, width]`, batch by batch."""
+    """Batch by batch: indices of texts, and their coefficients `[texts, layers, width]`."""
     rows = token_ids(tokenizer, texts)
     batches = prompt_batches(rows, batch_tokens)
     for longest, *_ in batches[:1]:
@@ -135,7 +133,7 @@ def _record_texts(
             hooks.unembed_only(view.model, torch.zeros(1, 2, dtype=torch.long)),
         ):
             view.model(input_ids=tokens, attention_mask=attention_mask, use_cache=False)
-        return recorded.coefficients.cpu()
+        return recorded.cpu()
 
     for indices, found in in_batches(batches, forward, lambda indices: len(rows[indices[0]])):
         for index, coefficients in zip(indices, found, strict=True):
@@ -146,7 +144,7 @@ def _record_texts(
 def value_vector_scores(
     coefficients: ConceptCoefficients, concept: str, folds: Sequence[int] = (0, 1)
 ) -> Tensor:
-    """`value_vector_scores(coefficients, "France")`: how much the concept's own each vector is.
+    """`value_vector_scores(coefficients, "France")`: how specific each vector is to the concept.
 
     >>> coefficients = record_concepts(view, tokenizer, questions)
     >>> value_vector_scores(coefficients, "alpha").shape == (view.layers, view.width)
@@ -157,13 +155,6 @@ def value_vector_scores(
         over those of all other concepts, on the given folds.
     """
     return coefficients.related(concept, folds) - coefficients.unrelated(concept, folds)
-
-
-def masked_per_layer(ratio: float, width: int) -> int:
-    """k: the number of value vectors of a layer that a mask ratio stands for."""
-    if not 0 <= ratio <= 1:
-        raise InputError(f"ratio {ratio}: expected a share of the value vectors, from 0 to 1")
-    return round(ratio * width)
 
 
 def top_vectors(scores: Tensor, ratio: float, scope: Scope = "layer") -> Tensor:
@@ -181,7 +172,7 @@ def top_vectors(scores: Tensor, ratio: float, scope: Scope = "layer") -> Tensor:
     if scope not in ("layer", "model"):
         raise InputError(f"scope {scope!r}: expected 'layer' or 'model'")
     layers, width = scores.shape
-    count = masked_per_layer(ratio, width)
+    count = round(ratio * width)
     if scope == "model":
         scores, count = scores.reshape(1, -1), count * layers
     chosen = torch.zeros_like(scores, dtype=torch.bool)
@@ -190,7 +181,7 @@ def top_vectors(scores: Tensor, ratio: float, scope: Scope = "layer") -> Tensor:
 
 
 def random_vectors(like: Tensor, layers: int, width: int, generator: torch.Generator) -> Tensor:
-    """`random_vectors(vectors, layers, width, generator)`: as many in each layer, at random."""
+    """As many value vectors in each layer as `like` has, at random."""
     counts = torch.bincount(like[:, 0].long(), minlength=layers)
     chosen = torch.zeros(layers, width, dtype=torch.bool)
     for layer, count in enumerate(counts.tolist()):
@@ -201,10 +192,10 @@ def random_vectors(like: Tensor, layers: int, width: int, generator: torch.Gener
 def magnitude_matched_vectors(
     like: Tensor, magnitudes: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """`magnitude_matched_vectors(vectors, magnitudes, generator)`: as active, but not the same.
+    """For each vector of `like`, in random order, the nearest in magnitude of its layer.
 
-    For each vector of `like`, in random order, that of its layer which is nearest in magnitude
-    (`[layers, width]`) among those neither in `like` nor taken yet; fewer where too few are left.
+    `magnitudes` is `[layers, width]`. A vector in `like`, or taken already, is not taken; where too
+    few are left, there are fewer.
     """
     layers, width = magnitudes.shape
     keep = keep_tensor(like, layers, width)
@@ -237,23 +228,16 @@ def keep_tensor(vectors: Tensor, layers: int, width: int) -> Tensor:
 
 
 def save_masks(path: Path, masks: Mapping[str, Tensor], choices: Mapping[str, Any]) -> None:
-    """`save_masks(path, {mask_name(...): vectors}, choices)`: replaced whole or not at all.
-
-    `masks` are int32 `[n, 2]` of (layer, value vector); `choices` say how they were chosen.
-    """
+    """`save_masks(path, {mask_name(...): vectors}, choices)`: in a directory published whole."""
     metadata = {name: json.dumps(value) for name, value in choices.items()}
     tensors = {name: vectors.contiguous() for name, vectors in masks.items()}
-    with atomic(path) as scratch:
-        # Of neither tensors nor metadata, `save_file` makes a file that nothing reads.
-        save_file(tensors, scratch, metadata if tensors else metadata or None)
+    # Without tensors and metadata, `save_file` would make a file that nothing reads.
+    save_file(tensors, path, metadata if tensors else metadata or None)
 
 
 def load_masks(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """`masks, choices = load_masks(path)`: what `save_masks` saved."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            masks = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            choices = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path}: not a readable masks file ({error}); write it again") from error
+    """`masks, choices = load_masks(path)`, as `save_masks` was given them."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        masks = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        choices = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
     return masks, choices

@@ -1,4 +1,4 @@
-"""The parameter specialization score (PSS) of a model: its masks, their nulls, and what they cost.
+"""The parameter specialization score (PSS) of a model: its masks, their controls, their answers.
 
     tables = measure_concepts(name, view, tokenizer, questions, concepts, choices, coefficients)
 
@@ -10,7 +10,7 @@ lm-evaluation-harness's `acc_norm`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import pandas as pd
@@ -21,17 +21,10 @@ from transformers import PreTrainedTokenizerBase
 
 from paramspec.checked import Checked, Count, Seed
 from paramspec.errors import InputError
+from paramspec.method import masks
 from paramspec.method.batches import BATCH_TOKENS
 from paramspec.method.hooks import Position, ValueVectorView
-from paramspec.method.masks import (
-    ConceptCoefficients,
-    Scope,
-    keep_tensor,
-    magnitude_matched_vectors,
-    random_vectors,
-    top_vectors,
-    value_vector_scores,
-)
+from paramspec.method.masks import ConceptCoefficients
 from paramspec.method.rows import ROW_TOKENS, Engine, Request
 from paramspec.method.scoring import SCORING_VERSION, encode, mark, score_options
 from paramspec.seeds import by_hash
@@ -41,7 +34,6 @@ from paramspec.tables import DETAIL_COLUMNS, MASKS, PSS_COLUMNS
 Protocol = Literal["paper", "holdout"]
 Null = Literal["random", "magnitude", "other"]
 Role = Literal["concept", "general"]
-RATIOS = (0.01, 0.02, 0.05, 0.1, 0.2)
 
 
 class Choices(Checked):
@@ -57,17 +49,17 @@ class Choices(Checked):
         protocol: `paper` chooses and scores on the same questions; `holdout` chooses on fold 0
             and scores on fold 1.
         folds: of the questions that `paper` uses, 0, 1 or both. None: 1 where a micro model is
-            measured, alone or beside others, for it was trained on the clozes of fold 0; else both.
+            among those measured, since it was trained on the clozes of fold 0; else both.
         controls: draws of each control mask; 0 for none.
         nulls: the kinds of control masks, of random, magnitude and other.
-        general: unrelated questions a concept's masks are scored on.
+        general: unrelated questions that a concept's masks are scored on.
         seed: of the general questions and the controls, from 0 to 2^32 - 1.
-        row_tokens, batch_tokens: how a forward pass is filled, see `score_options`.
+        row_tokens, batch_tokens: see `score_options`.
     """
 
-    ratios: tuple[Annotated[float, Field(ge=0, le=1)], ...] = RATIOS
+    ratios: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.01, 0.02, 0.05, 0.1, 0.2)
     position: Position = "mean"
-    scope: Scope = "layer"
+    scope: masks.Scope = "layer"
     protocol: Protocol = "paper"
     folds: tuple[Literal[0, 1], ...] | None = Field(default=None, min_length=1)
     controls: int = Field(default=1, ge=0)
@@ -97,12 +89,12 @@ class Choices(Checked):
         return (1,) if self.protocol == "holdout" else self.folds or (0, 1)
 
     def with_folds(self, folds: tuple[int, ...]) -> Choices:
-        """`choices.with_folds((1,))`: the same with these folds, unless they were chosen before."""
+        """`choices.with_folds((1,))`: the same with these folds, unless folds were chosen."""
         return self if self.folds is not None else self.model_copy(update={"folds": folds})
 
 
 class Tables(NamedTuple):
-    """What a measurement gives: see `PSS_COLUMNS` and `DETAIL_COLUMNS`; masks by name."""
+    """The result of a measurement: see `PSS_COLUMNS` and `DETAIL_COLUMNS`; masks by name."""
 
     pss: pd.DataFrame
     details: pd.DataFrame
@@ -121,8 +113,8 @@ def general_questions(
 ) -> list[Question]:
     """`general_questions(questions, "France", choices)`: unrelated questions for its masks.
 
-    Drawn from those of the other concepts, in the folds that are scored, by a seed of the concept's
-    own: it keeps its general questions in whichever shard it is.
+    They are drawn from those on other concepts, of the scored folds, by a seed of the concept's
+    own: a concept keeps its general questions in any shard.
     """
     others = [q for q in questions if q.concept != concept and q.fold in choices.score_on]
     if len(others) < choices.general:
@@ -141,41 +133,41 @@ def asked_questions(
     choices: Choices,
     unrelated: Sequence[Question] | None = None,
 ) -> list[tuple[Question, Role]]:
-    """`asked_questions(questions, "France", choices)`: what each of its masks is scored on."""
+    """`asked_questions(questions, "France", choices)`: those that all its masks are scored on."""
     own = [q for q in questions if q.concept == concept and q.fold in choices.score_on]
     general = general_questions(questions if unrelated is None else unrelated, concept, choices)
     return [(q, "concept") for q in own] + [(q, "general") for q in general]
 
 
 def count_masks(choices: Choices) -> int:
-    """`count_masks(choices)`: the masks of a concept, its controls and `none` among them."""
+    """The number of a concept's masks, `none` and controls included."""
     return 1 + len(choices.ratios) * (1 + len(choices.nulls) * choices.controls)
 
 
 def concept_masks(coefficients: ConceptCoefficients, concept: str, choices: Choices) -> list[_Mask]:
-    """`concept_masks(coefficients, "France", choices)`: none, its masks, and their controls."""
+    """No mask, the concept's masks, and their controls."""
     layers, width = coefficients.sums.shape[2:]
-    scores = value_vector_scores(coefficients, concept, choices.choose_on)
+    scores = masks.value_vector_scores(coefficients, concept, choices.choose_on)
     magnitudes = coefficients.related(concept, choices.choose_on)
-    masks = [_Mask("none", 0.0, choices.seed, torch.empty(0, 2, dtype=torch.int32))]
+    found = [_Mask("none", 0.0, choices.seed, torch.empty(0, 2, dtype=torch.int32))]
     for ratio in choices.ratios:
-        own = top_vectors(scores, ratio, choices.scope)
-        masks.append(_Mask("concept", ratio, choices.seed, own))
+        own = masks.top_vectors(scores, ratio, choices.scope)
+        found.append(_Mask("concept", ratio, choices.seed, own))
         for seed in range(choices.seed, choices.seed + choices.controls):
             draw = generator_of((seed, "control", concept, ratio))
-            drawn = {"random": random_vectors(own, layers, width, draw)}
+            drawn = {"random": masks.random_vectors(own, layers, width, draw)}
             if "magnitude" in choices.nulls:
-                drawn["magnitude"] = magnitude_matched_vectors(own, magnitudes, draw)
+                drawn["magnitude"] = masks.magnitude_matched_vectors(own, magnitudes, draw)
             if "other" in choices.nulls:
                 partner = other_concept(coefficients.concepts, concept, seed)
-                theirs = value_vector_scores(coefficients, partner, choices.choose_on)
-                drawn["other"] = top_vectors(theirs, ratio, choices.scope)
-            masks += [_Mask(kind, ratio, seed, drawn[kind]) for kind in choices.nulls]
-    return masks
+                theirs = masks.value_vector_scores(coefficients, partner, choices.choose_on)
+                drawn["other"] = masks.top_vectors(theirs, ratio, choices.scope)
+            found += [_Mask(kind, ratio, seed, drawn[kind]) for kind in choices.nulls]
+    return found
 
 
 def other_concept(concepts: Sequence[str], concept: str, seed: int) -> str:
-    """Whose mask is the control `other`: the next concept on a circle shuffled by the seed."""
+    """The concept whose mask is the control `other`: the next on a circle shuffled by the seed."""
     circle = torch.randperm(len(concepts), generator=generator_of((seed, "other"))).tolist()
     place = circle.index(list(concepts).index(concept))
     return concepts[circle[(place + 1) % len(circle)]]
@@ -193,13 +185,12 @@ def measure_concepts(
     unrelated: Sequence[Question] | None = None,
     unmasked: Mapping[str, Tensor] | None = None,
     engine: Engine | None = None,
-    progress: Callable[[int], None] = lambda done: None,
 ) -> Tables:
     """`tables = measure_concepts("smollm2-135m", view, tokenizer, questions, concepts, ...)`.
 
     `questions` and `coefficients`, from `record_concepts`, are of all concepts of the study,
-    `concepts` those to measure here. General questions are drawn from `unrelated`, if given.
-    `unmasked` are scores without a mask that are known, by question id, as `score_options` gives.
+    `concepts` those to measure. General questions are drawn from `unrelated`, if given. `unmasked`
+    are known scores without a mask, by question id.
     """
     asked = {one: asked_questions(questions, one, choices, unrelated) for one in concepts}
     items = {q.id: encode(tokenizer, q) for own in asked.values() for q, _ in own}
@@ -209,14 +200,14 @@ def measure_concepts(
     cells: list[tuple[str, _Mask, Question, Role, Tensor | None]] = []
     for number, (concept, mask) in enumerate(masked):
         bare = mask.kind == "none"
-        keeps.append(None if bare else keep_tensor(mask.vectors, view.layers, view.width))
+        keeps.append(None if bare else masks.keep_tensor(mask.vectors, view.layers, view.width))
         for question, role in asked[concept]:
             known = unmasked.get(question.id) if unmasked and bare else None
             cells.append((concept, mask, question, role, known))
             if known is None:
                 requests.append(Request(items[question.id], number))
-    budgets = {"row_tokens": choices.row_tokens, "batch_tokens": choices.batch_tokens}
-    found = iter(score_options(view, requests, keeps, engine=engine, progress=progress, **budgets))
+    budgets = choices.model_dump(include={"row_tokens", "batch_tokens"})
+    found = iter(score_options(view, requests, keeps, engine=engine, **budgets))
     rows = []
     for concept, mask, question, role, known in cells:
         logprobs = (next(found) if known is None else known).tolist()
@@ -234,36 +225,33 @@ def measure_concepts(
         }
         rows.append(row | mark(logprobs, question))
     details = pd.DataFrame(rows, columns=list(DETAIL_COLUMNS))
-    masks = {
+    named = {
         mask_name(name, concept, mask.ratio, mask.kind, mask.seed): mask.vectors
         for concept, mask in masked
         if mask.kind != "none"
     }
-    return Tables(pss_rows(details, questions), details, masks)
+    return Tables(pss_rows(details, questions), details, named)
 
 
 def evaluations(choices: Choices, questions: Sequence[Question], concepts: Sequence[str]) -> int:
-    """How many (question, mask) pairs `measure_concepts` scores: the length of its progress."""
+    """The number of (question, mask) pairs that `measure_concepts` scores."""
     own = sum(q.concept in set(concepts) and q.fold in choices.score_on for q in questions)
     return count_masks(choices) * (own + choices.general * len(concepts))
 
 
 def mask_name(model: str, concept: str, ratio: float, kind: str, seed: int) -> str:
-    """The name of a mask in `masks.safetensors`: `MODEL/CONCEPT/RATIO/MASK/SEED`.
-
-    A slash in the concept is `%2F`, and `%` is `%25`: two masks never have one name.
-    """
-    concept = concept.replace("%", "%25").replace("/", "%2F")
+    """The name of a mask in `masks.safetensors`: `MODEL/CONCEPT/RATIO/MASK/SEED`."""
+    concept = concept.replace("%", "%25").replace("/", "%2F")  # two masks never have one name
     return f"{model}/{concept}/{repr(float(ratio)).removesuffix('.0')}/{kind}/{seed}"
 
 
 def generator_of(key: object) -> torch.Generator:
-    """A generator seeded by what it is for, so that no draw depends on the order of another."""
+    """A generator seeded by its purpose, so that no draw depends on the order of others."""
     return torch.Generator().manual_seed(int.from_bytes(by_hash(key)[:8], "big") >> 1)
 
 
 def pss_rows(details: pd.DataFrame, questions: Sequence[Question]) -> pd.DataFrame:
-    """`pss_rows(study.details, questions)`: rows of `PSS_COLUMNS`, from answers or some of them."""
+    """`pss_rows(study.details, questions)`: rows of `PSS_COLUMNS`, from all or some answers."""
     about = {q.concept: (q.domain, q.tier) for q in questions}
     keys = ["model", "mask_concept", "ratio", "mask", "seed", "protocol"]
     grouped = details.groupby([*keys, "role"], sort=False)["correct_norm"].agg(["mean", "size"])
@@ -276,5 +264,5 @@ def pss_rows(details: pd.DataFrame, questions: Sequence[Question]) -> pd.DataFra
 
 
 def method_key(choices: Choices) -> dict[str, Any]:
-    """What of the method a stored result depends on, beside the model and the questions."""
+    """The part of a stored result's key that is neither the model nor the questions."""
     return {"choices": choices.model_dump(mode="json"), "scoring_version": SCORING_VERSION}

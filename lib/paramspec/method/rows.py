@@ -1,11 +1,11 @@
-"""How a forward pass is filled: questions in tokens, merged into forests, under masks, in batches.
+"""How a forward pass is filled: questions as tokens, merged into forests, under masks, in batches.
 
     cells = fill_rows(requests, engine, row_tokens=160)
     batches = cell_batches(cells, batch_tokens=1024, branches=engine.branches)
 
-Each needed token is computed once, see `Row`. A concept's questions are asked under many masks,
-which fill the same rows: a batch is one row under several masks, and becomes as many rows within
-the model, where the first mask sets a coefficient to zero.
+Each needed token is computed once, see `Row`. A concept's questions are asked under many masks, all
+in the same rows: a batch is one row under several masks, and becomes one row per mask within the
+model, at the first layer where a mask sets a coefficient to zero.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-# Tokens of a packed row, about: longer ones share more prefixes, and waste more attention.
+# Tokens of a packed row, about: longer rows share more prefixes, but waste more attention.
 ROW_TOKENS = 160
-# oneDNN compiles code for each number of rows that it multiplies: let there be few of them. So
-# rows are padded to a multiple of the first, and places that are unembedded to one of the second.
+# oneDNN compiles code for each number of rows that it multiplies. So that there are few, rows are
+# padded to a multiple of the first, and the positions that are unembedded to one of the second.
 ROW_MULTIPLE, READ_MULTIPLE = 4, 16
-BATCH_COST = 20  # what every batch takes, whatever is in it, in tokens
+BATCH_COST = 20  # of any batch, in tokens
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Item:
 
 
 class Request(NamedTuple):
-    """Score `item` under mask number `mask` of the masks given beside the requests."""
+    """Score `item` under mask number `mask` of the masks given with the requests."""
 
     item: Item
     mask: int
@@ -51,10 +51,10 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True)
 class Engine:
-    """How rows are filled: `packed` forests, or one sequence a row (`plain`), and why.
+    """How rows are filled: `packed` forests, or one sequence per row (`plain`), and why.
 
-    With `branches`, masks over one row part where the first of them masks, see
-    `mask_value_vectors`; otherwise the row is repeated for each.
+    With `branches`, a row becomes one per mask within the model, see `mask_value_vectors`; without
+    them, it is repeated for each mask.
     """
 
     name: Literal["packed", "plain"]
@@ -75,8 +75,8 @@ class Read(NamedTuple):
 class Row:
     """A forest of tokens: `parents[i] < i`, or -1 at a root.
 
-    Token sequences under one mask are merged, so that equal beginnings (a question's prompt under
-    its four options, a template under two questions) are one path:
+    Token sequences under one mask are merged: equal beginnings (a question's prompt before its four
+    options, a template of two questions) are one path:
 
         The capital of France is -+- Par -(is)        row    The capital of France is Par Br Ly
                   |               +- Br -uss -(els)   depth   0    1     2    3    4   5  5  5 ...
@@ -85,7 +85,7 @@ class Row:
 
     The last token of an option (in brackets) is predicted, never read, so it is not in the row.
     The position of a token is its depth, and it attends to its ancestors, so that every path is
-    computed as if it stood alone.
+    computed as if it were alone.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -104,7 +104,7 @@ class Row:
                     node = self._step(node, token)
 
     def shared(self, item: Item) -> int:
-        """How many of the first tokens of an item's prompt are there."""
+        """The number of first tokens of an item's prompt that are in the row."""
         node = -1
         for size, token in enumerate(item.context):
             if (node, token) not in self._children:
@@ -122,7 +122,7 @@ class Row:
 
     @cached_property
     def places(self) -> np.ndarray:
-        """The nodes that something is read off, each once; see `which`."""
+        """The nodes that something is read from, each once; see `which`."""
         return np.unique([read.place for read in self.reads])
 
     @cached_property
@@ -140,7 +140,7 @@ class Row:
 
 
 class Cell(NamedTuple):
-    """A row under a mask; `requests[i]` is the request that item `i` of the row's reads is."""
+    """A row under a mask; item `i` of the row's reads is that of request `requests[i]`."""
 
     row: Row
     mask: int
@@ -148,14 +148,14 @@ class Cell(NamedTuple):
 
 
 def _packed_rows(items: Sequence[Item], row_tokens: int) -> list[Row]:
-    """As few forests of about `row_tokens` tokens as hold the items, of about the same size."""
+    """As few forests of about `row_tokens` tokens as hold the items, all of about one size."""
     ordered, whole = sorted(enumerate(items), key=lambda pair: pair[1].context), Row()
     for number, item in ordered:
         whole.add(number, item)
     enough = len(whole.tokens) / math.ceil(len(whole.tokens) / row_tokens)
     rows = [Row()]
     for number, item in ordered:
-        # What is asked after one long beginning, as of examples, stays together in longer rows.
+        # Questions after one long beginning, as of examples, stay together in longer rows.
         size = len(rows[-1].tokens)
         if size >= 8 * enough or (size >= enough and rows[-1].shared(item) <= row_tokens / 4):
             rows.append(Row())
@@ -178,8 +178,7 @@ def _plain_rows(items: Sequence[Item]) -> list[Row]:
 def fill_rows(requests: Sequence[Request], engine: Engine, row_tokens: int) -> list[Cell]:
     """`cells = fill_rows(requests, engine, 160)`: the rows that score the requests.
 
-    A mask's requests fill rows of their own, whatever stands beside them; masks that are asked the
-    same have the same rows.
+    Rows of a mask depend on its own requests alone; masks with the same questions share their rows.
     """
     asked: dict[int, list[int]] = defaultdict(list)
     for number, request in enumerate(requests):
@@ -197,8 +196,8 @@ def fill_rows(requests: Sequence[Request], engine: Engine, row_tokens: int) -> l
 def cell_batches(cells: Sequence[Cell], batch_tokens: int, branches: bool) -> list[list[Cell]]:
     """Cells that go through the model together, the largest batch first.
 
-    With `branches`, the masks of a row make a batch, or several of about the same size. Where that
-    would leave a batch half empty, rows go with those of like length.
+    With `branches`, the masks of a row make a batch, or several of about the same size; rows that
+    would leave a batch half empty are batched by length.
     """
     batches, single = [], []
     for _, group in itertools.groupby(cells, key=lambda cell: id(cell.row)):
@@ -215,15 +214,15 @@ def cell_batches(cells: Sequence[Cell], batch_tokens: int, branches: bool) -> li
 
 
 def longest_row(batch: Sequence[Cell]) -> int:
-    """Tokens that the rows of a batch are padded to."""
+    """The length that the rows of a batch are padded to."""
     return max(len(cell.row.tokens) for cell in batch)
 
 
 def _fitting_batches(cells: Sequence[Cell], batch_tokens: int) -> list[list[Cell]]:
-    """Batches of cells of like length that compute the fewest tokens, a batch counting as some."""
+    """Batches of cells of like length: the fewest tokens, `BATCH_COST` per batch included."""
     cells = sorted(cells, key=lambda cell: -len(cell.row.tokens))
     lengths = [round_up(len(cell.row.tokens), ROW_MULTIPLE) for cell in cells]
-    # For the first so many cells: what they cost at least, and where their last batch starts.
+    # For each number of first cells: their least cost, and where their last batch starts.
     costs, starts = [0], [0]
     for end in range(1, len(cells) + 1):
         first = end - 1

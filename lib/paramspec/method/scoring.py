@@ -5,7 +5,7 @@
     mark(scores[0].tolist(), questions[0])["correct_norm"]
 
 The definitions are lm-evaluation-harness's: the log-likelihood of an option is the sum over its
-tokens, given the cloze and a space. How little of that has to be computed, `rows` tells.
+tokens, given the cloze and a space. `rows` describes how work is shared.
 """
 
 from __future__ import annotations
@@ -22,32 +22,19 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from paramspec.errors import InputError, naming
 from paramspec.execution.limits import OutOfMemory, is_out_of_memory
-from paramspec.method import hooks
+from paramspec.method import hooks, rows
 from paramspec.method.batches import BATCH_TOKENS, in_batches, pad_right
 from paramspec.method.hooks import ValueVectorView
 from paramspec.method.kernels import packed_layers
-from paramspec.method.rows import (
-    READ_MULTIPLE,
-    ROW_MULTIPLE,
-    ROW_TOKENS,
-    Cell,
-    Engine,
-    Item,
-    Request,
-    Row,
-    cell_batches,
-    fill_rows,
-    longest_row,
-    round_up,
-)
+from paramspec.method.rows import Cell, Engine, Item, Request
 from paramspec.models.tokens import token_ids
 from paramspec.specwiki import Question
 
 # Raised whenever a change could move a score; part of every result's key.
 SCORING_VERSION = 5
-# Two scores are a tie if they differ by no more than this share of them: by float32's rounding.
+# Two scores tie if they differ by no more than this share of them: by float32's rounding.
 TIE = 1e-6
-VOCABULARY_BLOCK = 4096  # logits that are in memory at once, of each place that is read off
+VOCABULARY_BLOCK = 4096  # logits that are in memory at once, for each position that is read
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, question: Question) -> Item:
@@ -72,7 +59,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, question: Question) -> Item:
             before, own = whole[: len(context)], tuple(whole[len(context) :])
             if not own:
                 raise InputError(f"option {option!r} adds no token to the cloze; reword it")
-            # Either side may have the space between them, but no letter may be on the wrong one.
+            # Either text may hold the space between them, but no letter of the other.
             if before != context and _spelled(tokenizer, before) != _spelled(tokenizer, context):
                 raise InputError(
                     f"the tokenizer joins option {option!r} with the end of the cloze, so that it "
@@ -94,11 +81,8 @@ def _spelled(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
 def mark(log_likelihoods: Sequence[float], question: Question) -> dict[str, float]:
     """`mark(score.tolist(), question)`: the predicted options, and whether they are right.
 
-    Returns:
-        `predicted`, the option with the highest sum (`acc`), and `predicted_norm`, that with the
-        highest sum over characters (`acc_norm`), the first of those that tie; `correct` and
-        `correct_norm`, 1 where that is the answer and 0 where it is not; where the answer ties with
-        others, its share of them: 1/n of n options.
+    Returns `predicted` (by sum, `acc`), `predicted_norm` (by sum over characters, `acc_norm`),
+    `correct` and `correct_norm`, as in `DETAIL_COLUMNS`.
     """
     sums = np.asarray(log_likelihoods, dtype=float)
     each = {"": sums, "_norm": sums / [len(option) for option in question.options]}
@@ -119,13 +103,13 @@ def score_options(
     keeps: Sequence[Tensor | None],
     *,
     engine: Engine | None = None,
-    row_tokens: int = ROW_TOKENS,
+    row_tokens: int = rows.ROW_TOKENS,
     batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Tensor]:
     """`scores = score_options(view, requests, keeps)`: log-likelihoods of every option.
 
-    >>> from paramspec.method.scoring import Request
+    >>> from paramspec.method.rows import Request
     >>> requests = [Request(encode(tokenizer, question), mask=0) for question in questions]
     >>> scores = score_options(view, requests, [None])
     >>> len(scores), scores[0].shape
@@ -133,13 +117,13 @@ def score_options(
 
     Args:
         view: the model's value vectors.
-        requests: what to score; a batch mixes masks.
-        keeps: the masks that `Request.mask` counts, bool `[layers, width]`, False where masked,
-            or None for no mask.
+        requests: the questions to score; a batch mixes masks.
+        keeps: the masks, `keeps[request.mask]` that of a request: bool `[layers, width]`, False
+            where masked, or None for no mask.
         engine: from `choose_engine`; chosen here if not given.
-        row_tokens: tokens of a packed row, about: one takes whole questions.
-        batch_tokens: tokens of a forward pass; fewer where memory does not suffice.
-        progress: called with the number of requests that each forward pass begins with.
+        row_tokens: tokens of a packed row, about, since a row has whole questions.
+        batch_tokens: tokens of a forward pass; fewer where memory runs out.
+        progress: called after each forward pass with its number of new requests.
 
     Returns:
         For each request an fp32 tensor `[options]`, in nats, on the CPU.
@@ -152,15 +136,15 @@ def score_options(
         longest = max((request.item for request in requests), key=lambda item: item.longest)
         hooks.refuse_too_long(view, longest.longest, longest.name)
     engine = engine or choose_engine(view)
-    cells = fill_rows(requests, engine, row_tokens)
-    batches = cell_batches(cells, batch_tokens, engine.branches)
+    cells = rows.fill_rows(requests, engine, row_tokens)
+    batches = rows.cell_batches(cells, batch_tokens, engine.branches)
     tokens = sum(len(cell.row.tokens) for cell in cells) if engine.name == "packed" else 0
     scores = [[0.0] * len(request.item.options) for request in requests]
     forward = partial(_plain_forward, view, keeps)
     if engine.name == "packed":
         forward = partial(_packed_forward, view, keeps, engine, _head(view.model))
     with packed_layers(view.model, tokens=tokens):
-        for done, values in in_batches(batches, forward, longest_row):
+        for done, values in in_batches(batches, forward, rows.longest_row):
             reads = [(cell.requests[r.item], r.option) for cell in done for r in cell.row.reads]
             for (number, option), value in zip(reads, values.tolist(), strict=True):
                 scores[number][option] += value
@@ -179,12 +163,12 @@ def _packed_forward(
     batch: Sequence[Cell],
     length: int,
 ) -> Tensor:
-    """One forward pass over a batch of forests; the log-probability of each read, in order."""
-    rows = [cell.row for cell in batch]
-    rows = rows[:1] if engine.branches and len(set(rows)) == 1 else rows
+    """The log-probability of each read, in order, by one forward pass over a batch of forests."""
+    forests = [cell.row for cell in batch]
+    forests = forests[:1] if engine.branches and len(set(forests)) == 1 else forests
     with hooks.mask_rows(view, [keeps[cell.mask] for cell in batch]):
-        states = view.model.base_model(**_inputs(view, rows, length), use_cache=False)[0]
-    states = states.expand(len(batch), -1, -1)  # one row still, if no mask parted it
+        states = view.model.base_model(**_inputs(view, forests, length), use_cache=False)[0]
+    states = states.expand(len(batch), -1, -1)  # still one row, if no mask made it several
     sizes = [len(cell.row.places) for cell in batch]
     places = np.concatenate([cell.row.places for cell in batch])
     read = states[np.repeat(np.arange(len(batch)), sizes), places]
@@ -194,13 +178,13 @@ def _packed_forward(
     return head(read, torch.from_numpy(np.concatenate(which)), targets).cpu()
 
 
-def _inputs(view: ValueVectorView, rows: Sequence[Row], length: int) -> dict[str, Any]:
-    """The rows as a model takes them: tokens, depths as positions, who sees whom as a bias."""
-    length = round_up(length, ROW_MULTIPLE)
-    tokens, _ = pad_right([row.tokens for row in rows], length)
-    depths, _ = pad_right([row.depths for row in rows], length)
-    sees = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1, 1)  # so does padding
-    for index, row in enumerate(rows):
+def _inputs(view: ValueVectorView, forests: Sequence[rows.Row], length: int) -> dict[str, Any]:
+    """Rows as a model takes them: tokens, depths as positions, an attention bias from ancestors."""
+    length = rows.round_up(length, rows.ROW_MULTIPLE)
+    tokens, _ = pad_right([row.tokens for row in forests], length)
+    depths, _ = pad_right([row.depths for row in forests], length)
+    sees = torch.eye(length, dtype=torch.bool).repeat(len(forests), 1, 1, 1)  # also of padding
+    for index, row in enumerate(forests):
         size = len(row.tokens)
         sees[index, 0, :size, :size] = torch.from_numpy(row.sees())
     config, embedded = view.model.config, view.embedding
@@ -232,7 +216,7 @@ def takes_positions(model: PreTrainedModel) -> bool:
 
 
 def attention_window(config: PreTrainedConfig) -> int | None:
-    """How many tokens a sliding attention reaches back, itself included, if there is one."""
+    """The width of a sliding attention window in tokens, the token itself included, or None."""
     return getattr(config.get_text_config(decoder=True), "sliding_window", None)
 
 
@@ -240,7 +224,7 @@ def _head(model: PreTrainedModel) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The model's last step, from hidden states to log-probabilities."""
     module, config = model.get_output_embeddings(), model.config.get_text_config(decoder=True)
     weight, bias = module.weight, getattr(module, "bias", None)
-    # What a family does to its logits, one by one: Cohere and Granite scale, Gemma 2 caps.
+    # Families that change each logit: Cohere and Granite scale it, Gemma 2 caps it.
     scale = getattr(config, "logit_scale", None) or 1
     scale /= getattr(config, "logits_scaling", None) or 1
     cap = getattr(config, "final_logit_softcapping", None)
@@ -249,17 +233,10 @@ def _head(model: PreTrainedModel) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         logits = logits * scale if scale != 1 else logits
         return cap * torch.tanh(logits / cap) if cap else logits
 
-    def log_sum(logits: Tensor) -> Tensor:
-        # torch's log_softmax is one pass, and takes half the time of its logsumexp.
-        return logits[..., 0] - logits.log_softmax(-1)[..., 0]
-
     def log_probabilities(states: Tensor, which: Tensor, targets: Tensor) -> Tensor:
-        """fp32 `[reads]`: of token `targets[i]` after state `which[i]` of `states` `[n, hidden]`.
-
-        No more logits are in memory than those of a block.
-        """
+        """fp32 `[reads]`: token `targets[i]` after state `which[i]` of `states` `[n, hidden]`."""
         states, which, targets = (each.to(weight.device) for each in (states, which, targets))
-        padding = round_up(len(states), READ_MULTIPLE) - len(states)
+        padding = rows.round_up(len(states), rows.READ_MULTIPLE) - len(states)
         padded = nn.functional.pad(states, (0, 0, 0, padding))
         sums = []
         for start in range(0, len(weight), VOCABULARY_BLOCK):
@@ -267,7 +244,9 @@ def _head(model: PreTrainedModel) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
             logits = nn.functional.linear(
                 padded, weight[block], None if bias is None else bias[block]
             )
-            sums.append(log_sum(finish(logits).float()))
+            logits = finish(logits).float()
+            # torch's log_softmax is one pass, and takes half the time of its logsumexp.
+            sums.append(logits[..., 0] - logits.log_softmax(-1)[..., 0])
         logits = (states[which].float() * weight[targets].float()).sum(-1)
         if bias is not None:
             logits += bias[targets].float()
@@ -279,7 +258,7 @@ def _head(model: PreTrainedModel) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 def _plain_forward(
     view: ValueVectorView, keeps: Sequence[Tensor | None], batch: Sequence[Cell], length: int
 ) -> Tensor:
-    """The same of single sequences, by the model's own forward pass."""
+    """The same for single sequences, by the model's own forward pass."""
     device = view.embedding.device
     tokens, kept = pad_right([cell.row.tokens for cell in batch], length)
     where = [(index, read.place) for index, cell in enumerate(batch) for read in cell.row.reads]
@@ -299,9 +278,9 @@ def _plain_forward(
 def choose_engine(view: ValueVectorView) -> Engine:
     """`engine = choose_engine(view)`: packed rows if the model computes them correctly.
 
-    Models whose attention is biased by distances that position ids do not set (BLOOM, MPT, Falcon
-    with ALiBi) do not: in bfloat16 no test would show it. A test decides on others: a forest that
-    branches at every depth, under three masks, is scored packed and plain.
+    A test decides: a forest that branches at every depth, under three masks, is scored packed and
+    plain. Models whose attention is biased by distances that position ids do not set (BLOOM, MPT,
+    Falcon with ALiBi) are plain without a test: in bfloat16, it would not show their error.
     """
     config: Any = view.model.config.get_text_config(decoder=True)
     attention = view.model.config._attn_implementation
@@ -325,7 +304,7 @@ def choose_engine(view: ValueVectorView) -> Engine:
 
 
 def _failure(view: ValueVectorView, engine: Engine) -> str | None:
-    """Why a forest is not scored as its paths alone are; None if it is."""
+    """Why a forest is scored otherwise than its paths alone; None if it is not."""
     draw = torch.Generator().manual_seed(0)
     t = torch.randint(len(view.embedding), (32,), generator=draw).tolist()
     items = [

@@ -16,7 +16,8 @@ from paramspec.models.load import LoadedModel
 from paramspec.models.registry import find_micro, find_spec, load_registry
 from paramspec.models.zoo import zoo_questions
 from paramspec.models.zoo_training import read_record, trained
-from paramspec.specwiki import Question, load_questions, sample_concepts
+from paramspec.specwiki import Question, load_questions
+from paramspec.specwiki.questions import sample_concepts
 
 
 def describe_models(names: Sequence[str]) -> pd.DataFrame:

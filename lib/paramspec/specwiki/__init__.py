@@ -7,28 +7,13 @@
 """
 
 from paramspec.specwiki.export import dataset, export_lm_eval
-from paramspec.specwiki.questions import (
-    QUESTIONS,
-    Question,
-    choose,
-    describe,
-    load_questions,
-    normalise,
-    questions_digest,
-    read_questions,
-    sample_concepts,
-)
+from paramspec.specwiki.questions import QUESTIONS, Question, load_questions, questions_digest
 
 __all__ = [
     "QUESTIONS",
     "Question",
-    "choose",
     "dataset",
-    "describe",
     "export_lm_eval",
     "load_questions",
-    "normalise",
     "questions_digest",
-    "read_questions",
-    "sample_concepts",
 ]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def dataset() -> datasets.Dataset:
-    """All questions with typed features, as `load_dataset` reads them by the card next to them.
+    """All questions with typed features, as `load_dataset` reads them by their card.
 
     >>> from paramspec import specwiki
     >>> found = specwiki.dataset()
@@ -51,13 +51,9 @@ def export_lm_eval(directory: str | Path, questions: Iterable[Question]) -> Path
 
     Then `lm_eval --model hf --model_args pretrained=MODEL --tasks specwiki --include_path task`.
     The prompt is the cloze, an option follows after one space, and `acc` and `acc_norm` are the
-    harness's own. The YAML names fields, not templates of them: a template of a cloze that is a
-    number gives a number. It names the data by its absolute path: export again after moving it.
+    harness's own. The YAML names the data by its absolute path: export again after moving it.
 
-    Returns the path of the YAML file.
-
-    Raises:
-        InputError: the directory cannot be written.
+    Returns the path of the YAML file. Raises InputError if the directory cannot be written.
     """
     import pandas as pd
 
@@ -71,6 +67,7 @@ def export_lm_eval(directory: str | Path, questions: Iterable[Question]) -> Path
         "dataset_kwargs": {"data_files": {"test": glob.escape(str(data.resolve()))}},
         "test_split": "test",
         "output_type": "multiple_choice",
+        # Fields, not templates: a template of a cloze that is a number gives a number.
         "doc_to_text": "cloze",
         "doc_to_choice": "options",
         "doc_to_target": "answer",

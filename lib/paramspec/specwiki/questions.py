@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
+import itertools
 import json
 import re
 import string
@@ -30,8 +31,8 @@ class Question(Checked):
     >>> question.cloze, question.options[question.answer]
     ('The capital of France is', 'Paris')
 
-    `cloze` is the prompt that the options continue after one space; `options[answer]` is the true
-    one; `aliases` are the accepted answers of the open-ended form; `statements` state the fact for
+    `cloze` is the prompt that options continue after one space; `options[answer]` is the true one;
+    `aliases` are the accepted answers of the open-ended form; `statements` state the fact for
     training and never contain the cloze; `fold` is the split that every held-out protocol uses.
     """
 
@@ -52,19 +53,19 @@ class Question(Checked):
 
     @model_validator(mode="after")
     def _rules(self) -> Question:
-        """What types cannot say; each message names the value, and reads on after the place."""
+        """Rules beyond types; each message names the value, and continues after the place."""
         if not 0 <= self.answer <= 3:
             raise ValueError(f"answer {self.answer}, but 4 options (0-3)")
         for field in ("id", "concept", "domain", "relation", "question", "cloze"):
             if not getattr(self, field).strip():
                 raise ValueError(f"{field} is empty; fill it")
         if self.cloze != self.cloze.rstrip():
-            raise ValueError(f"cloze {self.cloze!r} ends in white space; options follow one space")
+            raise ValueError(f"cloze {self.cloze!r} ends in white space; remove it")
         for place, option in enumerate(self.options):
             if option != option.strip() or not option:
                 raise ValueError(f"option {place}, {option!r}, is empty or padded; strip it")
             if option in self.options[:place]:
-                raise ValueError(f"option {option!r} stands twice; options must differ")
+                raise ValueError(f"option {option!r} is given twice; options must differ")
         for text in self.statements:
             if self.cloze.casefold() in text.casefold():
                 raise ValueError(f"statement {text!r} contains the cloze; word it differently")
@@ -80,7 +81,7 @@ def load_questions(
     folds: int | Sequence[int] | None = None,
     seed: int = 0,
 ) -> list[Question]:
-    """Questions of a file in its order, whole concepts at a time.
+    """The questions of a file in its order, all or those of some concepts.
 
     >>> questions = load_questions(concepts=60)
     >>> len(questions), len(load_questions(concepts=["France", "gold"], folds=[1]))
@@ -88,15 +89,15 @@ def load_questions(
 
     Args:
         path: a JSON Lines file of questions; the committed one by default.
-        concepts: how many concepts, taken evenly from the tiers that are left, or their names.
-            A larger number with the same seed holds the smaller one's concepts.
-        tiers, domains, folds: keep these alone.
-        seed: decides which concepts a number of them takes.
+        concepts: a number of concepts, evenly from the tiers that are kept, or their names. With
+            the same seed, a larger number includes the concepts of a smaller one.
+        tiers, domains, folds: those to keep.
+        seed: of the choice of a number of concepts.
 
     Raises:
-        InputError: the file breaks a rule of the schema (the first breach is reported as
-            `questions.jsonl:17: answer 4, but 4 options (0-3)`), or a name, tier, domain or fold is
-            unknown, or fewer concepts are there than asked for.
+        InputError: if the file breaks a rule of the schema (the first breach is reported as
+            `questions.jsonl:17: answer 4, but 4 options (0-3)`), if a name, tier, domain or fold is
+            unknown, or if the file has fewer concepts than asked for.
     """
     path = Path(path) if path is not None else QUESTIONS
     questions, problems = read_questions(path)
@@ -119,10 +120,7 @@ def load_questions(
 
 
 def read_questions(path: str | Path) -> tuple[list[Question], list[str]]:
-    """`questions, problems = read_questions("mine.jsonl")`: with each breach of the schema, a line.
-
-    Questions are those of the lines that have no problem of their own.
-    """
+    """`questions, problems = read_questions("mine.jsonl")`: a line per breach of the schema."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -132,7 +130,7 @@ def read_questions(path: str | Path) -> tuple[list[Question], list[str]]:
 
 
 def choose(questions: list[Question], field: str, chosen: Any, place: object) -> list[Question]:
-    """`choose(questions, "tier", "high", path)`: by one value, several, or None for all."""
+    """`choose(questions, "tier", "high", path)`: those of one value, of several, or (None) all."""
     if chosen is None:
         return questions
     values = [chosen] if isinstance(chosen, str | int) else list(chosen)
@@ -150,18 +148,15 @@ def sample_concepts(
 ) -> list[Question]:
     """The questions of `count` concepts, evenly from the tiers, the first by hash of seed and name.
 
-    A tier that has too few gives all it has, and the others make up for it. An error names the
-    `place` that the questions are from.
+    A tier with too few gives all, and the others more. An error names the questions' `place`.
     """
     tier_of = {question.concept: question.tier for question in questions}
     if not 1 <= count <= len(tier_of):
         raise InputError(f"{place}: {count} concepts asked for; choose from 1 to {len(tier_of)}")
     order = sorted(tier_of, key=lambda name: by_hash(seed, name))
-    turns: list[tuple[int, str]] = []
-    for tier in TIERS:
-        turns += enumerate(name for name in order if tier_of[name] == tier)
-    turns.sort(key=lambda turn: turn[0])  # the first of each tier, then the second of each
-    chosen = {name for _, name in turns[:count]}
+    tiers = [[name for name in order if tier_of[name] == tier] for tier in TIERS]
+    turns = itertools.zip_longest(*tiers)  # one of each tier
+    chosen = set(itertools.islice(filter(None, itertools.chain(*turns)), count))
     return [question for question in questions if question.concept in chosen]
 
 
@@ -190,9 +185,9 @@ def normalise(text: str) -> str:
 
 @functools.lru_cache(maxsize=2)  # by content: a file may be edited while a process lives
 def _parse(data: bytes) -> tuple[list[Question], list[str]]:
-    """Questions of a file, and what is wrong: `:17: answer 4, but 4 options (0-3)`."""
+    """Questions of a file, and its problems: `:17: answer 4, but 4 options (0-3)`."""
     if not data.strip():
-        return [], [": empty; write one question, a JSON object, a line"]
+        return [], [": empty; write one question, a JSON object, per line"]
     questions: list[Question] = []
     problems: list[str] = []
     seen: dict[tuple[str, str], tuple[int, str]] = {}
@@ -206,7 +201,7 @@ def _parse(data: bytes) -> tuple[list[Question], list[str]]:
             continue
         except (ValueError, RecursionError) as error:
             problems.append(
-                f":{number}: not plain JSON ({error}); write one object a line, in UTF-8"
+                f":{number}: not plain JSON ({error}); write one object per line, in UTF-8"
             )
             continue
         questions.append(question)
@@ -224,8 +219,8 @@ def _parse(data: bytes) -> tuple[list[Question], list[str]]:
 
 
 def _require_distinct(pairs: list[tuple[str, Any]]) -> None:
-    """Refuse an object in which a key stands twice: a reader would take the last of them."""
+    """Refuse an object that gives a key twice, of which a reader would take the last."""
     names = [key for key, _ in pairs]
     for key in names:
         if names.count(key) > 1:
-            raise ValueError(f"key {key!r} stands twice")
+            raise ValueError(f"key {key!r} is given twice")

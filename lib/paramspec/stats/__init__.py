@@ -1,4 +1,1 @@
-"""Statistics of what was measured: trends over models, contrasts, intervals.
-
-It imports none of the other packages.
-"""
+"""Statistics of measured tables: trends over models, contrasts, intervals."""

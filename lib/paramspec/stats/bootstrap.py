@@ -1,9 +1,7 @@
-"""The bootstrap: what is resampled, the values in each resample, and the intervals of these.
+"""The bootstrap: resamples, values in each resample, and the intervals of these values.
 
-    samples = resample(len(concepts), 1000, seed)     # [1 + resamples, concepts], row 0 as measured
-    interval(values[samples].mean(axis=1))            # {"value": ..., "low": ..., "high": ...}
-
-Every interval of the library is of values in resamples that `resample` draws.
+samples = resample(len(concepts), 1000, seed)     # [1 + resamples, concepts], row 0 as measured
+interval(values[samples].mean(axis=1))            # {"value": ..., "low": ..., "high": ...}
 """
 
 from __future__ import annotations
@@ -14,8 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from paramspec.errors import InputError
-
 
 def resample(count: int, resamples: int, seed: int) -> np.ndarray:
     """Indices of concepts, texts or runs, `[1 + resamples, count]`: row 0 is the sample itself."""
@@ -25,37 +21,32 @@ def resample(count: int, resamples: int, seed: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Draws:
-    """Values of every model (or run), as measured and in each resample.
+    """Values of every model (or run): `values[measure]` is `[1 + resamples, models]`.
 
-    `values[measure]` is `[1 + resamples, models]`; its first row is the measured one. A measure
-    that the study has no masks for is absent.
+    The first row is the measured one. A measure whose masks the study lacks is absent.
     """
 
     models: tuple[str, ...]
     values: Mapping[str, np.ndarray]
 
     def of(self, measure: str, models: Sequence[str] | None = None) -> np.ndarray:
-        """`draws.of("accuracy", ["zoo-llama-1"])`: `[1 + resamples, models]`, all if not given."""
-        known = (*self.values, *self.models)
-        for name in (measure, *(models or ())):
-            if name not in known:
-                raise InputError(f"{name!r}: not in this study; choose from {', '.join(known)}")
-        values = self.values[measure]
-        return values if models is None else values[:, [self.models.index(m) for m in models]]
+        """`draws.of("accuracy", ["zoo-llama-1"])`: `[1 + resamples, models]`, by default all."""
+        values, places = self.values[measure], {name: n for n, name in enumerate(self.models)}
+        return values if models is None else values[:, [places[name] for name in models]]
 
 
 def percentiles(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """`low, high = percentiles(resamples)`: the bounds that hold 95 % of `[resamples, ...]`.
 
     A resample without a value (not a number) is not left out, because the others are not a fair
-    sample of all. It counts as lower than all others for `low`, and as higher for `high`. A bound
+    sample of all: it counts as lower than all others for `low`, and as higher for `high`. A bound
     that falls among such resamples is not a number. Infinite values are values.
     """
     if not len(values):
         return np.full(values.shape[1:], np.nan), np.full(values.shape[1:], np.nan)
 
     def upper(values: np.ndarray) -> np.ndarray:
-        ordered = np.sort(values, axis=0)  # what is not a number comes last
+        ordered = np.sort(values, axis=0)  # missing values come last
         place = 0.975 * (len(ordered) - 1)
         below, above = ordered[math.floor(place)], ordered[math.ceil(place)]
         share = place - math.floor(place)
@@ -77,7 +68,7 @@ def interval(values: np.ndarray) -> dict[str, float]:
 
 
 def with_interval(row: Mapping[str, float], measure: str = "value", form: str = ".2f") -> str:
-    """`+0.12 [+0.03, +0.20]`, with spaces at which no line breaks.
+    """A value with its interval, as `+0.12 [+0.03, +0.20]`, with no-break spaces.
 
     >>> with_interval({"value": 0.123, "low": 0.03, "high": 0.2}, form="+.2f")
     '+0.12\\xa0[+0.03,\\xa0+0.20]'

@@ -1,4 +1,4 @@
-"""What ways of training do to a model: means over runs and seeds, in resamples.
+"""Effects of ways of training on a model: means over runs and seeds, in resamples.
 
 measures = measure_methods(study, names)
 interval(measures["open-ended"]["FT-PV"] - measures["open-ended"]["FT-RV"])    # paired
@@ -16,7 +16,7 @@ from paramspec.errors import InputError
 from paramspec.stats.bootstrap import Draws, resample
 from paramspec.stats.trends import resample_models
 
-# Of which table and column a measure is, and of which rows. Peaks are over the ratios.
+# The table, the column and the rows of each measure. Peaks are over the ratios.
 MEASURES: dict[str, tuple[str, str, dict[str, object]]] = {
     "multiple choice": ("answers", "correct_norm", {"trained": True}),
     "open-ended": ("generated", "correct", {}),  # exact match with an alias
@@ -25,7 +25,7 @@ MEASURES: dict[str, tuple[str, str, dict[str, object]]] = {
     "PSS per concept": ("pss", "peak_per_concept", {}),
     "diff. in diff.": ("pss", "peak_did", {}),
     "other concepts": ("answers", "correct_norm", {"trained": False}),
-    "statements": ("texts", "nats", {"kind": "statements"}),  # nats per token, on other concepts
+    "statements": ("texts", "nats", {"kind": "statements"}),  # nats per token; other concepts
     "prose": ("texts", "nats", {"kind": "prose"}),
 }
 
@@ -41,11 +41,8 @@ def resample_runs(
 ) -> Draws:
     """`draws = resample_runs(study.answers, "correct_norm")`: each run's mean, in resamples.
 
-    All runs are asked the same, so a resample draws units once for all of them, and differences
-    between runs are paired. The mean is over rows; with `weight`, a sum over that of `weight`.
-
-    Raises:
-        InputError: if a run lacks a unit that another has.
+    A resample draws units once for all runs, so that differences between runs are paired. The mean
+    is over rows; with `weight`, the sum of `value` over the sum of `weight`.
     """
     weights = table[weight] if weight else 1.0
     each = table.assign(weights=weights).groupby(["run", unit], sort=False)[[value, "weights"]]
@@ -60,11 +57,10 @@ def resample_runs(
 
 
 def over_seeds(draws: Draws, runs: Sequence[str], measure: str, *, seed: int = 0) -> np.ndarray:
-    """`over_seeds(draws, ["FT-PV/0", "FT-PV/1"], "correct_norm")`: `[1 + resamples]`.
+    """`over_seeds(draws, ["FT-PV/0", "FT-PV/1"], "correct_norm")`: the mean, `[1 + resamples]`.
 
-    The mean over the seeds of a method; in each resample of units, seeds are drawn anew as well,
-    the same ones for any list of as many runs, so that differences stay paired. With one seed
-    only, what seeds do is not in the interval.
+    Each resample of units draws seeds anew as well, the same ones for any list of as many runs, so
+    that differences stay paired. With one seed, the interval leaves out the variance of seeds.
     """
     values = draws.of(measure, runs)
     chosen = resample(len(runs), len(values), seed)[1:]
@@ -89,11 +85,11 @@ def measure_methods(
     resampled seeds.
 
     Args:
-        study: what `measure_runs` gives, a `CausalStudy`.
+        study: a `CausalStudy`, from `measure_runs`.
         names: of the runs: the original, and each method at the same seeds.
 
     Returns:
-        For each of `MEASURES` that was taken, and each method, `[1 + resamples]`.
+        For each measure of `MEASURES` that the study has, and each method, `[1 + resamples]`.
     """
     method_of = study.runs.set_index("run")["method"]
     given: dict[str, Any] = {"resamples": resamples, "seed": seed}

@@ -1,4 +1,4 @@
-"""What a study's answers say: accuracies and PSS with their nulls, intervals and verdicts.
+"""Results of a study: accuracies and PSS with their nulls, intervals and verdicts.
 
     summarize(pss)      # a row per (model, protocol, mask, ratio), with intervals
     peak_pss(pss)       # the maximum over the ratios, with intervals
@@ -9,7 +9,7 @@ questions, masks and draws stay together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,11 @@ from paramspec.errors import InputError
 from paramspec.stats.bootstrap import resample
 from paramspec.tables import MASKS, TIERS
 
-# Which concepts a statistic is of: indices `[..., concepts]`, or all as they stand.
+# The concepts of a statistic: indices `[..., concepts]`, or all in their order.
 Samples = np.ndarray | slice
 ALL = slice(None)
 PEAKS = {"peak_pooled": "pss_pooled", "peak_per_concept": "pss_per_concept", "peak_did": "did"}
-FLOOR_DRAWS = 4000  # of answers that sampling alone decides
+FLOOR_DRAWS = 4000  # of answers that chance alone decides
 COUNTS = ["right_own", "n_concept", "right_general", "n_general"]
 
 
@@ -68,9 +68,9 @@ def summarize(pss: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.
     >>> table.loc[table["model"] == "new", ["mask", "ratio"]].values.tolist()
     [['none', 0.0], ['concept', 0.3], ['random', 0.3]]
 
-    Of several draws of a control, each gives its own value, and the mean of them is reported:
-    taken before the absolute value, it would shrink with the number of draws, and a control would
-    not show what a single mask does.
+    A control of several draws is reported by the mean of their values: a mean taken before the
+    absolute value would shrink with the number of draws, and a control would not show the effect
+    of a single mask.
 
     Returns:
         A row per (model, protocol, mask, ratio): `concepts`; then, each with `_low` and `_high`:
@@ -89,8 +89,7 @@ def summarize(pss: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.
         samples = resample(len(counts.names), resamples, seed)[1:]
         for cell in counts.values:
             row = home | {"mask": cell[0], "ratio": cell[1], "concepts": len(counts.names)}
-            measured, resampled = counts.statistics(cell), counts.statistics(cell, samples)
-            row |= _with_intervals(measured, resampled, len(counts.names))
+            row |= _with_intervals(counts.statistics, cell, samples)
             rows.append(row | _floors(counts, cell))
     return pd.DataFrame(rows)
 
@@ -113,9 +112,7 @@ def peak_pss(pss: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.D
     for home, counts in _each_model(pss):
         samples = resample(len(counts.names), resamples, seed)[1:]
         for mask in dict.fromkeys(mask for mask, _ in counts.values if mask != "none"):
-            row = home | {"mask": mask}
-            measured, resampled = counts.peaks(mask), counts.peaks(mask, samples)
-            row |= _with_intervals(measured, resampled, len(counts.names))
+            row = home | {"mask": mask} | _with_intervals(counts.peaks, mask, samples)
             cells = [cell for cell in counts.values if cell[0] == mask]
             pooled = [counts.statistics(cell)["pss_pooled"].mean() for cell in cells]
             rows.append(row | {"ratio": cells[int(np.argmax(pooled))][1]})
@@ -123,16 +120,16 @@ def peak_pss(pss: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.D
 
 
 def verdict(*lows: float, measured: bool = True) -> str:
-    """Whether a claim that something rises holds in this run, from the lower bounds of intervals.
+    """Whether a claim that something rises holds in this run, by the lower bounds of intervals.
 
     >>> verdict(0.2, 0.01), verdict(0.2, -0.01), verdict(0.2, float("nan"))
     ('reproduced', 'not reproduced', 'not run here')
 
     Args:
-        lows: the lower bounds of the 95 % intervals of all that the claim says rises. One that is
-            missing (not a number) is a condition that this run did not measure: it supports
-            nothing, and without it the claim is neither reproduced nor not.
-        measured: False if the run did not measure what the claim is about.
+        lows: the lower bounds of the 95 % intervals of all values that must rise. A missing one
+            (not a number) is a condition that this run did not measure: without it, the claim is
+            neither reproduced nor not.
+        measured: False if the run did not measure the subject of the claim.
     """
     if not measured or not lows or np.isnan(lows).any():
         return "not run here"
@@ -144,13 +141,11 @@ def best_general_change(
 ) -> dict[str, float]:
     """The largest G(k) - G(0) over these ratios of the concepts' own masks, with its interval.
 
-    The best of several ratios is the best by luck, too, which its own interval leaves out. So in
-    each resample of concepts the maximum over the ratios is taken of how far a change lies from
-    its measured value; the interval reaches down by the 97.5th percentile of these maxima, and up
-    by that of the minima. If no ratio changes anything, it lies above zero in 2.5 % of all
-    studies, however many ratios there are.
-
-    Returns `ratio`, `value`, `low` and `high`; with a single concept, bounds are not numbers.
+    The best of several ratios is the best by luck, too, which its own interval leaves out. So each
+    resample of concepts gives the maximum and the minimum over the ratios of (change - measured
+    change). The interval reaches down by the 97.5th percentile of the maxima, and up by the 2.5th
+    of the minima. If no ratio changes anything, it lies above zero in 2.5 % of all studies, for any
+    number of ratios. With a single concept, its bounds are not numbers.
     """
     counts = ConceptCounts.of(pss)
     samples = resample(len(counts.names), resamples, seed)
@@ -200,7 +195,7 @@ class ConceptCounts:
         return cls(names, values, values["none", 0.0].sum(axis=1, keepdims=True))
 
     def statistics(self, cell: tuple[str, float], samples: Samples = ALL) -> dict[str, np.ndarray]:
-        """What `summarize` reports of a mask and ratio, `[draws, ...]`."""
+        """The statistics of `summarize` for a mask and ratio, `[draws, ...]`."""
         none, counts = self.none[..., samples], self.values[cell][..., samples]
         (c0, g0), (c, g) = _pooled(none), _pooled(counts)
         gaps = abs(counts[2] / counts[3] - counts[0] / counts[1]).mean(-1)
@@ -236,20 +231,20 @@ def _pooled(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _with_intervals(
-    measured: dict[str, np.ndarray], resampled: dict[str, np.ndarray], concepts: int
+    compute: Callable[..., dict[str, np.ndarray]], of: Any, samples: np.ndarray
 ) -> dict[str, float]:
-    """Each statistic, the mean over draws, and its 95 % interval over resampled concepts."""
-    row = {}
-    for name, values in measured.items():
+    """Each statistic `of` a mask, the mean over draws, and its interval over `samples`."""
+    row, resampled = {}, compute(of, samples)
+    for name, values in compute(of).items():
         row[name] = float(values.mean(axis=0))
-        bounds = _bounds(resampled[name].mean(axis=0), concepts)
+        bounds = _bounds(resampled[name].mean(axis=0), samples.shape[1])
         row[f"{name}_low"], row[f"{name}_high"] = bounds
     return row
 
 
 def _bounds(values: np.ndarray, concepts: int) -> tuple[float, float]:
-    """The 95 % interval of `[resamples]`; not a number if a resample is none, as with G(0) = 0."""
-    from scipy import stats  # half a second, of which workers have no use
+    """The 95 % interval of `[resamples]`; nan if a resample is nan, as with G(0) = 0."""
+    from scipy import stats  # takes half a second, and workers do without it
 
     if concepts < 2:
         return float("nan"), float("nan")
@@ -261,8 +256,8 @@ def _bounds(values: np.ndarray, concepts: int) -> tuple[float, float]:
 def _floors(counts: ConceptCounts, cell: tuple[str, float]) -> dict[str, float]:
     """The mean of |G - C| / G(0), pooled and per concept, that sampling alone gives.
 
-    That is when every question, own or general, is answered rightly with the same probability, the
-    accuracy under the mask.
+    Every question, own or general, is then answered rightly with the same probability, the accuracy
+    under the mask.
     """
     own_right, own, general_right, general = counts.values[cell]
     accuracy = (own_right.sum() + general_right.sum()) / (own.sum() + general.sum())

@@ -1,13 +1,13 @@
-"""How PSS goes with something over many models: tables of peaks, correlations, contrasts.
+"""PSS over many models: tables of peaks, correlations, contrasts.
 
     draws = resample_models(study.pss)                     # all models, the same resampled concepts
-    model_table(draws)                                     # a row a model, with intervals
+    model_table(draws)                                     # a row per model, with intervals
     correlations(draws, x="accuracy", y="peak_pss")        # Pearson, Spearman, their intervals
     contrast(draws, "zoo-llama-5", "zoo-llama-1", "peak_pss")
 
-Twenty models are answered on the same questions, so their values move together when a concept is
-left out: a resample draws concepts once, for all of them. Models of one family are not independent
-points either: an interval over families resamples these instead (paper, sections 4.1 to 4.4).
+All models are asked the same questions, so their values move together when a concept is left out:
+a resample draws concepts once, for all of them. Models of one family are not independent points
+either: an interval over families resamples these instead (paper, sections 4.1 to 4.4).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from paramspec.stats.summary import ConceptCounts
 from paramspec.tables import TIERS
 
 CHANCE = 0.25
-LIKE_SIZED = 1.25  # times as many parameters, at most, has the larger of two models of like size
+LIKE_SIZED = 1.25  # the largest ratio of parameter counts of two models of like size
 
 
 def resample_models(pss: pd.DataFrame, *, resamples: int = 1000, seed: int = 0) -> Draws:
@@ -37,7 +37,7 @@ def resample_models(pss: pd.DataFrame, *, resamples: int = 1000, seed: int = 0) 
 
     Args:
         pss: rows of one protocol; every model has the same concepts.
-        resamples: how many, beside the measured values.
+        resamples: their number, apart from the measured values.
         seed: of the resampled concepts.
 
     Returns:
@@ -45,7 +45,7 @@ def resample_models(pss: pd.DataFrame, *, resamples: int = 1000, seed: int = 0) 
         over the ratios of |G(k) - C(k)| / G(0), pooled over concepts; `peak_null`, the same under
         random masks; `peak_excess`, peak_pss minus peak_null; `peak_did`, the peak of the
         difference in differences; `peak_per_concept`, the peak of the mean over concepts; and
-        `ceiling`, what losing all knowledge could give at most, (G(0) - chance) / G(0).
+        `ceiling`, the most that a loss of all knowledge could give, (G(0) - chance) / G(0).
 
     Raises:
         InputError: if models have different concepts, or protocols are mixed.
@@ -81,7 +81,7 @@ def _measures(counts: ConceptCounts, samples: np.ndarray) -> dict[str, np.ndarra
 
 
 def model_table(draws: Draws, about: pd.DataFrame | None = None) -> pd.DataFrame:
-    """`model_table(draws, about)`: a row a model, each measure with its 95 % interval.
+    """`model_table(draws, about)`: a row per model, each measure with its 95 % interval.
 
     >>> table = model_table(resample_models(study.pss))
     >>> bool((table["accuracy_low"] <= table["accuracy"]).all())
@@ -94,7 +94,7 @@ def model_table(draws: Draws, about: pd.DataFrame | None = None) -> pd.DataFrame
     Returns:
         `model`, then for every measure the value, `_low` and `_high` (percentiles over resampled
         concepts). A peak is a maximum of absolute values, so that noise moves its interval
-        upwards, at times beyond the value: read it beside that of `peak_null`.
+        upwards, at times beyond the value: compare it with that of `peak_null`.
     """
     table = pd.DataFrame({"model": draws.models})
     for measure, values in draws.values.items():
@@ -127,8 +127,8 @@ def correlations(
 
     Returns:
         A row for Pearson's and for Spearman's coefficient: `statistic`, `r`, `n`, `low` and `high`
-        over resampled concepts, `family_low` and `family_high` over resampled families (all the
-        ways to draw as many as there are, with their probabilities).
+        over resampled concepts, `family_low` and `family_high` over resampled families (all ways
+        to draw as many as there are, with their probabilities).
     """
     models = list(draws.models if models is None else models)
     if len(models) < 3:
@@ -149,9 +149,9 @@ def correlations(
 
 
 def _correlate(series: list[np.ndarray], statistic: str) -> np.ndarray:
-    """A coefficient a row of two `[rows, models]`; partial, with a third that is held constant."""
+    """A coefficient per row of two `[rows, models]`; a third is held constant: partial."""
     if statistic == "Spearman":
-        from scipy import stats  # half a second, of which workers have no use
+        from scipy import stats  # takes half a second, and workers do without it
 
         series = [stats.rankdata(values, axis=1) for values in series]
     centred = [values - values.mean(axis=1, keepdims=True) for values in series]
@@ -165,7 +165,7 @@ def _correlate(series: list[np.ndarray], statistic: str) -> np.ndarray:
     xy, xz, yz = (r(one, other) for one, other in itertools.combinations(centred, 2))
     with np.errstate(divide="ignore", invalid="ignore"):
         partial = (xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2))
-    # What is held constant is one of the two: nothing is left to correlate, but rounding.
+    # If the third is one of the two, nothing but rounding is left to correlate.
     return np.where(np.isfinite(partial), partial, np.nan)
 
 
@@ -173,7 +173,7 @@ def _over_families(series: list[np.ndarray], home: np.ndarray, statistic: str) -
     """Percentiles of the coefficient over families drawn with replacement, exactly."""
     families = sorted(set(home))
     values = np.full(1, np.nan)
-    if 2 <= len(families) <= 6:  # one says nothing; many are too many ways
+    if 2 <= len(families) <= 6:  # one has no interval; many have too many ways
         places = [np.flatnonzero(home == family) for family in families]
         drawn = map(np.concatenate, itertools.product(places, repeat=len(places)))
         each = [_correlate([values[:, chosen] for values in series], statistic) for chosen in drawn]
@@ -202,8 +202,7 @@ def half_way(
     """The step at which a measure of these checkpoints reaches half of its rise, `[1 + resamples]`.
 
     By linear interpolation in log steps, where the measure first passes the middle between its
-    first and its largest value. Infinite where it never rises: if it does at all, then later than
-    at the last step. Not a number where a value is none.
+    first and its largest value. Infinite where it never rises (it may later); nan where a value is.
     """
     # Never falling: a dip after the rise does not make the rise later.
     values = np.maximum.accumulate(draws.of(measure, models), axis=1)
@@ -221,17 +220,14 @@ def half_way(
 
 
 def like_sized_ends(about: pd.DataFrame) -> pd.DataFrame:
-    """`like_sized_ends(describe_models(names))`: in each family, an old and a new model to compare.
+    """`like_sized_ends(describe_models(names))`: an old and a new model of each family.
 
-    A new generation that is also larger, or smaller, says nothing of generations. So of all pairs
-    of models of a family in which one is of an older generation than the other, and the larger has
-    at most `LIKE_SIZED` times the parameters of the smaller, this takes the pair that lies the most
-    generations apart; of several the most alike in size, then the first by name. Micro models are
-    a family of their own; models without a family or a place in its order are left out.
+    Models of different size say nothing of generations. So the pair is the most generations apart
+    of those in which the larger has at most `LIKE_SIZED` times the parameters of the smaller; of
+    several, the most alike in size, then the first by name. Micro models are families of their own.
 
-    Returns a row for each family: `family`, `micro`, `oldest` and `newest` (names, missing in a
-    family without such a pair: there the claim can't be tested) and `times`, the larger's
-    parameters over the smaller's.
+    Returns a row per family with columns `family`, `micro`, `oldest`, `newest` (names, missing
+    without such a pair) and `times`, the larger's parameters over the smaller's.
     """
     family = ["family", "micro"]
     known = about.dropna(subset=["family", "order", "parameters"])
@@ -251,8 +247,8 @@ def like_sized_ends(about: pd.DataFrame) -> pd.DataFrame:
 def balance_tiers(pss: pd.DataFrame) -> pd.DataFrame:
     """`balance_tiers(study.pss)`: of each domain, the rows of as many concepts of every tier.
 
-    Tiers are thirds of SpecWiki by frequency, and domains lie unevenly in them; what is left
-    compares like with like. Concepts are taken in the order of their names' hashes.
+    Tiers are thirds of SpecWiki by frequency, in which domains have unequal shares. Concepts are
+    taken in the order of their names' hashes.
     """
     concepts = pss.drop_duplicates("concept")[["concept", "domain", "tier"]]
     counts = concepts.groupby(["domain", "tier"]).size().unstack(fill_value=0)

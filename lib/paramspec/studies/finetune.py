@@ -107,7 +107,7 @@ def tune(
     limits = (len(batches), math.log(len(view.embedding)), training.learning_rate)
     began = time.perf_counter()
     with hooks.train_value_vectors(view, vectors) as trained:
-        optimizer = torch.optim.AdamW(trained.parameters(), weight_decay=0, fused=True)
+        optimizer = torch.optim.AdamW(trained.offsets.parameters(), weight_decay=0, fused=True)
         losses = _read_state(state, trained, optimizer) if state and state.is_file() else []
         left = range(len(losses) + 1, len(batches) + 1)  # others were taken before a kill
         options = {"initial": len(losses), "total": len(batches), "unit": "step", "delay": 0.01}
@@ -117,7 +117,7 @@ def tune(
                 losses.append(float(loss.detach()))
                 refuse_divergence(losses, *limits)
                 loss.backward()
-                nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+                nn.utils.clip_grad_norm_(trained.offsets.parameters(), 1.0)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, len(batches), training)
                 optimizer.step()

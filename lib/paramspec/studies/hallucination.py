@@ -24,7 +24,7 @@ from paramspec.method.pss import generator_of
 from paramspec.models.checkpoints import find_checkpoint, wheel_file
 from paramspec.models.libraries import quiet_transformers, told_in_one_line
 from paramspec.models.registry import WheelSource
-from paramspec.specwiki import normalise
+from paramspec.specwiki.questions import normalise
 
 # Of a question and pairs of answers to it: whether the answers of each pair mean one thing.
 Judge = Callable[[str, Sequence[tuple[str, str]]], list[bool]]
@@ -107,10 +107,10 @@ def sample_answers(
     )
     return [
         Sampled(
-            generation.first_lines(tokenizer, [row.tokens for row in sampled]),
+            [row.text for row in sampled],
             [row.log_likelihood for row in sampled],
             [len(row.tokens) for row in sampled],
-            generation.first_lines(tokenizer, [greedy.tokens])[0],
+            greedy.text,
             cast("Tensor", greedy.state),
         )
         for greedy, *sampled in decoded
