@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 import growth
 import peers
-from paramspec.execution.provenance import hardware, versions
+from paramspec.execution.provenance import hardware, version_of
 from paramspec.method import kernels
 from paramspec.method.hooks import value_vector_view
 from paramspec.method.scoring import choose_engine
@@ -233,7 +233,7 @@ def measure(given: argparse.Namespace) -> dict[str, object]:
     problems = [*growth.superlinear(grown), *growth.growing(remembered)]
     line = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     done = subprocess.run(line, cwd=Path(__file__).parent, capture_output=True, text=True)
-    installed = dict.fromkeys(PACKAGES, "not installed") | versions(*PACKAGES)
+    installed = {name: version_of(name) or "not installed" for name in PACKAGES}
     return {
         "machine": hardware() | {"bf16": has_bf16()},
         "versions": {"python": platform.python_version()} | installed,

@@ -30,11 +30,8 @@ USED = "PARAMSPEC_USED"
 
 def number_versions() -> dict[str, str]:
     """Of each of `NUMBER_LIBRARIES`, without the local part (`+cpu`): a key has the device."""
-    return {name: found.partition("+")[0] for name, found in versions(*NUMBER_LIBRARIES).items()}
-
-
-def versions(*names: str) -> dict[str, str]:
-    return {name: found for name in names if (found := version_of(name))}
+    found = {name: version_of(name) for name in NUMBER_LIBRARIES}
+    return {name: version.partition("+")[0] for name, version in found.items() if version}
 
 
 @functools.cache  # it is read from files, for each stored result; an imported library stays
@@ -73,9 +70,10 @@ def machine(hardware: Mapping[str, Any]) -> str:
 
 def computed(**unit: object) -> dict[str, Any]:
     """The record of a result that this process computes now, with the fields of its unit."""
-    names = versions("paramspec", *NUMBER_LIBRARIES)
+    found = {name: version_of(name) for name in ("paramspec", *NUMBER_LIBRARIES)}
+    installed = {name: version for name, version in found.items() if version}
     return {
-        "versions": {"python": platform.python_version()} | names,
+        "versions": {"python": platform.python_version()} | installed,
         "hardware": hardware(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **unit,

@@ -127,9 +127,6 @@ def encode_texts(
     """The tokens of each text, and its end."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     rows = [[*row, *end] for row in token_ids(tokenizer, texts)]
-    for text, row in zip(texts, rows, strict=True):
-        if len(row) < 2:
-            raise InputError(f"statement {text!r}: no token to predict; write a sentence")
     refuse_too_long(view, max(map(len, rows)), "a statement")
     return rows
 
