@@ -14,7 +14,7 @@ from paramspec.execution.parallel import workers
 from paramspec.plain import read_yaml
 from paramspec.stats.bootstrap import interval, with_interval
 from paramspec.studies.chapters import CHAPTERS, Experiment
-from paramspec.studies.sweep import Study
+from paramspec.studies.sweep import Study, measure_pss
 from paramspec_book import figures
 from paramspec_book.parameters import find_root
 
@@ -45,7 +45,7 @@ def measure(
 ) -> list[Study]:
     """`measure(experiments, jobs, scheduler)`: their studies, see `workers`."""
     with workers(jobs=jobs, scheduler=scheduler):
-        return [experiment.measure() for experiment in experiments]
+        return [measure_pss(one.models, one.questions, one.choices) for one in experiments]
 
 
 def glue_all(**values: object) -> None:

@@ -1,7 +1,5 @@
 """The experiments of each chapter, defined once for the chapter and for the planner.
 
-    study, holdout = [experiment.measure() for experiment in CHAPTERS["3-masking"](parameters)]
-
 A chapter is named as its notebook is, and needs all parameters that the notebook declares.
 """
 
@@ -16,7 +14,6 @@ from paramspec.models.describe import comparable_models, folds_asked, study_ques
 from paramspec.models.registry import expand_models
 from paramspec.specwiki import Question, load_questions
 from paramspec.studies.causal import trained_concepts
-from paramspec.studies.sweep import Study, measure_pss
 from paramspec.studies.training import Training
 
 
@@ -27,9 +24,6 @@ class Experiment:
     models: tuple[str, ...]
     questions: tuple[Question, ...]
     choices: Choices
-
-    def measure(self) -> Study:
-        return measure_pss(self.models, self.questions, self.choices)
 
     def changed(self, **choices: object) -> Experiment:
         """The experiment with other choices, and without controls."""
