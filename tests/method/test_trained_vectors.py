@@ -8,6 +8,7 @@ from contextlib import ExitStack, suppress
 import pytest
 import torch
 
+from paramspec.errors import InputError
 from paramspec.method.hooks import (
     mask_value_vectors,
     replace_value_vectors,
@@ -102,3 +103,10 @@ def test_replaced_vectors_come_back_bit_by_bit(model, family, raises):
     assert torch.equal(logits(model), output)
     assert torch.equal(inside, logits(edited))
     assert not torch.allclose(inside, output, atol=0.1)
+
+
+@pytest.mark.parametrize("vectors", [[], [[0, 1], [0, 1]], [[0, -1]], [[3, 0]], [[0, 48]]])
+def test_vectors_that_are_not_there_or_given_twice_are_refused(vectors):
+    view, chosen = value_vector_view(toy_model("llama")), torch.tensor(vectors).view(-1, 2).int()
+    with pytest.raises(InputError, match="expected at least one"):
+        train_value_vectors(view, chosen).__enter__()
