@@ -28,17 +28,12 @@ def run(batches, room, error=MemoryError):
     return list(in_batches(batches, forward, max)), attempts
 
 
-def test_batches_that_fit_are_run_as_they_come():
-    batches = [[4, 3, 3], [2, 2], [1]]
-    done, attempts = run(batches, 12)
-    assert [rows for rows, _ in done] == batches
-    assert attempts == [12, 4, 1]
-
-
 @pytest.mark.parametrize("error", [MemoryError, RuntimeError, torch.OutOfMemoryError])
 @pytest.mark.parametrize("room", [1, 2, 3, 5, 9])
 def test_every_row_is_run_once_and_in_order_whatever_fits(room, error):
     done, attempts = run([[1] * 9, [1] * 6, [1] * 4, [1]], room, error)
+    if room == 9:  # what fits is run as it comes
+        assert attempts == [9, 6, 4, 1]
     assert [row for rows, _ in done for row in rows] == [1] * 20
     assert all(result == [10 * row for row in rows] for rows, result in done)
     assert all(sum(rows) <= room for rows, _ in done)
@@ -47,15 +42,11 @@ def test_every_row_is_run_once_and_in_order_whatever_fits(room, error):
     assert len(failed) == len(set(failed))
 
 
-def test_halves_keep_the_length_of_their_batch():
+def test_halves_keep_the_length_of_their_batch_and_a_row_that_does_not_fit_is_told():
     done, attempts = run([[7, 1]], 7)
     assert ([rows for rows, _ in done], attempts) == ([[7], [1]], [14, 7, 7])
-
-
-def test_a_row_that_does_not_fit_is_told_in_one_line():
-    with pytest.raises(InputError, match="out of memory with one row of 7 tokens") as caught:
+    with pytest.raises(InputError, match="out of memory with one row of 7 tokens"):
         run([[7, 1]], 6)
-    assert "\n" not in str(caught.value)
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory():

