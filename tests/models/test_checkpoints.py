@@ -15,13 +15,7 @@ from huggingface_hub import constants
 
 from paramspec.errors import InputError
 from paramspec.models import checkpoints
-from paramspec.models.checkpoints import (
-    HUB_FILES,
-    digest_of,
-    find_checkpoint,
-    find_checkpoints,
-    is_on_disk,
-)
+from paramspec.models.checkpoints import HUB_FILES, digest_of, find_checkpoint, find_checkpoints
 from paramspec.models.load import load_model
 from paramspec.models.registry import load_registry
 from toy_study import save_toy
@@ -43,15 +37,14 @@ def toy(saved: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("smollm-135", "'smollm-135': not in models.yaml.*did you mean smollm2-135m"),
-        ("Qwen2-7B", "did you mean qwen2-7b"),
-        ("zzz", "`paramspec models` lists"),
-        ("./nowhere", "'./nowhere': not in models.yaml, no such directory, GGUF"),
-        ("some/where/model.gguf", "no such directory, GGUF"),
-        ("", "model '': not in models.yaml"),
-        ("weights.bin", "weights.bin: neither a directory nor a .gguf file"),
+        ("Smollm-135", "not in models.yaml.*did you mean smollm2-135m"),
+        *(
+            (name, "not in models.yaml, no such")
+            for name in ("", "./nowhere", "no/where/model.gguf")
+        ),
+        ("weights.bin", "neither a directory nor a .gguf file"),
         ("mine.yaml", "a zoo recipe a model, as mine.yaml:llama-1"),
-        ("empty", "empty: no model.safetensors"),
+        ("empty", "no model.safetensors"),
     ],
 )
 def test_what_does_not_exist_is_refused(tmp_path, monkeypatch, name, told):
@@ -59,9 +52,8 @@ def test_what_does_not_exist_is_refused(tmp_path, monkeypatch, name, told):
     Path("weights.bin").write_bytes(b"x")
     Path("mine.yaml").touch()
     Path("empty").mkdir()
-    with pytest.raises(InputError, match=told) as caught:
+    with pytest.raises(InputError, match=rf"{name}'?: .*{told}"):
         digest_of(find_checkpoint(name).path)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_directory_is_not_the_model_of_the_registry_that_it_is_called_after(toy, monkeypatch):
@@ -144,6 +136,7 @@ def test_registry_entry_is_found_in_the_cache_and_at_its_commit(saved, cache):
     """A branch of the hub can move; the commit next to it in the registry cannot."""
     registry = load_registry()
     plain, pinned = registry["qwen2-7b"], registry["olmo-2-7b-10k"]
+    is_on_disk = checkpoints.is_on_disk
     assert is_on_disk(registry["smollm2-135m"])
     for spec in (plain, pinned):
         assert not is_on_disk(spec)
@@ -187,11 +180,8 @@ def test_only_what_is_read_is_fetched_of_the_revision(hub, saved):
 
 
 def test_a_wrong_name_late_in_a_list_is_reported_before_weights_are_fetched(hub):
-    for wrong, told in (
-        ("org/none", r"org/none: not a directory, .*404 Client Error. Repository Not Found\); "),
-        ("no-such-model", "model 'no-such-model': not in"),
-    ):
-        with pytest.raises(InputError, match=told):
+    for wrong in ("org/none", "no-such-model"):
+        with pytest.raises(InputError, match=f"{wrong}'?: not "):
             find_checkpoints(["org/toy", wrong])
     assert {patterns for _, _, patterns, _ in hub} == {("config.json",)}
     assert find_checkpoints(["org/toy"]) == [find_checkpoint("org/toy")]

@@ -25,6 +25,11 @@ TOKENS = torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(0
 SIZES = _COMMON | {"vocab_size": 300}
 GEMMA = SIZES | {"sliding_window": 8, "query_pre_attn_scalar": 5}
 TEXTS = ["the cat sat", "the <|end|> of it"]  # which is its end token
+FIELDS = {"block_count": "num_hidden_layers", "context_length": "max_position_embeddings"}
+FIELDS |= {"embedding_length": "hidden_size", "feed_forward_length": "intermediate_size"}
+FIELDS |= {"attention.head_count": "num_attention_heads"}
+FIELDS |= {"attention.head_count_kv": "num_key_value_heads"}
+FIELDS |= {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
 
 
 # A byte-level vocabulary of 260 tokens: 256 bytes, three merges, and an end of text.
@@ -49,18 +54,10 @@ def write(path: Path, model, arch=gguf.MODEL_ARCH.LLAMA, facts=None, tensors=Non
     config = model.config
     name = gguf.MODEL_ARCH_NAMES[arch]
     writer = gguf.GGUFWriter(path, name)
-    common = {
-        "block_count": config.num_hidden_layers,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-    }
+    said = {fact: getattr(config, field) for fact, field in FIELDS.items()}
     add = {int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool}
     add |= {str: writer.add_string}
-    for key, value in (common | (facts or {})).items():
+    for key, value in (said | (facts or {})).items():
         add[type(value)](key if key.startswith("tokenizer.") else f"{name}.{key}", value)
     size, padding = len(VOCABULARY), config.vocab_size - len(VOCABULARY)
     writer.add_tokenizer_model("gpt2")
@@ -169,23 +166,13 @@ def test_a_gemma_2_file_gives_the_logits_of_its_safetensors_twin(tmp_path, setti
     require_same(write(tmp_path / "toy.gguf", twin, GEMMA_2, GEMMA_FACTS | facts), twin)
 
 
-@pytest.mark.parametrize(
-    ("fact", "value"),
-    [
-        ("logit_scale", 0.25),
-        ("attention.scale", 0.02),
-        ("attention.clamp_kqv", 8.0),
-        ("attention.sliding_window", 16),
-        ("attention.causal", False),
-        ("final_logit_softcapping", 30.0),
-        ("rope.scaling.type", "yarn"),
-        ("rope.scaling.factor", 8.0),
-        ("rope.dimension_count", 4),
-        ("expert_count", 8),
-        ("a_key_of_tomorrow", 3),
-        ("attention.key_length", 16),
-    ],
-)
+STRANGE = {"logit_scale": 0.25, "final_logit_softcapping": 30.0, "expert_count": 8}
+STRANGE |= {"attention.scale": 0.02, "attention.clamp_kqv": 8.0, "attention.sliding_window": 16}
+STRANGE |= {"attention.causal": False, "attention.key_length": 16, "rope.dimension_count": 4}
+STRANGE |= {"rope.scaling.type": "yarn", "rope.scaling.factor": 8.0, "a_key_of_tomorrow": 3}
+
+
+@pytest.mark.parametrize(("fact", "value"), STRANGE.items())
 def test_what_a_class_cannot_do_is_refused_by_name(tmp_path, fact, value):
     model = random_model(transformers.Qwen2Config(**SIZES))
     path = write(tmp_path / "toy.gguf", model, gguf.MODEL_ARCH.QWEN2, {fact: value})
