@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from oracles import with_vectors_zeroed
 from paramspec.errors import InputError
@@ -60,8 +60,10 @@ def test_answers_under_masks_equal_a_greedy_loop_on_edited_weights(family):
     expected = [greedy(view, tokenizer, prompt, keep) for prompt, keep in pairs]
     assert generate_answers(view, tokenizer, PROMPTS, masks, **AS_IT_IS) == expected
     assert generate_answers(view, tokenizer, PROMPTS, masks, batch_size=2, **AS_IT_IS) == expected
-    unmasked = [greedy(view, tokenizer, prompt) for prompt in PROMPTS]
-    assert generate_answers(view, tokenizer, PROMPTS, **AS_IT_IS) == unmasked
+    # A window of 32 is shorter than the beginning that all share.
+    for prompts in (["the old king of " * 9 + prompt for prompt in PROMPTS], PROMPTS):
+        unmasked = [greedy(view, tokenizer, prompt) for prompt in prompts]
+        assert generate_answers(view, tokenizer, prompts, **AS_IT_IS) == unmasked
     assert unmasked[0] == expected[0]
     assert sum(one != other for one, other in zip(unmasked, expected, strict=True)) >= 2
 
@@ -96,30 +98,11 @@ def test_a_model_without_numbers_gives_no_answer(llama):
         decode(llama, toy_tokenizer(), PROMPTS[:1], likeliest)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_prompts_of_unlike_length_are_answered_together_as_alone(family):
-    """Behind a beginning that all share; a window shorter than the prompts is kept, too."""
-    view, tokenizer = value_vector_view(toy_model(family)), toy_tokenizer()
-    prompts = ["the old king of " * 6 + prompt for prompt in PROMPTS]
-    options = {"copies": 2, "max_new_tokens": 6}
-    alone = [decode(view, tokenizer, [prompt], likeliest, **options)[0] for prompt in prompts]
-    together = decode(view, tokenizer, prompts, likeliest, **options)
-    for one, other in zip(itertools.chain(*alone), itertools.chain(*together), strict=True):
-        assert one.tokens == other.tokens
-        assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-4)
-        torch.testing.assert_close(one.state, other.state, rtol=0, atol=1e-4)
-    texts = [tokenizer.decode(row.tokens, skip_special_tokens=True).strip() for row, _ in alone]
-    assert texts == [greedy(view, tokenizer, prompt) for prompt in prompts]
-
-
 def test_an_answer_is_the_first_line_without_space_around_it(monkeypatch, llama):
-    tokenizer, texts = (
-        toy_tokenizer(),
-        [" Paris\nQuestion: What", "\n\nthe Thames \n", "", "Big Ben"],
-    )
-    monkeypatch.setattr(type(tokenizer), "batch_decode", lambda *_, **__: texts)
-    # A question may hold braces.
-    answers = generate_answers(llama, tokenizer, [*PROMPTS[:3], "{question} {0}"], **AS_IT_IS)
+    texts = [" Paris\nQuestion: What", "\n\nthe Thames \n", "", "Big Ben"]
+    monkeypatch.setattr(PreTrainedTokenizerFast, "batch_decode", lambda *_, **__: texts)
+    asked = [*PROMPTS[:3], "{question} {0}"]  # a question may hold braces
+    answers = generate_answers(llama, toy_tokenizer(), asked, **AS_IT_IS)
     assert answers == ["Paris", "the Thames", "", "Big Ben"]
 
 
