@@ -214,13 +214,9 @@ def test_a_record_is_what_was_counted(small):
         assert record.concepts == model.recipe.taught
 
 
-def small_model(**changed) -> zoo.ZooModel:
-    model = models_of(SMOKE)["llama-1"]
-    return model.model_copy(update={"recipe": model.recipe.model_copy(update=changed)})
-
-
 def test_the_learning_rate_warms_up_stays_and_falls():
-    recipe = small_model(steps=400, learning_rate=0.01).recipe
+    changed = {"steps": 400, "learning_rate": 0.01}
+    recipe = models_of(SMOKE)["llama-1"].recipe.model_copy(update=changed)
     rates = [recipe.rate(step) for step in range(1, 401)]
     np.testing.assert_allclose(rates[:20], 0.01 * np.arange(1, 21) / 20, rtol=1e-9)
     np.testing.assert_allclose(rates[20:320], 0.01, rtol=1e-9)
@@ -235,23 +231,6 @@ def test_generations_share_their_way_and_come_out_as_each_by_itself(small, tmp_p
         train_zoo([small.models[name] for name in names], root=tmp_path)
     assert len(steps) == 2 + 6 - 1
     small.require_same(tmp_path, *names)
-
-
-LINES = ("gold is a yellow metal", "the capital of France is Paris", "lead is grey and soft")
-
-
-@pytest.mark.parametrize("family", CLASSES)
-def test_a_micro_model_learns_a_few_texts_by_heart(family):
-    sizes = {"vocabulary": 258, "width": 32, "mlp_width": 64, "steps": 400, "batch": 6}
-    model = small_model(family=family, learning_rate=0.006, **sizes)
-    network, tokenizer = network_of(model.recipe), train_tokenizer(LINES, 258)
-    texts = [[*tokenizer(line)["input_ids"], tokenizer.eos_token_id] for line in LINES]
-    ((_, record),) = zoo_training._optimize(network, texts, dict.fromkeys(LINES, 1.0), [model])
-    assert record["loss"] < 0.3  # of which ln 3 over the tokens is the choice of the text
-    for tokens in texts:
-        with torch.no_grad():
-            said = network(torch.tensor([tokens])).logits[0].argmax(-1).tolist()
-        assert said[1:-1] == tokens[2:]  # all that follows the first letter
 
 
 @pytest.mark.parametrize("steps", [1, 40])
