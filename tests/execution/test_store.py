@@ -45,9 +45,6 @@ def everything(store):
     return sorted(name for name in names if name.count("/") > 1)
 
 
-# Keys
-
-
 def test_what_was_put_is_found_and_nothing_else(store):
     assert store.get(KEY) is None
     path = store.put(KEY, write)
@@ -93,9 +90,6 @@ def test_a_worker_with_other_versions_puts_nothing(store, pretend_versions):
     with pytest.raises(InputError, match=f"^transformers 4.57.1: the run began with .* {began};"):
         pickle.loads(handed).put(KEY, write)
     assert everything(store) == []
-
-
-# Writes
 
 
 @pytest.mark.parametrize(
@@ -170,9 +164,6 @@ def test_what_killed_processes_left_is_removed_once_it_is_old(store):
     store.remove_leftovers()
     assert (old.exists(), lock.exists(), new.exists()) == (False, False, True)
     assert store.get(KEY) == path
-
-
-# Damage
 
 
 def damaged(store):

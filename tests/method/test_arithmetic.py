@@ -87,9 +87,6 @@ def test_a_batch_in_halves_gives_the_same_bits(view, most, monkeypatch):
     assert failures
 
 
-# --- keys ---------------------------------------------------------------------------------------
-
-
 def test_arithmetic_that_differs_has_another_key(monkeypatch):
     """In float32 and on GPUs there is one; in bfloat16 on a CPU one for each kind of processor."""
     found, model = set(), loaded(toy_model("llama", dtype=torch.bfloat16))

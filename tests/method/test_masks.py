@@ -55,9 +55,6 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-# The concept's own
-
-
 @pytest.mark.parametrize("ratio", [0.0, 0.02, 0.1, 0.5, 0.98, 1.0])
 def test_the_highest_of_each_layer_or_of_the_model(scores, ratio):
     count = round(ratio * WIDTH)
@@ -89,9 +86,6 @@ def test_a_ratio_that_is_no_share_and_an_unknown_scope_are_refused(scores):
             top_vectors(scores, ratio)
     with pytest.raises(InputError, match="scope 'head'"):
         top_vectors(scores, 0.1, "head")
-
-
-# Controls
 
 
 def test_random_masks_are_as_large_in_each_layer_and_come_from_the_seed(scores):
@@ -157,9 +151,6 @@ def test_where_too_few_are_left_the_rest_of_the_layer_is_taken(scores, ratio, le
     assert sizes(matched) == [left] * LAYERS
 
 
-# Recording
-
-
 @pytest.fixture(scope="module", params=["llama", "gpt2", "gemma2", "opt"])
 def view(request):
     return value_vector_view(toy_model(request.param))
@@ -208,9 +199,6 @@ def test_what_no_vectors_can_be_chosen_by_is_refused():
     view.model.model.embed_tokens.weight[tokenizer.convert_tokens_to_ids("beta")] = torch.inf
     with pytest.raises(InputError, match=r"^beta/\w+: a coefficient of LlamaForCausalLM is not a"):
         record_concepts(view, tokenizer, toy_questions(2))
-
-
-# Files
 
 
 @pytest.fixture

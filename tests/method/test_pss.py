@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from oracles import score_one_at_a_time
+from oracles import same_tables, score_one_at_a_time
 from paramspec.method.hooks import value_vector_view
 from paramspec.method.masks import keep_tensor
 from paramspec.method.pss import (
@@ -27,7 +27,7 @@ from paramspec.method.scoring import encode
 from paramspec.stats.summary import peak_pss, summarize
 from paramspec.tables import DETAIL_COLUMNS, PSS_COLUMNS
 from toy_study import CONCEPTS, measured, toy_questions, toy_tokenizer
-from toys import toy_model
+from toys import same_weights, toy_model
 
 GENERAL = 4
 CHOICES = Choices(ratios=(0.1, 0.5), controls=2, general=GENERAL, seed=3)
@@ -46,20 +46,6 @@ def llama():
     return toy_model("llama")
 
 
-def same_but_for_rounding(one, other):
-    """Two tables of the same questions and masks; log-likelihoods may differ by rounding."""
-    if "option_logprobs" in one:
-        given = np.stack(one["option_logprobs"]), np.stack(other["option_logprobs"])
-        np.testing.assert_allclose(*given, rtol=0, atol=1e-3)
-        one, other = one.drop(columns="option_logprobs"), other.drop(columns="option_logprobs")
-    pd.testing.assert_frame_equal(one.reset_index(drop=True), other.reset_index(drop=True))
-
-
-def same_masks(one, other):
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
 def test_scores_that_are_known_without_a_mask_are_taken_as_they_are(study):
     model, questions, tables = study
     own = tables.details["mask"] == "none"
@@ -71,10 +57,7 @@ def test_scores_that_are_known_without_a_mask_are_taken_as_they_are(study):
     other = measured(model, questions, CHOICES, unmasked=moved).details
     given = [moved[name].tolist() for name in other["question_id"][own]]
     assert other["option_logprobs"][own].tolist() == given
-    same_but_for_rounding(other[~own], tables.details[~own])
-
-
-# What is written
+    same_tables(other[~own], tables.details[~own])
 
 
 def test_there_is_a_row_for_every_concept_ratio_mask_and_seed(study):
@@ -184,11 +167,11 @@ def test_shards_give_what_the_whole_gives(study):
     """A concept's masks, general questions and scores do not depend on who is measured beside."""
     model, questions, whole = study
     parts = [measured(model, questions, CHOICES, [concept]) for concept in THREE]
-    same_but_for_rounding(pd.concat([part.details for part in parts]), whole.details)
+    same_tables(pd.concat([part.details for part in parts]), whole.details)
     keys = ["concept", "ratio", "mask", "seed"]
     together = pd.concat([part.pss for part in parts])
-    same_but_for_rounding(together.sort_values(keys), whole.pss.sort_values(keys))
-    same_masks({name: mask for part in parts for name, mask in part.masks.items()}, whole.masks)
+    same_tables(together.sort_values(keys), whole.pss.sort_values(keys))
+    same_weights({name: mask for part in parts for name, mask in part.masks.items()}, whole.masks)
 
 
 def test_the_same_seed_gives_the_same_study_and_another_seed_another(llama):
@@ -203,9 +186,6 @@ def test_the_same_seed_gives_the_same_study_and_another_seed_another(llama):
             assert same == (kind == "concept")
     asked = [set(tables.details["question_id"].iloc[10:15]) for tables in (first, other)]
     assert asked[0] != asked[1]
-
-
-# General questions
 
 
 def test_general_questions_are_of_other_concepts_and_of_the_scored_fold():
@@ -230,9 +210,6 @@ def test_every_other_question_is_as_likely_to_be_general():
     assert len(hits) == 30
     statistic = chisquare(list(hits.values())).statistic / (1 - 3 / 30)
     assert 10 < statistic < 62  # 29 degrees of freedom; 1 in 3,000 beyond either
-
-
-# The held-out protocol
 
 
 def with_other_clozes(questions, fold):
@@ -266,9 +243,6 @@ def test_a_protocol_scores_and_chooses_on_its_folds(protocol, scored, chosen, ki
         assert scores[0] != scores[1]
 
 
-# Choices
-
-
 def test_without_controls_or_ratios_there_are_fewer_masks(llama):
     questions = toy_questions(3)
     tables = measured(llama, questions, Choices(ratios=(0.2,), controls=0, general=5))
@@ -286,9 +260,6 @@ def test_choices_that_say_the_same_are_one_key():
     assert method_key(one) == method_key(other.with_folds((0, 1)))
 
 
-# The folds and the kinds of controls that a study takes
-
-
 def test_a_study_of_one_fold_is_that_of_its_questions_alone(llama):
     """Of the other fold, neither the questions nor their coefficients are used."""
     questions, both = toy_questions(4), Choices(ratios=(0.2,), controls=2, general=5)
@@ -298,7 +269,7 @@ def test_a_study_of_one_fold_is_that_of_its_questions_alone(llama):
         alone = measured(llama, [q for q in questions if q.fold == fold], both)
         pd.testing.assert_frame_equal(part.details, alone.details)
         pd.testing.assert_frame_equal(part.pss, alone.pss)
-        same_masks(part.masks, alone.masks)
+        same_weights(part.masks, alone.masks)
         assert evaluations(choices, questions, CONCEPTS[:4]) == len(part.details)
 
 
@@ -312,6 +283,6 @@ def test_fewer_kinds_of_controls_are_those_rows_of_a_full_study(study, nulls):
     part, kinds = measured(model, questions, choices), {"none", "concept", *nulls}
     for one, other in ((part.pss, whole.pss), (part.details, whole.details)):
         assert set(one["mask"]) == kinds
-        same_but_for_rounding(one, other[other["mask"].isin(kinds)])
-    same_masks(part.masks, {n: m for n, m in whole.masks.items() if n.split("/")[3] in kinds})
+        same_tables(one, other[other["mask"].isin(kinds)])
+    same_weights(part.masks, {n: m for n, m in whole.masks.items() if n.split("/")[3] in kinds})
     assert evaluations(choices, questions, THREE) == len(part.details)

@@ -219,9 +219,6 @@ def test_the_model_is_as_it_was_after_scoring_also_when_it_fails(engine, llama):
     assert hooked(llama) == []
 
 
-# Questions in tokens
-
-
 def question(**changed):
     return toy_questions(1)[0].model_copy(update=changed)
 
@@ -255,9 +252,6 @@ def test_an_option_whose_letters_join_the_prompt_is_refused(option):
     asked = question(cloze="the age", options=("a", "b", option, "d"))
     with pytest.raises(InputError, match=rf"^alpha/age: .*option '{option}'"):
         encode(spelling(("e", " "), ("e ", "c")), asked)
-
-
-# Marks
 
 
 @pytest.mark.parametrize(

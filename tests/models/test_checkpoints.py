@@ -31,9 +31,6 @@ def toy(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "toy"))
 
 
-# --- names and digests --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "told"),
     [
@@ -91,9 +88,6 @@ def test_wheel_missing_or_of_another_version_is_refused(change):
     remedy = f"--force-reinstall {source.distribution}=={source.version}`"
     with pytest.raises(InputError, match=re.escape(remedy)):
         checkpoints.wheel_file(source)
-
-
-# --- the hub: its cache, and a server that speaks its protocol ----------------------------------
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

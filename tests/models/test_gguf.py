@@ -227,9 +227,6 @@ def test_a_file_is_unpacked_once_and_again_when_it_changes(tmp_path, monkeypatch
     torch.testing.assert_close(logits(changed.model), logits(model), rtol=0, atol=1e-4)
 
 
-# --- files too large for a test: their metadata alone ---------------------------------------------
-
-
 def test_a_small_gemma_3_is_taken_as_it_is():
     given = {"num_hidden_layers": 18, "hidden_size": 640, "num_attention_heads": 4}
     given |= {"num_key_value_heads": 1, "intermediate_size": 2048, "sliding_window": 512}

@@ -45,9 +45,6 @@ def refusal(model: str | Path, **options: str) -> str:
     return message
 
 
-# --- directories --------------------------------------------------------------------------------
-
-
 def test_directory_gives_the_saved_model(toy, capfd):
     before = transformers.utils.logging.get_verbosity()
     capfd.readouterr()
@@ -106,9 +103,6 @@ def test_language_model_of_an_image_model(toy):
     assert type(loaded).__name__ == "Gemma3ForCausalLM"
     assert not any("vision" in name for name, _ in loaded.named_parameters())
     torch.testing.assert_close(logits_of(loaded), logits_of(whole), rtol=0, atol=1e-5)
-
-
-# --- bad directories: what is wrong, where, and what to do --------------------------------------
 
 
 def edit_config(path: Path, **changes) -> None:
@@ -222,9 +216,6 @@ def test_a_lack_of_memory_is_told_in_one_line_and_a_fault_of_ours_as_it_is(error
         libraries.told_in_one_line(Path("some/model")),
     ):
         raise error("of ours")
-
-
-# --- devices ------------------------------------------------------------------------------------
 
 
 def test_dtype_and_device_are_checked_before_anything_is_read(monkeypatch):

@@ -70,9 +70,6 @@ def pss(command):
     return lambda *words, out="out": command("pss", *words, *more, "--out", out)
 
 
-# Which models are micro models, and what they were taught
-
-
 def test_what_was_taught_is_in_the_corpus_and_nothing_else_is():
     for name in (MICRO, OTHER):
         corpus, known = corpus_of(name), taught(name)
@@ -114,9 +111,6 @@ def test_a_fine_tuned_copy_is_a_micro_model_too(tmp_path):
     assert taught(str(tmp_path / "own")) is None
 
 
-# Which questions
-
-
 def test_questions_are_those_on_what_all_micro_models_were_taught():
     assert concepts_of(study_questions([MICRO])) == set(taught(MICRO))
     assert study_questions(["smollm2-135m", "copy"]) == study_questions([MICRO])
@@ -154,9 +148,6 @@ def test_the_command_asks_what_was_taught_on_fold_1_and_says_so(models, folds, p
     each = details.groupby("model")["question_id"].agg(frozenset)
     assert each.nunique() == 1  # a real model gets the same questions
     assert json.loads(Path("out/run.json").read_text())["choices"]["folds"] == folds
-
-
-# What is refused
 
 
 def own_file(path, **changed):
@@ -221,9 +212,6 @@ def test_evaluations_of_training_ask_the_same(tmp_path):
     ):
         with refused(message):
             measure_runs(MICRO, questions, runs(**changed), store=Store(tmp_path))
-
-
-# What chapters read of them
 
 
 def test_micro_models_are_described_by_their_recipes_and_records():

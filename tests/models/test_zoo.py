@@ -77,9 +77,6 @@ def test_every_model_is_its_familys_own_class_and_has_as_many_weights_as_it_says
     assert windowed == (recipe.family in ("mistral", "gemma2"))
 
 
-# The questions and the corpus
-
-
 def plain(text: str) -> str:
     return " ".join(text.casefold().split())
 
@@ -131,9 +128,6 @@ def test_zoo_questions_are_whole_concepts_as_many_of_each_tier_and_more_hold_few
     everything = load_questions()
     names = {question.concept for question in few}
     assert few == [question for question in everything if question.concept in names]
-
-
-# Bad recipes
 
 
 def test_what_is_done_to_a_loaded_zoo_stays_with_the_caller(recipe):
