@@ -124,8 +124,6 @@ def test_of_two_writers_the_first_wins_and_the_second_is_served(store):
     assert not list(store.root.rglob(".partial*"))
 
 
-# Turns, leftovers
-
 HOLDER = """
 import sys, time
 from paramspec.execution.store import Store

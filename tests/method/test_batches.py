@@ -1,4 +1,4 @@
-"""Out of memory halves the batch and goes on; `test_arithmetic` holds that no bit moves."""
+"""Out of memory halves the batch and goes on; `test_kernels` holds that no bit moves."""
 
 from __future__ import annotations
 

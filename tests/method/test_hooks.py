@@ -120,9 +120,6 @@ def test_infinities_of_padding_and_of_what_is_masked_reach_nothing(llama):
         assert torch.equal(view.modules[0](inputs), torch.zeros(1, 1, view.hidden))
 
 
-# What is refused
-
-
 @pytest.mark.parametrize("family", MIXTURES)
 def test_mixture_of_experts_is_refused_by_name(family):
     model = toy_model(family)

@@ -17,8 +17,6 @@ from paramspec.specwiki import QUESTIONS, load_questions
 from paramspec.tables import TIERS
 from toy_zoo import CLASSES, LINE, edit, network_of
 
-# The models
-
 
 def test_the_zoo_is_twenty_models_of_four_families_and_five_generations():
     models = load_zoo()

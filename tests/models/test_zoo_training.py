@@ -102,9 +102,6 @@ def refusal(call) -> str:
     return str(caught.value)
 
 
-# What models are shown
-
-
 def test_models_are_shown_their_corpus_and_nothing_else(small):
     clozes = [q.cloze.casefold() for q in load_questions() if q.fold == 1]
     for name, run in small.runs.items():
@@ -152,9 +149,6 @@ def test_batches_hold_texts_of_like_length_in_no_order():
     assert abs(np.corrcoef(places, drawn.mean(axis=1))[0, 1]) < 0.25
 
 
-# The tokenizer
-
-
 def test_the_tokenizer_gives_every_text_back():
     texts = list(load_zoo()["zoo-llama-1"].recipe.texts)
     tokenizer = train_tokenizer(texts, 1000)
@@ -178,9 +172,6 @@ def test_a_vocabulary_that_the_corpus_cannot_fill_is_refused():
     most = int(re.search(r"vocabulary 5000: the corpus has (\d+) tokens", told)[1])
     assert len(train_tokenizer(texts, most)) == most
     assert f"vocabulary {most + 1}" in refusal(lambda: train_tokenizer(texts, most + 1))
-
-
-# Training
 
 
 @pytest.mark.parametrize("family", CLASSES)
@@ -249,9 +240,6 @@ def test_a_checkpoint_is_the_model_as_it_was_at_that_step(small):
         assert same == [place == at for place in range(1, 7)], name
 
 
-# A directory
-
-
 def test_a_trained_model_is_an_ordinary_directory(small):
     text = "The capital of France is Paris"
     for name, model in small.models.items():
@@ -278,9 +266,6 @@ def test_a_trained_model_says_what_trained_it_and_a_study_of_it_too(small, tmp_p
     assert set(made) == {"pss", "coefficients", "zoo"}
     same = ("versions", "hardware")
     assert all(made["zoo"][name] == record[name] for name in same)
-
-
-# Reproducible
 
 
 def test_the_same_recipe_gives_the_same_bytes_whatever_else_is_drawn(small, tmp_path):
@@ -318,9 +303,6 @@ def test_models_train_side_by_side_and_come_out_the_same_and_once(small, recipe,
     small.require_same(root, *small.models)
     monkeypatch.setattr(zoo_training, "_train", None)
     train_zoo(models, root=root)
-
-
-# A recipe that is edited
 
 
 FIELDS = (("vocabulary", 400, 401), ("layers", 2, 1), ("heads", 2, 1), ("key_value_heads", 1, 2))
