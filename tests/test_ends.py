@@ -85,7 +85,7 @@ def started(place: Path, *words: str, wrapper: tuple[str, ...] = (), **options):
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):  # not ours, or gone meanwhile
                 ours = process.environ().get("STARTED_BY") == mark
-                told = process.as_dict(["pid", "ppid", "status", "cmdline"])
+                told = process.as_dict(["pid", "status", "cmdline"])
                 if ours and told["status"] != psutil.STATUS_ZOMBIE:
                     found.append(told)
         return found
