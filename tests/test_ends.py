@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from checkout import HEADER, REPOSITORY, make_checkout
 from oracles import same_tables
 
+pytestmark = pytest.mark.slow
 MODELS = ["zoo.yaml:llama-1", "zoo.yaml:llama-2"]
 CELL = f"""\
 from pathlib import Path

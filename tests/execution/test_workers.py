@@ -32,6 +32,7 @@ from paramspec.studies.sweep import measure_pss, write_study
 from toy_study import save_questions, save_toy, toy_questions
 from toys import toy_model
 
+pytestmark = pytest.mark.slow
 OPTIONS = ("--ratios", "0.1,0.3", "--general", "5")
 CHOICES = Choices(ratios=(0.1, 0.3), general=5)
 QUESTIONS = toy_questions(8)

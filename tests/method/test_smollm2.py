@@ -27,6 +27,8 @@ from paramspec.models.registry import load_registry
 from paramspec.models.tokens import token_ids, tokenizer_facts
 from paramspec.specwiki import load_questions
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def smollm2():
