@@ -307,6 +307,7 @@ def train_value_vectors(view: ValueVectorView, vectors: Tensor) -> Iterator[Trai
     its offset, so that gradients and optimizer states are `[n, hidden]`; none of the model's own
     parameters should ask for a gradient. Without `merge`, the model is afterwards as it was.
     """
+    _require_vectors(view, vectors)
     trained = TrainedVectors(view, {}, nn.ParameterDict())
     for layer in vectors[:, 0].unique().tolist():
         device = view.modules[layer].weight.device
@@ -330,6 +331,7 @@ def train_value_vectors(view: ValueVectorView, vectors: Tensor) -> Iterator[Trai
 @torch.no_grad()
 def replace_value_vectors(view: ValueVectorView, vectors: Tensor, values: Tensor) -> Iterator[None]:
     """`with replace_value_vectors(view, vectors, values): model(...)`: `values` `[n, hidden]`."""
+    _require_vectors(view, vectors)
     before = []
     for layer in vectors[:, 0].unique().tolist():
         rows, own = vectors[:, 0] == layer, view.vectors(layer)
@@ -341,6 +343,15 @@ def replace_value_vectors(view: ValueVectorView, vectors: Tensor, values: Tensor
     finally:
         for own, chosen, values in before:
             own[chosen] = values
+
+
+def _require_vectors(view: ValueVectorView, vectors: Tensor) -> None:
+    there = (vectors >= 0) & (vectors < torch.tensor([view.layers, view.width]))
+    if not len(vectors.unique(dim=0)) == len(vectors) > 0 or not there.all():
+        raise InputError(
+            f"value vectors {vectors[:3].tolist()}...: expected at least one (layer, vector), each "
+            f"once, of {view.layers} layers (from 0) of {view.width} value vectors"
+        )
 
 
 @contextmanager
