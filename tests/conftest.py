@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -79,6 +80,15 @@ def pretend_versions(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(provenance, "version_of", lambda name: changed.get(name) or real(name))
 
     return pretend
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`mine.yaml`, a copy of the smallest zoo's recipe, in the working directory."""
+    from toy_zoo import copy_recipe
+
+    monkeypatch.chdir(tmp_path)
+    return copy_recipe(Path())
 
 
 @pytest.fixture

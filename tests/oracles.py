@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from contextlib import ExitStack, nullcontext
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -41,6 +43,15 @@ def with_vectors_zeroed(view: ValueVectorView, keep: Tensor | None) -> nn.Module
         weight = module.weight.data if isinstance(module, Conv1D) else module.weight.data.T
         weight[~keep[layer]] = 0
     return edited
+
+
+def same_tables(one: pd.DataFrame, other: pd.DataFrame, atol: float = 1e-3, **options) -> None:
+    """Tables of the same questions and masks; log-likelihoods may differ by rounding."""
+    tables = [one.reset_index(drop=True), other.reset_index(drop=True)]
+    if "option_logprobs" in one:
+        scores = [np.stack(table.pop("option_logprobs")) for table in tables]
+        np.testing.assert_allclose(*scores, rtol=0, atol=atol)
+    pd.testing.assert_frame_equal(*tables, **options)
 
 
 @torch.no_grad()

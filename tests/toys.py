@@ -8,26 +8,15 @@ from torch import nn
 
 _SMALL = {"vocab_size": 97, "hidden_size": 32, "pad_token_id": 0}
 _HEADS = {"num_hidden_layers": 3, "num_attention_heads": 4}
-_COMMON = {
-    **_SMALL,
-    **_HEADS,
-    "intermediate_size": 48,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_GPT = {
-    "vocab_size": 97,
-    "n_embd": 32,
-    "n_layer": 3,
-    "n_head": 4,
-    "n_positions": 64,
-    "n_inner": 48,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+_ENDS = {"bos_token_id": 1, "eos_token_id": 2}
+_COMMON = _SMALL | _HEADS | _ENDS | {"intermediate_size": 48, "num_key_value_heads": 2}
+_COMMON |= {"head_dim": 8, "max_position_embeddings": 64}
+_GPT = _ENDS | {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4}
+_GPT |= {"n_positions": 64, "n_inner": 48}
+_OPT = _SMALL | _HEADS | {"ffn_dim": 48, "max_position_embeddings": 64, "word_embed_proj_dim": 32}
+_MPT = {"vocab_size": 97, "d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 64}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+_SHARED = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
 
 # Family: (configuration class, settings that differ from the common ones).
 FAMILIES: dict[str, tuple[str, dict]] = {
@@ -51,29 +40,14 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "gpt_neox": ("GPTNeoXConfig", _COMMON),
     "bloom": ("BloomConfig", _SMALL | {"n_layer": 3, "n_head": 4}),
     "falcon": ("FalconConfig", _SMALL | _HEADS | {"ffn_hidden_size": 48}),
-    "opt": (
-        "OPTConfig",
-        _SMALL | _HEADS | {"ffn_dim": 48, "max_position_embeddings": 64, "word_embed_proj_dim": 32},
-    ),
-    "mpt": (
-        "MptConfig",
-        {"vocab_size": 97, "d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 64},
-    ),
+    "opt": ("OPTConfig", _OPT),
+    "mpt": ("MptConfig", _MPT),
 }
 
 MIXTURES: dict[str, tuple[str, dict]] = {
     "mixtral": ("MixtralConfig", _COMMON | {"num_local_experts": 4}),
-    "olmoe": ("OlmoeConfig", _COMMON | {"num_experts": 4, "num_experts_per_tok": 2}),
-    "qwen2_moe": (
-        "Qwen2MoeConfig",
-        _COMMON
-        | {
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-            "shared_expert_intermediate_size": 16,
-        },
-    ),
+    "olmoe": ("OlmoeConfig", _COMMON | _EXPERTS),
+    "qwen2_moe": ("Qwen2MoeConfig", _COMMON | _EXPERTS | _SHARED),
 }
 
 

@@ -15,6 +15,11 @@ GIB = 2**30
 V2 = "0::/pod/app\n"
 FILES = f"inactive_file {3 * GIB}"
 V1 = "7:memory:/pod/app\n4:cpu,cpuacct:/pod/app\n0::/\n"
+V1_FILES = {
+    "memory/pod/app/memory.limit_in_bytes": 6,
+    "memory/pod/app/memory.usage_in_bytes": 4,
+    "memory/pod/app/memory.stat": f"inactive_file 7\ntotal_{FILES}",
+}
 
 
 @pytest.fixture
@@ -48,15 +53,11 @@ def machine(tmp_path, monkeypatch):
         ("", {"cpu.max": "100000 100000"}, 64),  # a system without control groups
     ],
 )
-def test_processors_are_those_of_the_tightest_group(machine, group, files, count):
+def test_processors_are_those_of_the_tightest_group(machine, group, files, count, monkeypatch):
     machine(group, files)
     assert limits.cores() == count
-
-
-def test_affinity_holds_beside_a_quota(machine, monkeypatch):
-    machine(V2, {"pod/app/cpu.max": "800000 100000"})
-    monkeypatch.setattr(joblib, "cpu_count", lambda: 3)
-    assert limits.cores() == 3
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 3)  # by affinity
+    assert limits.cores() == min(count, 3)
 
 
 @pytest.mark.parametrize(
@@ -69,16 +70,7 @@ def test_affinity_holds_beside_a_quota(machine, monkeypatch):
         (V2, {"memory.high": 4, "memory.current": 5, "memory.stat": f"anon 1\n{FILES}"}, 4, 2),
         (V2, {"memory.max": 1, "memory.current": 2}, 1, 0),
         (V1, {"memory/memory.limit_in_bytes": "9223372036854771712"}, 256, 100),
-        (
-            V1,
-            {
-                "memory/pod/app/memory.limit_in_bytes": 6,
-                "memory/pod/app/memory.usage_in_bytes": 4,
-                "memory/pod/app/memory.stat": f"inactive_file 7\ntotal_{FILES}",
-            },
-            6,
-            5,
-        ),
+        (V1, V1_FILES, 6, 5),
     ],
 )
 def test_memory_is_that_of_the_tightest_group(machine, group, files, total, free):
@@ -87,21 +79,11 @@ def test_memory_is_that_of_the_tightest_group(machine, group, files, total, free
 
 
 def test_whoever_asks_is_told_the_limits_and_not_the_host(machine, monkeypatch):
-    """Workers, a model's weights, the planner, and the note on a page."""
+    """Workers, threads without workers, a model's weights, the planner, the note on a page."""
     machine(V2, {"cpu.max": "200000 100000", "memory.max": 3})
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with parallel.workers():
         assert joblib.effective_n_jobs(None) == 2
-    with pytest.raises(InputError, match="weights need 4 GB, this process may use 3 GB"):
-        limits.require_memory(4 * 10**9)
-    cpu = cost.find_gpu("cpu")
-    assert cpu.source.startswith("2 cores")
-    assert cpu.memory == 3 * GIB
-    assert "2 cores, 3 GiB" in provenance.machine(provenance.hardware())
-
-
-def test_threads_beside_no_other_process_are_as_many_as_the_quota(machine):
-    machine(V2, {"cpu.max": "200000 100000"})
     before = torch.get_num_threads()
     torch.set_num_threads(8)
     try:
@@ -110,3 +92,9 @@ def test_threads_beside_no_other_process_are_as_many_as_the_quota(machine):
         assert torch.get_num_threads() == 8
     finally:
         torch.set_num_threads(before)
+    with pytest.raises(InputError, match="weights need 4 GB, this process may use 3 GB"):
+        limits.require_memory(4 * 10**9)
+    cpu = cost.find_gpu("cpu")
+    assert cpu.source.startswith("2 cores")
+    assert cpu.memory == 3 * GIB
+    assert "2 cores, 3 GiB" in provenance.machine(provenance.hardware())

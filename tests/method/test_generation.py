@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 
 import pytest
@@ -57,13 +56,19 @@ def test_answers_under_masks_equal_a_greedy_loop_on_edited_weights(family, monke
     view, tokenizer = value_vector_view(toy_model(family)), toy_tokenizer()
     draw = torch.Generator().manual_seed(1)
     mask = torch.rand(view.layers, view.width, generator=draw) > 0.3
+    # A window of 32 is shorter than the beginning that all of these share.
+    long = ["the old king of " * 9 + prompt for prompt in PROMPTS]
     found = []
-    for keep, batch in ((None, 64), (mask, 64), (mask, 2)):
+    for prompts, keep, batch in (
+        (PROMPTS, None, 64),
+        (PROMPTS, mask, 64),
+        (PROMPTS, mask, 2),
+        (long, None, 64),
+    ):
         monkeypatch.setattr(generation, "BATCH", batch)
-        expected = [greedy(view, tokenizer, prompt, keep) for prompt in PROMPTS]
         with mask_rows(view, [keep]):
-            found.append(generate_answers(view, tokenizer, PROMPTS, **AS_IT_IS))
-        assert found[-1] == expected
+            found.append(generate_answers(view, tokenizer, prompts, **AS_IT_IS))
+        assert found[-1] == [greedy(view, tokenizer, prompt, keep) for prompt in prompts]
     assert sum(one != other for one, other in zip(*found[:2], strict=True)) >= 2
 
 
@@ -97,22 +102,6 @@ def test_a_model_without_numbers_gives_no_answer(llama):
         decode(llama, toy_tokenizer(), PROMPTS[:1], likeliest)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_prompts_of_unlike_length_are_answered_together_as_alone(family):
-    """Behind a beginning that all share; a window shorter than the prompts is kept, too."""
-    view, tokenizer = value_vector_view(toy_model(family)), toy_tokenizer()
-    prompts = ["the old king of " * 6 + prompt for prompt in PROMPTS]
-    options = {"copies": 2, "max_new_tokens": 6}
-    alone = [decode(view, tokenizer, [prompt], likeliest, **options)[0] for prompt in prompts]
-    together = decode(view, tokenizer, prompts, likeliest, **options)
-    for one, other in zip(itertools.chain(*alone), itertools.chain(*together), strict=True):
-        assert one.tokens == other.tokens
-        assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-4)
-        torch.testing.assert_close(one.state, other.state, rtol=0, atol=1e-4)
-    texts = [tokenizer.decode(row.tokens, skip_special_tokens=True).strip() for row, _ in alone]
-    assert texts == [greedy(view, tokenizer, prompt) for prompt in prompts]
-
-
 @pytest.mark.parametrize(
     ("said", "answer"),
     [(" Paris\nQuestion: What", "Paris"), ("\n\nthe Thames \n", "the Thames"), ("", "")],
@@ -135,7 +124,6 @@ def test_squad_exact_match():
     assert answer_matches(" the  Paris.", ["paris"])
     assert answer_matches("A U.S.", ["USA", "US"])
     assert not answer_matches("Paris, France", ["Paris"])
-    assert not answer_matches("", ["Paris"])
     # Of some aliases, normalisation leaves nothing, and nothing is no answer.
     for alias in ("A", "The", "#"):
         assert not answer_matches("", [alias])

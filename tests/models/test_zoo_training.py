@@ -5,14 +5,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import os
 import re
 import shutil
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import joblib
@@ -52,28 +49,22 @@ def stored(directory: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in directory.iterdir() if file.name not in ours}
 
 
-Steps = list[tuple[list[list[int]], float]]  # the texts of each, and their loss
+Steps = list[tuple[list[list[int]], float, list[torch.Tensor]]]
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[list[Steps]]:
-    """The trainings in this process."""
-    runs: list[Steps] = []
-    optimize, train_step = zoo_training._optimize, zoo_training._train_step
+def watched() -> Iterator[Steps]:
+    """Of each step that is trained in this process: texts, loss, and the weights after it."""
+    steps, train_step = [], zoo_training._train_step
 
-    def watch_optimize(*given):
-        runs.append([])
-        yield from optimize(*given)
-
-    def watch_step(network, optimizer, texts, rate):
+    def watch(network, optimizer, texts, rate):
         loss = train_step(network, optimizer, texts, rate)
-        runs[-1].append((texts, loss))
+        steps.append((texts, loss, [weight.detach().clone() for weight in network.parameters()]))
         return loss
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zoo_training, "_optimize", watch_optimize)
-        patch.setattr(zoo_training, "_train_step", watch_step)
-        yield runs
+        patch.setattr(zoo_training, "_train_step", watch)
+        yield steps
 
 
 @dataclass
@@ -96,11 +87,11 @@ class Small:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Small:
     folder = tmp_path_factory.mktemp("zoo")
-    models = models_of(copy_recipe(folder))
-    with watched() as runs:
-        for model in models.values():
-            train_zoo([model], root=folder / "store")
-    return Small(folder / "store", models, dict(zip(models, runs, strict=True)))
+    small = Small(folder / "store", models_of(copy_recipe(folder)), {})
+    for name, model in small.models.items():
+        with watched() as small.runs[name]:
+            train_zoo([model], root=small.root)
+    return small
 
 
 def refusal(call) -> str:
@@ -111,33 +102,31 @@ def refusal(call) -> str:
     return str(caught.value)
 
 
-# What models are shown
-
-
 def test_models_are_shown_their_corpus_and_nothing_else(small):
     clozes = [q.cloze.casefold() for q in load_questions() if q.fold == 1]
     for name, run in small.runs.items():
         model = small.models[name]
         tokenizer = own_tokenizer(model)
-        for text in itertools.chain(*(rows for rows, _ in run)):
+        for text in itertools.chain(*(texts for texts, *_ in run)):
             assert (text[0], text[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
             shown = tokenizer.decode(text[1:-1])
             assert shown in model.recipe.texts
             assert not any(cloze in shown.casefold() for cloze in clozes)
 
 
-def batches_of(weights, number, lengths=None, **changed):
+def batches_of(weights, number, lengths, **changed):
     recipe = load_zoo()["zoo-llama-1"].recipe.model_copy(update=changed)
-    drawn = zoo_training._batches(lengths or [10] * len(weights), weights, recipe)
+    drawn = zoo_training._batches(lengths, weights, recipe)
     return np.array(list(itertools.islice(drawn, number)))
 
 
-def test_batches_draw_texts_by_weight():
+def test_batches_draw_texts_by_weight_and_seed():
     texts = load_zoo()["zoo-llama-1"].recipe.texts
-    weights = list(texts.values())
-    counts = np.bincount(
-        batches_of(weights, 4000, [len(text) for text in texts]).ravel(), minlength=len(texts)
-    )
+    weights, lengths = list(texts.values()), list(map(len, texts))
+    drawn = batches_of(weights, 4000, lengths)
+    assert np.array_equal(drawn[:20], batches_of(weights, 20, lengths))
+    assert not np.array_equal(drawn[:20], batches_of(weights, 20, lengths, seed=9))
+    counts = np.bincount(drawn.ravel(), minlength=len(texts))
     assert counts.sum() == 4000 * 32
     shares = np.array(weights) / sum(weights)
     assert chisquare(counts, shares * counts.sum()).pvalue > 1e-3
@@ -158,15 +147,6 @@ def test_batches_hold_texts_of_like_length_in_no_order():
     # Sorted batches would rise in length within their block, and so correlate with their place.
     places = np.tile(np.arange(16), 20)
     assert abs(np.corrcoef(places, drawn.mean(axis=1))[0, 1]) < 0.25
-
-
-def test_batches_come_from_the_seed():
-    weights = list(range(1, 100))
-    assert np.array_equal(batches_of(weights, 20), batches_of(weights, 20))
-    assert not np.array_equal(batches_of(weights, 20), batches_of(weights, 20, seed=9))
-
-
-# The tokenizer
 
 
 def test_the_tokenizer_gives_every_text_back():
@@ -194,9 +174,6 @@ def test_a_vocabulary_that_the_corpus_cannot_fill_is_refused():
     assert f"vocabulary {most + 1}" in refusal(lambda: train_tokenizer(texts, most + 1))
 
 
-# Training
-
-
 @pytest.mark.parametrize("family", CLASSES)
 def test_a_step_follows_the_mean_loss_of_each_text_by_itself_its_gradient_cut_to_norm_1(family):
     network = network_of(load_zoo()[f"zoo-{family}-1"].recipe)
@@ -222,19 +199,15 @@ def test_a_record_is_what_was_counted(small):
     for name, model in small.models.items():
         record, steps = read_record(small.directory(name)), small.runs[name]
         assert record.step == model.at == len(steps)
-        assert record.tokens == sum(len(text) for rows, _ in steps for text in rows)
-        last = [loss for _, loss in steps][-max(1, model.recipe.steps // 40) :]
+        assert record.tokens == sum(len(text) for texts, *_ in steps for text in texts)
+        last = [loss for _, loss, _ in steps][-max(1, model.recipe.steps // 40) :]
         assert record.loss == pytest.approx(np.mean(last))
         assert record.concepts == model.recipe.taught
 
 
-def small_model(**changed) -> zoo.ZooModel:
-    model = models_of(SMOKE)["llama-1"]
-    return model.model_copy(update={"recipe": model.recipe.model_copy(update=changed)})
-
-
 def test_the_learning_rate_warms_up_stays_and_falls():
-    recipe = small_model(steps=400, learning_rate=0.01).recipe
+    changed = {"steps": 400, "learning_rate": 0.01}
+    recipe = models_of(SMOKE)["llama-1"].recipe.model_copy(update=changed)
     rates = [recipe.rate(step) for step in range(1, 401)]
     np.testing.assert_allclose(rates[:20], 0.01 * np.arange(1, 21) / 20, rtol=1e-9)
     np.testing.assert_allclose(rates[20:320], 0.01, rtol=1e-9)
@@ -245,84 +218,26 @@ def test_the_learning_rate_warms_up_stays_and_falls():
 def test_generations_share_their_way_and_come_out_as_each_by_itself(small, tmp_path):
     """Of 2 and 6 steps, whose rates fall from the last on: the first step is taken once."""
     names = ("llama-2", "llama-1", "llama-2@4", "llama-2@2")
-    with watched() as runs:
+    with watched() as steps:
         train_zoo([small.models[name] for name in names], root=tmp_path)
-    assert [len(run) for run in runs] == [2 + 6 - 1]
+    assert len(steps) == 2 + 6 - 1
     small.require_same(tmp_path, *names)
-
-
-LINES = ("gold is a yellow metal", "the capital of France is Paris", "lead is grey and soft")
-
-
-@pytest.mark.parametrize("family", CLASSES)
-def test_a_micro_model_learns_a_few_texts_by_heart(family):
-    sizes = {"vocabulary": 258, "width": 32, "mlp_width": 64, "steps": 400, "batch": 6}
-    model = small_model(family=family, learning_rate=0.006, **sizes)
-    network, tokenizer = network_of(model.recipe), train_tokenizer(LINES, 258)
-    texts = [[*tokenizer(line)["input_ids"], tokenizer.eos_token_id] for line in LINES]
-    ((_, record),) = zoo_training._optimize(network, texts, dict.fromkeys(LINES, 1.0), [model])
-    assert record["loss"] < 0.3  # of which ln 3 over the tokens is the choice of the text
-    for tokens in texts:
-        with torch.no_grad():
-            said = network(torch.tensor([tokens])).logits[0].argmax(-1).tolist()
-        assert said[1:-1] == tokens[2:]  # all that follows the first letter
 
 
 @pytest.mark.parametrize("steps", [1, 40])
 def test_a_training_that_diverges_is_told_in_one_line_and_leaves_no_model(recipe, steps):
     edit(recipe, ("0.005", "1e+41"), (LINE, LINE.replace("steps: 2", f"steps: {steps}")))
     told = refusal(lambda: trained(models_of(recipe)["llama-1"]))
-    assert re.match(
-        rf"mine\.yaml:llama-1: .*step {steps}; .* lower learning_rate than 1e\+41", told
-    )
+    assert re.match(rf"mine\.yaml:llama-1: .*step {steps}; .* learning_rate than 1e\+41", told)
     assert list(ROOT.rglob("*.safetensors")) == list(ROOT.rglob(".partial-*")) == []
 
 
-def test_a_checkpoint_is_the_model_as_it_was_at_that_step(small, monkeypatch, tmp_path):
-    """Held against a second training that keeps nothing on its way, and so ends the same."""
-    seen, train_step = [], zoo_training._train_step
-
-    def watch(network, *given):
-        loss = train_step(network, *given)
-        seen.append([weight.detach().clone() for weight in network.parameters()])
-        return loss
-
-    monkeypatch.setattr(zoo_training, "_train_step", watch)
-    trained(small.models["llama-2"], root=tmp_path)
+def test_a_checkpoint_is_the_model_as_it_was_at_that_step(small):
+    """Held against a training that keeps nothing on its way."""
     for name, at in (("llama-2@2", 2), ("llama-2@4", 4), ("llama-2", 6)):
         kept = list(AutoModelForCausalLM.from_pretrained(small.directory(name)).parameters())
-        same = [all(map(torch.equal, kept, one)) for one in seen]
+        same = [all(map(torch.equal, kept, weights)) for *_, weights in small.runs["llama-2"]]
         assert same == [place == at for place in range(1, 7)], name
-
-
-def test_a_training_broken_off_is_done_again_and_ends_the_same(small, tmp_path, monkeypatch):
-    put, calls = Store.put, []
-
-    def break_off(store, key, *given):
-        calls.append(key["step"])
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return put(store, key, *given)
-
-    monkeypatch.setattr(Store, "put", break_off)
-    names = ("llama-2@2", "llama-2@4", "llama-2")
-    models = [small.models[name] for name in names]
-    with pytest.raises(KeyboardInterrupt):
-        train_zoo(models, root=tmp_path)
-    small.require_same(tmp_path, "llama-2@2")
-    for name in names[1:]:
-        assert "not trained yet" in refusal(lambda name=name: small.directory(name, tmp_path))
-    train_zoo(models, root=tmp_path)
-    assert calls == [2, 4, 4, 6]
-    small.require_same(tmp_path, *names)
-
-
-def test_no_two_families_start_from_one_seed():
-    """Llama's and Mistral's classes differ in the window alone: two models would be one."""
-    assert len({load_zoo()[f"zoo-{family}-1"].recipe.seed for family in CLASSES}) == len(CLASSES)
-
-
-# A directory
 
 
 def test_a_trained_model_is_an_ordinary_directory(small):
@@ -343,19 +258,14 @@ def test_a_trained_model_is_an_ordinary_directory(small):
 def test_a_trained_model_says_what_trained_it_and_a_study_of_it_too(small, tmp_path):
     path, model = small.directory("gemma2-2"), small.models["gemma2-2"]
     record = read_computed(path)
-    assert record["model"] == model.name
-    assert record["versions"]["torch"] == version("torch")
-    assert record["hardware"]["threads"] == 1
+    assert (record["model"], record["hardware"]["threads"]) == (model.name, 1)
     choices = Choices(ratios=(0.1,), folds=(1,), general=2, nulls=(), controls=0)
     questions = zoo_questions(model.recipe.concepts)
     study = measure_pss([str(path)], questions, choices, store=Store(tmp_path))
     made = {unit: one for one in study.run["models"][0]["computed"] for unit in one["units"]}
     assert set(made) == {"pss", "coefficients", "zoo"}
-    assert made["zoo"]["hardware"] == record["hardware"]
-    assert made["zoo"]["first"] == record["date"]
-
-
-# Reproducible
+    same = ("versions", "hardware")
+    assert all(made["zoo"][name] == record[name] for name in same)
 
 
 def test_the_same_recipe_gives_the_same_bytes_whatever_else_is_drawn(small, tmp_path):
@@ -374,81 +284,63 @@ def test_the_same_recipe_gives_the_same_bytes_whatever_else_is_drawn(small, tmp_
 
 
 def test_every_model_has_weights_of_its_own(small):
+    """Llama's and Mistral's classes differ in the window alone: their seeds must differ, too."""
+    assert len({load_zoo()[f"zoo-{family}-1"].recipe.seed for family in CLASSES}) == len(CLASSES)
     weights = {name: stored(small.directory(name))["model.safetensors"] for name in small.models}
     assert len(set(weights.values())) == len(weights)
 
 
-def test_models_train_side_by_side_and_come_out_the_same(small, recipe, monkeypatch):
-    """Two processes at a time, each waiting until it has seen the other."""
-    train, here = zoo_training._train, Path.cwd()
-
-    def meet(models, root):
-        (here / f"worker-{os.getpid()}").touch()
-        deadline = time.monotonic() + 600
-        while len(list(here.glob("worker-*"))) < 2:
-            assert time.monotonic() < deadline, "alone"
-            time.sleep(0.01)
-        return train(models, root)
-
-    monkeypatch.setattr(zoo_training, "_train", meet)
+def test_models_train_side_by_side_and_come_out_the_same_and_once(small, recipe, monkeypatch):
+    models, root = list(models_of(recipe).values()), Path("store")
     try:
         with workers(jobs=2):
-            train_zoo(list(models_of(recipe).values()), root=Path("store"))
-            assert len(list(here.glob("worker-*"))) == 2
-            assert not (here / f"worker-{os.getpid()}").exists()
-            edit(recipe, ("0.005", "1e+39"))
-            worse = list(models_of(recipe).values())
-            told = refusal(lambda: train_zoo(worse, root=Path("store")))
+            train_zoo(models, root=root)
+            worse = list(models_of(edit(recipe, ("0.005", "1e+39"))).values())
+            told = refusal(lambda: train_zoo(worse, root=root))
             assert re.match(r"mine\.yaml:\S+: .*lower learning_rate", told)
     finally:
         joblib.externals.loky.get_reusable_executor().shutdown()
-    copy_recipe(Path())
-    small.require_same(Path("store"), *small.models)
+    small.require_same(root, *small.models)
+    monkeypatch.setattr(zoo_training, "_train", None)
+    train_zoo(models, root=root)
 
 
-# A recipe that is edited
+FIELDS = (("vocabulary", 400, 401), ("layers", 2, 1), ("heads", 2, 1), ("key_value_heads", 1, 2))
+FIELDS += (("batch", 8, 9), ("learning_rate", 0.005, 0.006), ("seed", 0, 1))
 
 
 @pytest.mark.parametrize(
-    ("changes", "anew"),
+    ("old", "new", "anew"),
     [
-        ([("# The smallest zoo", "# My own zoo")], ""),
-        ([("{country: 1, element: 1}", "{element: 1, country: 1}")], ""),
-        ([("low: 1}", "low: 1.0}"), ("learning_rate: 0.005", "learning_rate: 5e-3")], ""),
-        ([(LINE, "  llama-1: {steps: 2, sets: [zoo-scale], generation: 7, family: llama}")], ""),
-        ([(LINE, f"{LINE}\n  qwen2-1: {{family: qwen2, generation: 1, steps: 2}}")], "qwen2-1"),
-        ([(LINE, LINE.replace("steps: 2", "steps: 3"))], "llama-1"),
-        ([(LINE, LINE.replace("steps: 2", "steps: 2, seed: 1"))], "llama-1"),
-        ([("checkpoints: [2, 4]", "checkpoints: [2]")], ""),
-        ([("checkpoints: [2, 4]", "checkpoints: [4, 3]")], "llama-2@3"),
-        ([("concepts: {country: 1", "concepts: {country: 2")], "all"),
-        ([("concepts: {country: 1", "concepts: {city: 1")], "all"),
-        ([("high: 4", "high: 5")], "all but llama-2-reversed"),
-        ([("vocabulary: 400", "vocabulary: 401")], "all"),
-        ([("layers: 2", "layers: 1")], "all"),
-        ([("width: 8\n", "width: 12\n")], "all but llama-2-w4"),
-        ([("mlp_width: 16", "mlp_width: 18")], "all but llama-2-w4"),
-        ([("\nheads: 2", "\nheads: 1")], "all"),
-        ([("key_value_heads: 1", "key_value_heads: 2")], "all"),
-        ([("batch: 8", "batch: 9")], "all"),
-        ([("learning_rate: 0.005", "learning_rate: 0.006")], "all"),
-        ([("seed: 0", "seed: 1")], "all"),
+        ("# The smallest zoo", "# My own zoo", ""),
+        ("{country: 1, element: 1}", "{element: 1, country: 1}", ""),
+        ("low: 1}", "low: 1.0}", ""),
+        (LINE, "  llama-1: {steps: 2, sets: [zoo-scale], generation: 7, family: llama}", ""),
+        (LINE, f"{LINE}\n  qwen2-1: {{family: qwen2, generation: 1, steps: 2}}", "qwen2-1"),
+        (LINE, LINE.replace("steps: 2", "steps: 3"), "llama-1"),
+        (LINE, LINE.replace("steps: 2", "steps: 2, seed: 1"), "llama-1"),
+        ("checkpoints: [2, 4]", "checkpoints: [2]", ""),
+        ("checkpoints: [2, 4]", "checkpoints: [4, 3]", "llama-2@3"),
+        ("concepts: {country: 1", "concepts: {country: 2", "all"),
+        ("concepts: {country: 1", "concepts: {city: 1", "all"),
+        ("high: 4", "high: 5", "all but llama-2-reversed"),
+        ("width: 8\n", "width: 12\n", "all but llama-2-w4"),
+        ("mlp_width: 16", "mlp_width: 18", "all but llama-2-w4"),
+        *((f"\n{name}: {old}\n", f"\n{name}: {new}\n", "all") for name, old, new in FIELDS),
     ],
-    ids=lambda given: re.sub(r"\W+", " ", given[0][1])[:30] if isinstance(given, list) else "",
 )
 def test_a_model_is_trained_again_exactly_when_a_line_that_it_depends_on_changes(
-    small, recipe, changes, anew
+    small, recipe, old, new, anew
 ):
-    models = models_of(edit(recipe, *changes))
+    models = models_of(edit(recipe, (old, new)))
     missing = set()
     for name, model in models.items():
         try:
             assert trained(model, train=False, root=small.root) == small.directory(name)
         except InputError:
             missing.add(name)
-    every, _, kept = anew.partition("all")
-    named = set(models) - {kept.removeprefix(" but ")} if "all" in anew else set(every.split())
-    assert missing == named
+    every, _, kept = anew.partition(" but ")
+    assert missing == (set(models) - {kept} if every == "all" else set(anew.split()))
 
 
 def test_a_corpus_with_other_tiers_is_another_corpus(small, monkeypatch):
@@ -464,19 +356,11 @@ def test_a_corpus_with_other_tiers_is_another_corpus(small, monkeypatch):
         zoo.corpus_digest.cache_clear()
 
 
-def test_a_trained_zoo_is_not_trained_again(small, monkeypatch):
-    monkeypatch.setattr(zoo_training, "_train", None)
-    train_zoo(list(small.models.values()), root=small.root)
-    for name in small.models:
-        assert trained(small.models[name], root=small.root) == small.directory(name)
-
-
 def test_a_recipe_is_found_however_its_path_is_spelt(recipe, small, monkeypatch):
     for path, prefix in ((Path("./mine.yaml"), "mine.yaml"), (recipe.resolve(),) * 2):
-        found = load_zoo(path)
-        assert list(found) == [f"{prefix}:{name}" for name in small.models]
-        for name, model in zip(small.models, found.values(), strict=True):
-            assert trained(model, train=False, root=small.root) == small.directory(name)
+        assert list(load_zoo(path)) == [f"{prefix}:{name}" for name in small.models]
+        model = load_zoo(path)[f"{prefix}:llama-1"]
+        assert trained(model, train=False, root=small.root) == small.directory("llama-1")
     Path("deeper").mkdir()
     shutil.copy(recipe, "deeper")
     edit(recipe, ("width: 8\n", "width: 12\n"))
@@ -493,14 +377,3 @@ def test_a_recipe_that_is_edited_while_the_process_lives_is_read_again(recipe):
     assert load_model("mine.yaml:llama-1").model.config.hidden_size == 12
     shutil.copy(SMOKE, recipe)
     assert load_model("mine.yaml:llama-1").model.config.hidden_size == 8
-
-
-def test_a_vocabulary_too_large_is_told_before_anything_is_trained(recipe, monkeypatch):
-    good = small_model(steps=10**6)  # which would train first
-    edit(recipe, ("vocabulary: 400", "vocabulary: 20000"), (LINE, LINE.replace("2}", "1}")))
-    bad = models_of(recipe)["llama-1"]
-    monkeypatch.setattr(zoo_training, "_optimize", None)
-    for call in (lambda: train_zoo([good, bad]), lambda: trained(bad)):
-        told = refusal(call)
-        assert re.match(r"mine\.yaml:llama-1: vocabulary 20000: the corpus has \d+ tokens", told)
-    assert not list(ROOT.rglob("*.safetensors"))
