@@ -146,14 +146,14 @@ def test_make_and_a_commit_check_the_same():
 
 def test_a_wheel_carries_every_file_of_the_package(tmp_path):
     line = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*line, "-w", str(tmp_path), str(copy(tmp_path))], check=True)
+    source = copy(tmp_path)
+    files = [path for path in (source / "lib").rglob("*") if path.is_file()]
+    subprocess.run([*line, "-w", str(tmp_path), str(source)], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         carried = set(archive.namelist())
         metadata = archive.read(next(n for n in carried if n.endswith("METADATA"))).decode()
-    lib = tmp_path / "source" / "lib"
-    files = [path.relative_to(lib).as_posix() for path in lib.rglob("*") if path.is_file()]
-    assert carried.issuperset(files)
+    assert carried.issuperset(path.relative_to(source / "lib").as_posix() for path in files)
     assert "paramspec/specwiki/questions.jsonl" in carried
     assert "License-Expression: MIT AND CC-BY-4.0" in metadata
 

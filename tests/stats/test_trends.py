@@ -243,7 +243,6 @@ def test_what_cannot_be_compared_is_refused(pss, draws):
     for compare, message in (
         (lambda: resample_models(both, resamples=2), "protocols .*give the rows of one"),
         (lambda: resample_models(pss[~hole], resamples=2), "'gemma-1': measured on other concepts"),
-        (lambda: contrast(draws, "gpt", "llama-1"), "'gpt': not in this study"),
         (lambda: correlations(draws, models=["llama-1", "llama-2"]), "2 models: "),
     ):
         with pytest.raises(InputError, match=message):

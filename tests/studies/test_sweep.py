@@ -267,7 +267,7 @@ def test_stored_coefficients_are_those_recorded(store, position):
     ("models", "questions", "message"),
     [
         ([], TWO, "models: none given"),
-        (["toy"], [q for q in TWO if q.fold], "'alpha' has questions of fold 1 alone"),
+        (["toy"], [q for q in TWO if q.fold], "'alpha': no question of fold 0"),
         (["toy"], [], r"questions on 0 concept\(s\)"),
         (["toy", "no/such.gguf"], TWO, "'no/such.gguf': not in"),
     ],
