@@ -43,10 +43,11 @@ def greedy(view, tokenizer, prompt, keep=None, steps=6):
     """The oracle: no padding, no cache, no hooks; masked value vectors are zeroed in a copy."""
     model, tokens = with_vectors_zeroed(view, keep), tokenizer.encode(prompt)
     start = len(tokens)
+    ends = {tokenizer.eos_token_id, model.generation_config.eos_token_id}
     for _ in range(steps):
         logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits
         tokens.append(int(logits[0, -1].argmax()))
-        if tokens[-1] == tokenizer.eos_token_id:
+        if tokens[-1] in ends:
             break
     return tokenizer.decode(tokens[start:], skip_special_tokens=True).strip()
 
