@@ -109,6 +109,20 @@ def test_missing_operators_are_done_without(monkeypatch):
     assert not kernels.packs.__wrapped__()
 
 
+def test_a_lack_of_memory_is_not_remembered_as_a_lack_of_operators(packing, monkeypatch):
+    def scarce(weight):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    model = toy_model("llama")
+    kernels.packs.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "_pack", scarce)
+        with packed_layers(model, tokens=ENOUGH):
+            assert not packed(model)
+    with packed_layers(model, tokens=ENOUGH):
+        assert packed(model)
+
+
 # In bfloat16, numbers depend on what is in their key, and on nothing else.
 
 
