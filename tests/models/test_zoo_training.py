@@ -240,6 +240,15 @@ def test_a_checkpoint_is_the_model_as_it_was_at_that_step(small):
         assert same == [place == at for place in range(1, 7)], name
 
 
+def test_checkpoints_on_the_way_are_kept_with_a_model_and_trained_once(
+    small, tmp_path, monkeypatch
+):
+    train_zoo([small.models["llama-2"]], root=tmp_path)
+    monkeypatch.setattr(zoo_training, "_train", None)
+    train_zoo(list(small.models["llama-2"].kept), root=tmp_path)
+    small.require_same(tmp_path, "llama-2@2", "llama-2@4", "llama-2")
+
+
 def test_a_trained_model_is_an_ordinary_directory(small):
     text = "The capital of France is Paris"
     for name, model in small.models.items():

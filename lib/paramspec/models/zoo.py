@@ -126,6 +126,14 @@ class ZooModel(Checked):
     def at(self) -> int:
         return self.recipe.steps if self.step is None else self.step
 
+    @property
+    def kept(self) -> list[ZooModel]:
+        """The checkpoints that are kept of the model's training."""
+        steps = self.recipe.checkpoints if self.step is None else ()
+        of: dict[str, Any] = {"sets": ("zoo-pretraining",)}
+        names = {step: f"{self.name}@{step}" for step in steps}
+        return [self.model_copy(update={"name": names[step], "step": step, **of}) for step in steps]
+
 
 def load_zoo(path: Path = RECIPE) -> dict[str, ZooModel]:
     """`load_zoo(Path("mine.yaml"))["mine.yaml:llama-3"].recipe`: the models of a recipe by name."""
@@ -166,10 +174,9 @@ def _models_of(name: str, common: Mapping, line: object) -> Iterator[ZooModel]:
     seed = recipe.seed + get_args(Family).index(recipe.family)
     recipe = recipe.model_copy(update={"seed": seed})
     model = ZooModel.parse(name=name, recipe=recipe, **about)
-    kept: tuple[SetName, ...] = ("zoo-pretraining",)
-    for step in recipe.checkpoints:
-        yield model.model_copy(update={"name": f"{name}@{step}", "step": step, "sets": kept})
-    yield model.model_copy(update={"sets": model.sets + kept}) if recipe.checkpoints else model
+    yield from model.kept
+    more = {"sets": (*model.sets, "zoo-pretraining")} if model.kept else {}
+    yield model.model_copy(update=more)
 
 
 def architecture(recipe: ModelRecipe) -> PreTrainedConfig:

@@ -40,11 +40,16 @@ def train_zoo(models: Sequence[ZooModel], *, root: Path = ROOT) -> None:
     """`train_zoo(list(load_zoo().values()))`: train the models that are not trained yet.
 
     The generations of a family are trained in one process of joblib (see `workers`) on one core:
-    such small models gain nothing from a second one.
+    such small models gain nothing from a second one. Checkpoints of a training are kept with it,
+    whether they are asked for or not.
     """
     store = Store(root)
-    wanted = {model.name: model for model in models}.values()
-    missing = [model for model in wanted if store.get(_key(model)) is None]
+
+    def absent(models: Sequence[ZooModel]) -> dict[str, ZooModel]:
+        return {model.name: model for model in models if store.get(_key(model)) is None}
+
+    asked = absent(models)
+    missing = absent([one for model in asked.values() for one in (*model.kept, model)]).values()
     if not missing:
         return
     store.remove_leftovers()
