@@ -4,6 +4,10 @@ Papermill executes a chapter, with the repository's root as working directory. I
 carries a record under the notebook metadata key `paramspec`, also of the stored results that it
 read, which may be older, and of other machines. A copy is used again only while its key is
 unchanged (see `keys`).
+
+`build` runs two chapters at a time, each on half of the cores, since much of a chapter keeps one
+core busy. A chapter's front matter says what it needs: `paramspec: {long: true}` starts it before
+the others, `paramspec: {alone: true}` after them, with nothing beside it.
 """
 
 from __future__ import annotations
@@ -17,15 +21,16 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from paramspec.errors import InputError, printable
 from paramspec.execution.files import atomic, require_writable, writing_to
+from paramspec.execution.limits import cores
 from paramspec.execution.provenance import USED, computed, machine, used_results
-from paramspec_book.keys import RECORD, execution_key, read_record
+from paramspec_book.keys import RECORD, execution_key, front_matter, read_record
 from paramspec_book.parameters import (
     chapter_values,
     chapters,
@@ -94,8 +99,14 @@ def run_chapter(
     start, executed = time.monotonic(), datetime.datetime.now(datetime.UTC)
     used = scratch.with_suffix(".used").absolute()
     used.unlink(missing_ok=True)
-    with writing_to(scratch.parent), _kernel_environment(profile, used):
-        notebook = _execute(chapter, values, scratch, root)
+    environment = {
+        "PARAMSPEC_PROFILE": profile,  # a chapter shows it next to a verdict
+        USED: str(used),  # gets a line for each stored result that the chapter reads
+        "TQDM_DISABLE": "1",  # every refresh of a bar would be a box on the page
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # whatever a user has set
+    }
+    with writing_to(scratch.parent):
+        notebook = _execute(chapter, values, scratch, root, environment)
     seconds = round(time.monotonic() - start, 1)
     notebook.metadata[RECORD] = {
         "key": key,
@@ -114,8 +125,17 @@ def run_chapter(
     return target
 
 
-def _execute(chapter: Path, values: Mapping[str, Any], scratch: Path, root: Path) -> Any:
-    """Execute a chapter into `scratch` and return the notebook; ChapterFailed when it raises."""
+def _execute(
+    chapter: Path,
+    values: Mapping[str, Any],
+    scratch: Path,
+    root: Path,
+    environment: Mapping[str, str],
+) -> Any:
+    """Execute a chapter into `scratch` and return the notebook; ChapterFailed when it raises.
+
+    The kernel alone gets the `environment`: this process may run another chapter beside it.
+    """
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
@@ -125,6 +145,8 @@ def _execute(chapter: Path, values: Mapping[str, Any], scratch: Path, root: Path
     declared = declared_parameters(chapter).model_fields
     place = f"the unfinished notebook is {os.path.relpath(scratch, root)}"
     given = {name: value for name, value in values.items() if value != declared[name].default}
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # `python3` is this environment's, not the user's
+    first = f"{_WATCH.format(os.getpid())}; import os as _os; _os.environ.update({environment!a})"
     try:
         with ThreadPoolExecutor(1) as thread:  # in the main one, nbclient takes the signals over
             result = thread.submit(
@@ -140,7 +162,7 @@ def _execute(chapter: Path, values: Mapping[str, Any], scratch: Path, root: Path
                 extra_arguments=[
                     "--log-level=CRITICAL",  # the kernel's own log, not the chapter's
                     "--IPKernelApp.parent_handle=0",  # its own watch ends it, and not its workers
-                    f"--IPKernelApp.exec_lines={_WATCH.format(os.getpid())}",
+                    f"--IPKernelApp.exec_lines={first}",
                 ],
             ).result()
     except (PapermillExecutionError, RuntimeError) as error:
@@ -155,25 +177,6 @@ def _execute(chapter: Path, values: Mapping[str, Any], scratch: Path, root: Path
     for name in ("input_path", "output_path"):  # papermill notes the whole source, and this machine
         result.metadata.papermill.pop(name, None)
     return result
-
-
-@contextlib.contextmanager
-def _kernel_environment(profile: str, used: Path) -> Iterator[None]:
-    import tqdm  # noqa: F401  papermill's own progress bar reads the environment at its import
-
-    before = dict(os.environ)
-    os.environ |= {
-        "PARAMSPEC_PROFILE": profile,  # a chapter shows it next to a verdict
-        USED: str(used),  # gets a line for each stored result that the chapter reads
-        "TQDM_DISABLE": "1",  # every refresh of a bar would be a box on the page
-        "JUPYTER_PREFER_ENV_PATH": "1",  # `python3` is this environment's, not the user's at home
-    }
-    os.environ.pop("MPLBACKEND", None)  # set by a user, it would keep figures off the page
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def _circumstances(root: Path) -> dict[str, Any]:
@@ -202,25 +205,55 @@ def build(
 
     Executed copies go to `book/_executed` and the site to `_build/html`; with `out`, to folders of
     these names there. Every chapter is tried before a failing one stops the build; the old site
-    then stays.
+    then stays. Chapters run side by side, see above.
     """
     root = root or find_root()
     executed = out.resolve() / "_executed" if out else executed_folder(root)
     found = chapters(root)
     for chapter in found:  # a misspelt parameter of the last chapter stops the first
         chapter_values(chapter, profile, {}, root)
-    failed = {}
-    for chapter in found:
+    failed: dict[str, ChapterFailed] = {}
+
+    def run(chapter: Path) -> None:
         target = executed / f"{chapter.stem}.ipynb"
         try:
             run_chapter(chapter.stem, profile=profile, target=target, force=force, root=root)
         except ChapterFailed as error:
             print(printable(error), file=sys.stderr, flush=True)
             failed[chapter.stem] = error
+
+    wishes = {chapter: front_matter(chapter.read_text("utf-8")) for chapter in found}
+    beside = [chapter for chapter in found if not wishes[chapter].get("alone")]
+    beside.sort(key=lambda chapter: not wishes[chapter].get("long"))
+    shares = shares_of_cores()
+    with ThreadPoolExecutor(len(shares), initializer=lambda: _keep_to(shares.pop())) as pool:
+        for _ in pool.map(run, beside):
+            pass
+    for chapter in found:
+        if chapter not in beside:
+            run(chapter)
     if failed:
         line = f"the site was not built: {', '.join(failed)} failed, see above"
         raise ChapterFailed(line) from ExceptionGroup("chapters", [*failed.values()])
     return build_site(root, executed, (out.resolve() if out else root) / "_build")
+
+
+def shares_of_cores() -> list[set[int]]:
+    """The cores of each of the chapters that run at once: two halves; or one share of all, where
+    there is one core or a GPU, or where the system cannot divide them.
+    """
+    import torch
+
+    if sys.platform != "linux" or torch.cuda.is_available():
+        return [set()]
+    mine = sorted(os.sched_getaffinity(0))[: cores()]
+    return [set(part) for part in (mine[::2], mine[1::2]) if part]
+
+
+def _keep_to(share: set[int]) -> None:
+    """Let this thread, and all that it starts, use these cores alone; none stands for all."""
+    if share:
+        os.sched_setaffinity(0, share)
 
 
 def build_site(root: Path, executed: Path, folder: Path) -> Path:

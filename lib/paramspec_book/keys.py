@@ -35,7 +35,7 @@ def execution_key(chapter: Path, profile: str, parameters: Mapping[str, Any], ro
     for lock in sorted(root.glob("requirements*.lock")):
         names = re.findall(r"^([\w.-]+)==", lock.read_text("utf-8"), re.M)
         lines += [f"{name}=={version_of(name)}" for name in names]
-    read = [path for pattern in declared_inputs(text) for path in root.glob(pattern)]
+    read = [path for pattern in front_matter(text).get("inputs", []) for path in root.glob(pattern)]
     library = [LIBRARY / "paramspec", LIBRARY / "paramspec_book"]
     for place, paths in ((LIBRARY, library), (root, [*_named_paths(parameters, root), *read])):
         files = (file for path in paths for file in (path, *path.rglob("*")))
@@ -47,10 +47,12 @@ def execution_key(chapter: Path, profile: str, parameters: Mapping[str, Any], ro
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def declared_inputs(text: str) -> list[str]:
-    """Return the patterns of files in the front matter of a chapter's text."""
-    front_matter = read_yaml(text.partition("\n---")[0].removeprefix("---"), "front matter")
-    return front_matter.get(RECORD, {}).get("inputs", [])
+def front_matter(text: str) -> dict[str, Any]:
+    """Return what a chapter's text says under `paramspec` in its front matter: `inputs`, patterns
+    of files, and `long` and `alone`, see `book`.
+    """
+    front = read_yaml(text.partition("\n---")[0].removeprefix("---"), "front matter")
+    return front.get(RECORD, {})
 
 
 def read_record(copy: Path) -> dict[str, Any] | None:

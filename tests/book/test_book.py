@@ -14,6 +14,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+import torch
 from myst_nb.core.read import read_myst_markdown_notebook
 
 from checkout import HEADER, REPOSITORY, make_checkout
@@ -360,6 +361,68 @@ def test_the_commit_and_changes_to_it_are_recorded(root):
 
 
 SMALL = HEADER + "\n# Page {name}\n\n```{{code-cell}} ipython3\nprint('{name}')\n```\n"
+
+
+MEETS = """
+# A page
+
+```{{code-cell}} ipython3
+import os, pathlib, time
+
+def log(*words):
+    with open("log.txt", "a") as file:
+        print("{name}", *words, file=file)
+
+log("begins")
+pathlib.Path("{name}.here").touch()
+until = time.monotonic() + 120
+while not pathlib.Path("{other}.here").exists() and time.monotonic() < until:
+    time.sleep(0.1)
+used = pathlib.Path(os.environ["PARAMSPEC_USED"]).name
+log("ends", *sorted(os.sched_getaffinity(0)), used.rpartition("-")[0])
+```
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="cores are divided on Linux alone")
+@pytest.mark.parametrize("shares", [1, 2])
+def test_chapters_run_on_shares_of_the_cores_the_long_ones_first_and_one_alone(
+    tmp_path, monkeypatch, shares
+):
+    """With two shares, two chapters meet; each has a file of its own for what it reads."""
+    pages = {}
+    for name, wish in {"single": "{alone: true}", "short": "{}", "tall": "{long: true}"}.items():
+        header = HEADER.replace("kernelspec:", f"paramspec: {wish}\nkernelspec:")
+        other = {"short": "tall", "tall": "short"}.get(name, name) if shares == 2 else name
+        pages[name] = header + MEETS.format(name=name, other=other)
+    root = make_checkout(tmp_path / "checkout", **pages)
+    mine = sorted(os.sched_getaffinity(0))
+    divided = [{mine[0]}, {mine[-1]}][:shares]
+    monkeypatch.setattr(book, "shares_of_cores", lambda: list(divided))
+    monkeypatch.setattr(book, "build_site", lambda *_: None)
+    book.build(root=root)
+    log = [line.split() for line in (root / "log.txt").read_text().splitlines()]
+    begun = [name for name, word, *_ in log if word == "begins"]
+    ends = {name: words for name, word, *words in log if word == "ends"}
+    order = [(name, word) for name, word, *_ in log]
+    if shares == 1:
+        assert begun == ["tall", "short", "single"]
+    else:
+        assert {word for _, word in order[:2]} == {"begins"}  # before either ends: they met
+        assert order[4:] == [("single", "begins"), ("single", "ends")]
+    assert ends["single"] == [*map(str, mine), "single"]
+    assert {ends[name][0] for name in ("tall", "short")} == {str(*share) for share in divided}
+    assert all(ends[name][1:] == [name] for name in ("tall", "short"))
+
+
+def test_two_chapters_share_the_cores_unless_there_is_a_gpu(monkeypatch):
+    monkeypatch.setattr(book, "cores", lambda: 3)  # of a container's eight
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(2, 10)))
+    assert book.shares_of_cores() == [{2, 4}, {3}]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5})
+    assert book.shares_of_cores() == [{5}]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert book.shares_of_cores() == [set()]
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import pytest
 from checkout import REPOSITORY
 from paramspec.studies.chapters import CHAPTERS, training_of
 from paramspec_book import figures, notebook
-from paramspec_book.keys import declared_inputs
+from paramspec_book.keys import front_matter
 from paramspec_book.parameters import chapter_values, chapters, find_chapter
 
 PAGES = {page.stem: page.read_text("utf-8") for page in chapters(REPOSITORY)}
@@ -73,7 +73,7 @@ def test_a_claim_is_said_once_and_shown_where_it_is_tested(claim):
     one, key = CLAIMS[claim], claim.lower()
     assert set(one) == {"chapter", "source", "claim", "numbers", "published", "rule"}
     page, index = PAGES[one["chapter"]], (REPOSITORY / "book" / "index.md").read_text("utf-8")
-    assert "book/claims.yaml" in declared_inputs(page)
+    assert "book/claims.yaml" in front_matter(page)["inputs"]
     for part in ("claim", "paper", "verdict"):
         assert f"{one['chapter']}.md::{key}-{part}:s" in index
     assert f"{{glue:text}}`{key}-rule`" in page

@@ -249,6 +249,14 @@ def test_checkpoints_on_the_way_are_kept_with_a_model_and_trained_once(
     small.require_same(tmp_path, "llama-2@2", "llama-2@4", "llama-2")
 
 
+def test_a_training_that_another_process_does_is_left_to_it(small, tmp_path):
+    model, store = small.models["llama-2"], Store(tmp_path)
+    with store.turn({"unit": "zoo trunk", "trunk": model.recipe.trunk}):
+        assert zoo_training._train([model], store, False) == 0
+    assert zoo_training._train([model], store, False) == 1
+    small.require_same(tmp_path, "llama-2")
+
+
 def test_a_trained_model_is_an_ordinary_directory(small):
     text = "The capital of France is Paris"
     for name, model in small.models.items():

@@ -61,8 +61,9 @@ def train_zoo(models: Sequence[ZooModel], *, root: Path = ROOT) -> None:
     for model in sorted(missing, key=lambda model: -model.at * model.recipe.parameters):
         trunks.setdefault(model.recipe.trunk, []).append(model)
     with tqdm(total=len(missing), desc="training the zoo", unit="model") as bar:
-        for count in hand_out(_train, [(group, store) for group in trunks.values()]):
-            bar.update(count)
+        for wait in (False, True):  # what another run trains just now is there by the end
+            for count in hand_out(_train, [(group, store, wait) for group in trunks.values()]):
+                bar.update(count)
 
 
 def trained(model: ZooModel, *, train: bool = True, root: Path = ROOT) -> Path:
@@ -70,7 +71,7 @@ def trained(model: ZooModel, *, train: bool = True, root: Path = ROOT) -> Path:
     store, key = Store(root), _key(model)
     path = store.get(key)
     if path is None and train:
-        _train([model], store)
+        _train([model], store, True)
         path = store.get(key)
     if path is None:
         raise InputError(f"model {model.name!r}: not trained yet; `paramspec pss` trains it")
@@ -146,7 +147,16 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
     )
 
 
-def _train(models: Sequence[ZooModel], store: Store) -> int:
+def _train(models: Sequence[ZooModel], store: Store, wait: bool) -> int:
+    """Train models of one trunk, unless another process does; how many were trained."""
+    with store.turn({"unit": "zoo trunk", "trunk": models[0].recipe.trunk}, wait=wait) as mine:
+        missing = [model for model in models if mine and store.get(_key(model)) is None]
+        if missing:
+            _train_missing(missing, store)
+    return len(missing)
+
+
+def _train_missing(models: Sequence[ZooModel], store: Store) -> None:
     """Train models of one trunk on one core, and put them into the store."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -178,7 +188,6 @@ def _train(models: Sequence[ZooModel], store: Store) -> int:
     finally:
         torch.set_num_threads(threads)
         release_memory()  # the process may have a larger model to load next
-    return len(models)
 
 
 def _optimize(
