@@ -69,7 +69,9 @@ def test_it_exits_with_0_and_shows_progress_with_the_time_left(first):
     assert re.search(r"toy: +\d+%.*\d+/720 \[\d+:\d+<\d+:\d+, .*question/s\]", process.stderr)
     # Nothing that is imported or called adds a line of its own.
     for line in re.split(r"[\r\n]+", process.stderr.strip()):
-        assert re.match(r".*(toy|coefficients): +\d+%", line) or not line.strip("\x1b[A "), line
+        assert re.match(r".*(toy|coefficients|answers): +\d+%", line) or not line.strip(
+            "\x1b[A "
+        ), line
 
 
 def test_it_writes_four_files_with_their_columns(first, place):

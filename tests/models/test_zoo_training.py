@@ -280,7 +280,7 @@ def test_a_trained_model_says_what_trained_it_and_a_study_of_it_too(small, tmp_p
     questions = zoo_questions(model.recipe.concepts)
     study = measure_pss([str(path)], questions, choices, store=Store(tmp_path))
     made = {unit: one for one in study.run["models"][0]["computed"] for unit in one["units"]}
-    assert set(made) == {"pss", "coefficients", "zoo"}
+    assert set(made) == {"pss", "coefficients", "answers", "zoo"}
     same = ("versions", "hardware")
     assert all(made["zoo"][name] == record[name] for name in same)
 

@@ -17,7 +17,8 @@ from checkout import REPOSITORY
 from paramspec.method.hooks import ValueVectorView, unembed_only, value_vector_view
 from paramspec.method.masks import record_concepts
 from paramspec.method.pss import Choices, measure_concepts
-from paramspec.method.scoring import choose_engine
+from paramspec.method.rows import Request
+from paramspec.method.scoring import choose_engine, encode, score_options
 from paramspec.models.describe import study_questions
 from paramspec.models.registry import empty_model, load_registry, published_config
 from paramspec.models.zoo import architecture, load_zoo
@@ -77,7 +78,11 @@ def test_tokens_are_those_of_a_counted_run(recipe, family):
     with counting(view) as ran:
         coefficients = record_concepts(view, tokenizer, questions, batch_tokens=300)
         asked = (questions, concepts, choices, coefficients)
-        measure_concepts("m", view, tokenizer, *asked, engine=engine)
+        requests = [Request(encode(tokenizer, question), 0) for question in questions]
+        budget = {"row_tokens": 48, "batch_tokens": 300}
+        scores = score_options(view, requests, [None], engine=engine, **budget)
+        unmasked = {q.id: one for q, one in zip(questions, scores, strict=True)}
+        measure_concepts("m", view, tokenizer, *asked, unmasked=unmasked, engine=engine)
     planned = tokens_of(Experiment((micro.name,), questions, choices), tokenizer)
     assert engine.name == "packed"
     assert planned.passed == sum(ran) > 0

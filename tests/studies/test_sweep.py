@@ -20,7 +20,7 @@ from paramspec.method import pss
 from paramspec.method.hooks import value_vector_view
 from paramspec.method.masks import load_masks, record_concepts
 from paramspec.method.pss import Choices
-from paramspec.method.scoring import encode, mark
+from paramspec.method.scoring import encode, mark, score_options
 from paramspec.models.tokens import tokenizer_facts
 from paramspec.specwiki import questions_digest
 from paramspec.studies.sweep import concept_coefficients, measure_pss, score_questions, write_study
@@ -95,7 +95,11 @@ def test_a_rerun_takes_everything_from_the_store(store):
     model, questions = toy_loaded(), toy_questions(3)
     first = measure_pss([model], questions, SMALL, store=store)
     written = units(store)
-    assert set(written) == {("coefficients",), *(("pss", name) for name in CONCEPTS[:3])}
+    assert set(written) == {
+        ("answers",),
+        ("coefficients",),
+        *(("pss", name) for name in CONCEPTS[:3]),
+    }
     again = measure_pss([model], questions, SMALL, store=store)
     assert (reused(first), reused(again)) == ([0], [3])
     assert units(store) == written
@@ -179,7 +183,7 @@ def test_the_files_hold_the_study(store, tmp_path):
     assert record["tokenizer"] == tokenizer_facts(model.tokenizer)
     assert (record["engine"]["name"], record["commit"]) == ("packed", "c" * 40)
     (computed,) = record["computed"]
-    assert computed["units"] == {"pss": 3, "coefficients": 1}
+    assert computed["units"] == {"pss": 3, "coefficients": 1, "answers": 1}
     assert computed["versions"]["torch"] == importlib.metadata.version("torch")
     assert computed["hardware"]["threads"] == torch.get_num_threads()
     assert computed["first"] <= computed["last"]
@@ -202,10 +206,32 @@ def test_units_of_two_machines_are_told_apart(store, monkeypatch, pretend_versio
     study = measure_pss([model], questions, SMALL, store=store)
     assert reused(study) == [4]
     one, other = study.run["models"][0]["computed"]
-    assert (one["hardware"]["cpu"], one["units"]) == (here, {"pss": 2, "coefficients": 1})
+    assert (one["hardware"]["cpu"], one["units"]) == (
+        here,
+        {"pss": 2, "coefficients": 1, "answers": 1},
+    )
     assert (other["hardware"]["cpu"], other["units"]) == ("another", {"pss": 2})
     assert other["versions"]["torch"] == "2.13.0+cu130"
     assert "a third" not in json.dumps(study.run)
+
+
+def test_each_question_is_scored_once_without_a_mask(store, monkeypatch):
+    """Also in several units, as a concept's own and as general ones; the rest under masks alone."""
+    model, questions, asked = toy_loaded(), toy_questions(3), []
+
+    def scored(view, requests, keeps, **options):
+        asked.extend(keeps[request.mask] for request in requests)
+        return score_options(view, requests, keeps, **options)
+
+    for module in ("paramspec.method.pss", "paramspec.studies.sweep"):
+        monkeypatch.setattr(f"{module}.score_options", scored)
+    details = measure_pss([model], questions, SMALL, store=store).details
+    bare = details[details["mask"] == "none"]
+    assert sum(keep is None for keep in asked) == len(questions) < len(bare)
+    assert len(asked) == len(questions) + len(details) - len(bare)
+    known = score_questions(model, questions, store=store).set_index("question_id")
+    for question_id, logprobs in zip(bare["question_id"], bare["option_logprobs"], strict=True):
+        np.testing.assert_array_equal(logprobs, known.loc[question_id, "option_logprobs"])
 
 
 def test_several_models_stand_in_one_study(store, tmp_path):

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
@@ -29,7 +30,7 @@ from paramspec.models.registry import empty_model, find_micro, find_spec, publis
 from paramspec.models.tokens import token_ids
 from paramspec.models.zoo import ZooModel
 from paramspec.models.zoo_training import own_tokenizer
-from paramspec.specwiki import questions_digest
+from paramspec.specwiki import Question, questions_digest
 from paramspec.studies.chapters import Experiment
 
 EMBEDDED = "smollm2-135m"  # its tokenizer counts for models that are not on this disk
@@ -71,20 +72,24 @@ class Tokens(NamedTuple):
 
 
 def tokens_of(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """The tokens of each model with this tokenizer: every cloze once, for coefficients; then each
-    concept's questions, and general ones, under each of its masks.
+    """The tokens of each model with this tokenizer: every cloze once, for coefficients; every
+    question once, without a mask; and each concept's questions, and general ones, under its masks.
     """
     questions, choices = experiment.questions, experiment.choices
     items = {question.id: encode(tokenizer, question) for question in questions}
-    passed = read = 0
-    for concept in dict.fromkeys(question.concept for question in questions):
-        asked = [Request(items[q.id], 0) for q, _ in asked_questions(questions, concept, choices)]
-        cells = fill_rows(asked, PACKED, choices.row_tokens)
-        passed += sum(len(cell.row.tokens) for cell in cells)
-        read += sum(len(cell.row.places) for cell in cells)
+
+    def scored(asked: Iterable[Question]) -> np.ndarray:
+        cells = fill_rows([Request(items[q.id], 0) for q in asked], PACKED, choices.row_tokens)
+        return np.array([(len(cell.row.tokens), len(cell.row.places)) for cell in cells]).sum(0)
+
     recorded = sum(map(len, token_ids(tokenizer, [question.cloze for question in questions])))
-    masks = count_masks(choices)
-    return Tokens(masks * passed + recorded, masks * read)
+    bare = scored(question for question in questions if question.fold in choices.score_on)
+    masked = sum(
+        scored(question for question, _ in asked_questions(questions, concept, choices))
+        for concept in dict.fromkeys(question.concept for question in questions)
+    )
+    passed, read = (bare + (count_masks(choices) - 1) * masked).tolist()
+    return Tokens(passed + recorded, read)
 
 
 class Subject(NamedTuple):

@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -39,7 +40,8 @@ from paramspec.models.load import LoadedModel
 from paramspec.specwiki import Question, questions_digest
 from paramspec.studies.runner import Done, Ready, basis_of, result_basis, run_units, unit_record
 
-COEFFICIENTS = "coefficients.safetensors"
+COEFFICIENTS, ANSWERS = "coefficients.safetensors", "answers.parquet"
+BUDGET = {"row_tokens", "batch_tokens"}  # the choices that `score_options` takes
 SHARD = 4  # concepts of a unit: seconds to minutes of work, so that little is lost by a crash
 
 
@@ -91,7 +93,8 @@ def measure_pss(
     shards = [concepts[start : start + SHARD] for start in range(0, len(concepts), SHARD)]
     units = [{**pss.method_key(choices), "unit": "pss", "concepts": shard} for shard in shards]
     costs = [pss.evaluations(choices, questions, shard) for shard in shards]
-    compute = partial(_measure_shard, tuple(questions), choices, shards, store)
+    study = f"{questions_digest(questions)} {choices.model_dump_json()}"
+    compute = partial(_measure_shard, study, tuple(questions), choices, shards, store)
     found = run_units(models, questions, units, costs, compute, store, dtype=dtype, device=device)
     paths = [path for done in found for path in done.paths]
     accuracies, details = (
@@ -103,8 +106,9 @@ def measure_pss(
         masks |= load_masks(path / "masks.safetensors")[0]
     runs = []
     for done in found:
-        coefficients = store.get(_coefficients_key(done.target.basis, questions, choices))
-        runs.append(_run_record(done, sum(costs), coefficients))
+        shared = (_coefficients_key, _unmasked_key)
+        others = [store.get(key(done.target.basis, questions, choices)) for key in shared]
+        runs.append(_run_record(done, sum(costs), others))
     about = {"digest": questions_digest(questions), "count": len(questions)}
     run = {"questions": about, **pss.method_key(choices), "models": runs}
     return Study(accuracies, details, masks, run)
@@ -125,6 +129,7 @@ def _refuse_thin(questions: Sequence[Question], choices: Choices) -> None:
 
 
 def _measure_shard(
+    study: str,
     questions: Sequence[Question],
     choices: Choices,
     shards: list[list[str]],
@@ -133,10 +138,14 @@ def _measure_shard(
     number: int,
 ) -> Computed:
     began = time.perf_counter()
-    key = json.dumps(_coefficients_key(basis_of(ready.loaded), questions, choices))
-    if key not in ready.kept:
+    if study not in ready.kept:
         ready.kept.clear()  # another study's would fill the memory
-        ready.kept[key] = concept_coefficients(ready.loaded, questions, choices, store=store)
+        # Of processes that begin side by side, each begins with another part.
+        unmasked = _unmasked(ready, questions, choices, store) if number % 2 else None
+        coefficients = concept_coefficients(ready.loaded, questions, choices, store=store)
+        unmasked = unmasked or _unmasked(ready, questions, choices, store)
+        ready.kept[study] = coefficients, unmasked
+    coefficients, unmasked = ready.kept[study]
     measured = pss.measure_concepts(
         ready.loaded.name,
         ready.view,
@@ -144,7 +153,8 @@ def _measure_shard(
         questions,
         shards[number],
         choices,
-        ready.kept[key],
+        coefficients,
+        unmasked=unmasked,
         engine=ready.engine,
     )
     seconds = time.perf_counter() - began
@@ -176,24 +186,50 @@ def score_questions(
         InputError: if a micro model must not be asked one of them, see `require_taught`.
     """
 
-    def answer(ready: Ready, number: int) -> Computed:
-        table = answer_table(ready, questions)
-        return lambda folder: table.to_parquet(folder / "answers.parquet"), {}
-
     require_taught([model], questions, {question.fold for question in questions})
-    unit = {"unit": "answers", "row_tokens": ROW_TOKENS, "batch_tokens": BATCH_TOKENS}
+    budget = {"row_tokens": ROW_TOKENS, "batch_tokens": BATCH_TOKENS}
+    unit, compute = {"unit": "answers", **budget}, partial(_answers, questions, budget)
     store, costs = store or Store("results/store"), [len(questions)]
-    (done,) = run_units([model], questions, [unit], costs, answer, store)
-    return pd.read_parquet(done.paths[0] / "answers.parquet")
+    (done,) = run_units([model], questions, [unit], costs, compute, store)
+    return pd.read_parquet(done.paths[0] / ANSWERS)
 
 
-def answer_table(ready: Ready, questions: Sequence[Question]) -> pd.DataFrame:
-    """The table of `score_questions`, of a model in memory."""
+def _answers(
+    questions: Sequence[Question], budget: dict[str, int], ready: Ready, number: int
+) -> Computed:
+    table = answer_table(ready, questions, **budget)
+    return lambda folder: table.to_parquet(folder / ANSWERS), {}
+
+
+def _unmasked(
+    ready: Ready, questions: Sequence[Question], choices: Choices, store: Store
+) -> dict[str, Tensor]:
+    """Scores without a mask, by question id: each question once, whatever masks it serves."""
+    asked = [question for question in questions if question.fold in choices.score_on]
+
+    def compute() -> Computed:
+        write, _ = _answers(asked, choices.model_dump(include=BUDGET), ready, 0)
+        return write, unit_record(ready.loaded, ready.engine)
+
+    key = _unmasked_key(basis_of(ready.loaded), questions, choices)
+    table = pd.read_parquet(store.find(key, compute) / ANSWERS)
+    scored = zip(table["question_id"], table["option_logprobs"], strict=True)
+    return {question_id: torch.tensor(logprobs) for question_id, logprobs in scored}
+
+
+def _unmasked_key(
+    basis: dict[str, str], questions: Sequence[Question], choices: Choices
+) -> dict[str, Any]:
+    asked = [question for question in questions if question.fold in choices.score_on]
+    return result_basis(basis, asked) | {"unit": "answers", **choices.model_dump(include=BUDGET)}
+
+
+def answer_table(ready: Ready, questions: Sequence[Question], **budget: int) -> pd.DataFrame:
+    """The table of `score_questions`, of a model in memory; `budget` is of `score_options`."""
     requests = [Request(encode(ready.loaded.tokenizer, question), 0) for question in questions]
     with _progress(questions, "answers") as bar:
-        scores = score_options(
-            ready.view, requests, [None], engine=ready.engine, progress=bar.update
-        )
+        options: dict[str, Any] = {"engine": ready.engine, "progress": bar.update, **budget}
+        scores = score_options(ready.view, requests, [None], **options)
     about = {"concept", "domain", "tier", "relation", "fold"}
     return pd.DataFrame(
         {
@@ -256,11 +292,11 @@ def _progress(questions: Sequence[Question], title: str) -> tqdm:
     return tqdm(total=len(questions), desc=title, **options)
 
 
-def _run_record(done: Done, cost: int, coefficients: Path | None) -> dict[str, Any]:
+def _run_record(done: Done, cost: int, others: list[Path | None]) -> dict[str, Any]:
     model = done.target.model
     records = [read_computed(path) for path in done.paths]
     # The directory of a micro model has the record of its training.
-    others = [coefficients, model.path if isinstance(model, Checkpoint) else None]
+    others = [*others, model.path if isinstance(model, Checkpoint) else None]
     alike = ("digest", "commit", "tokenizer", "dtype", "arithmetic", "engine", "layers", "width")
     return {
         "name": model.name,
