@@ -146,7 +146,9 @@ def _execute(
     place = f"the unfinished notebook is {os.path.relpath(scratch, root)}"
     given = {name: value for name, value in values.items() if value != declared[name].default}
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # `python3` is this environment's, not the user's
-    first = f"{_WATCH.format(os.getpid())}; import os as _os; _os.environ.update({environment!a})"
+    # Here, not by papermill, which would move this process, and with it a chapter beside this one.
+    moved = f"_os.chdir({str(root.absolute())!a}); _os.environ.update({environment!a})"
+    first = f"import os as _os; {moved}; {_WATCH.format(os.getpid())}"
     try:
         with ThreadPoolExecutor(1) as thread:  # in the main one, nbclient takes the signals over
             result = thread.submit(
@@ -155,7 +157,6 @@ def _execute(
                 str(scratch).replace("{", "{{").replace("}", "}}"),  # it is a template
                 given,
                 kernel_name="python3",
-                cwd=str(root),
                 start_timeout=300,
                 autosave_cell_every=30,
                 progress_bar=sys.stderr.isatty(),

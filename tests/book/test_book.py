@@ -400,7 +400,9 @@ def test_chapters_run_on_shares_of_the_cores_the_long_ones_first_and_one_alone(
     divided = [{mine[0]}, {mine[-1]}][:shares]
     monkeypatch.setattr(book, "shares_of_cores", lambda: list(divided))
     monkeypatch.setattr(book, "build_site", lambda *_: None)
+    where = os.getcwd()
     book.build(root=root)
+    assert os.getcwd() == where
     log = [line.split() for line in (root / "log.txt").read_text().splitlines()]
     begun = [name for name, word, *_ in log if word == "begins"]
     ends = {name: words for name, word, *words in log if word == "ends"}
