@@ -99,14 +99,8 @@ def run_chapter(
     start, executed = time.monotonic(), datetime.datetime.now(datetime.UTC)
     used = scratch.with_suffix(".used").absolute()
     used.unlink(missing_ok=True)
-    environment = {
-        "PARAMSPEC_PROFILE": profile,  # a chapter shows it next to a verdict
-        USED: str(used),  # gets a line for each stored result that the chapter reads
-        "TQDM_DISABLE": "1",  # every refresh of a bar would be a box on the page
-        "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # whatever a user has set
-    }
     with writing_to(scratch.parent):
-        notebook = _execute(chapter, values, scratch, root, environment)
+        notebook = _execute(chapter, values, scratch, root, _environment(profile, used))
     seconds = round(time.monotonic() - start, 1)
     notebook.metadata[RECORD] = {
         "key": key,
@@ -123,6 +117,15 @@ def run_chapter(
     used.unlink(missing_ok=True)
     print(f"{chapter.stem}: {seconds} s -> {os.path.relpath(target, root)}", flush=True)
     return target
+
+
+def _environment(profile: str, used: Path) -> dict[str, str]:
+    return {
+        "PARAMSPEC_PROFILE": profile,  # a chapter shows it next to a verdict
+        USED: str(used),  # gets a line for each stored result that the chapter reads
+        "TQDM_DISABLE": "1",  # every refresh of a bar would be a box on the page
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # whatever a user has set
+    }
 
 
 def _execute(
