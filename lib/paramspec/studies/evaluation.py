@@ -27,7 +27,7 @@ from paramspec.seeds import by_hash
 from paramspec.specwiki import Question
 from paramspec.studies.hallucination import Sampled, sample_answers
 from paramspec.studies.runner import Ready
-from paramspec.studies.sweep import answer_table
+from paramspec.studies.sweep import answer_table, scores_by_id
 from paramspec.studies.training import next_token_nats
 
 EVALUATION_VERSION = 5  # raised whenever a change of this file could move a stored result
@@ -151,7 +151,6 @@ def _specialization(
 ) -> pd.DataFrame:
     """Rows of PSS for each concept; unrelated questions are on concepts not trained on."""
     questions = [q for q in questions if q.fold in {*choices.choose_on, *choices.score_on}]
-    scored = zip(answers["question_id"], answers["option_logprobs"], strict=True)
     view, tokenizer = ready.view, ready.loaded.tokenizer
     budget: dict[str, Any] = {"position": choices.position, "batch_tokens": choices.batch_tokens}
     measured = measure_concepts(
@@ -163,7 +162,7 @@ def _specialization(
         choices,
         record_concepts(view, tokenizer, questions, **budget),
         unrelated=[q for q in questions if q.concept not in concepts],
-        unmasked={name: torch.tensor(scores) for name, scores in scored},
+        unmasked=scores_by_id(answers),
         engine=ready.engine,
     )
     return measured.pss

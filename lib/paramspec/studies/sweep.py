@@ -205,23 +205,25 @@ def _unmasked(
     ready: Ready, questions: Sequence[Question], choices: Choices, store: Store
 ) -> dict[str, Tensor]:
     """Scores without a mask, by question id: each question once, whatever masks it serves."""
-    asked = [question for question in questions if question.fold in choices.score_on]
 
     def compute() -> Computed:
-        write, _ = _answers(asked, choices.model_dump(include=BUDGET), ready, 0)
+        budget = choices.model_dump(include=BUDGET)
+        write, _ = _answers(_scored(questions, choices), budget, ready, 0)
         return write, unit_record(ready.loaded, ready.engine)
 
     key = _unmasked_key(basis_of(ready.loaded), questions, choices)
-    table = pd.read_parquet(store.find(key, compute) / ANSWERS)
-    scored = zip(table["question_id"], table["option_logprobs"], strict=True)
-    return {question_id: torch.tensor(logprobs) for question_id, logprobs in scored}
+    return scores_by_id(pd.read_parquet(store.find(key, compute) / ANSWERS))
+
+
+def _scored(questions: Sequence[Question], choices: Choices) -> list[Question]:
+    return [question for question in questions if question.fold in choices.score_on]
 
 
 def _unmasked_key(
     basis: dict[str, str], questions: Sequence[Question], choices: Choices
 ) -> dict[str, Any]:
-    asked = [question for question in questions if question.fold in choices.score_on]
-    return result_basis(basis, asked) | {"unit": "answers", **choices.model_dump(include=BUDGET)}
+    budget = choices.model_dump(include=BUDGET)
+    return result_basis(basis, _scored(questions, choices)) | {"unit": "answers", **budget}
 
 
 def answer_table(ready: Ready, questions: Sequence[Question], **budget: int) -> pd.DataFrame:
@@ -240,6 +242,12 @@ def answer_table(ready: Ready, questions: Sequence[Question], **budget: int) -> 
         }
         for question, score in zip(questions, scores, strict=True)
     )
+
+
+def scores_by_id(answers: pd.DataFrame) -> dict[str, Tensor]:
+    """Log-likelihoods of an answer table's options, by question id, as `measure_concepts` takes."""
+    scored = zip(answers["question_id"], answers["option_logprobs"], strict=True)
+    return {question_id: torch.tensor(logprobs) for question_id, logprobs in scored}
 
 
 def concept_coefficients(
