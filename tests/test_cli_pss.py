@@ -22,7 +22,7 @@ from toy_study import CONCEPTS, save_questions, save_toy, toy_questions
 # Names and order as the design page has them, after whose row it is.
 PSS = "model concept domain tier ratio mask seed protocol "
 PSS += "concept_accuracy general_accuracy n_concept n_general"
-DETAILS = "model protocol question_id role mask_concept ratio mask seed option_logprobs "
+DETAILS = "model protocol question_id concept role mask_concept ratio mask seed option_logprobs "
 DETAILS += "option_tokens predicted predicted_norm correct correct_norm"
 COMMAND = Path(sys.executable).with_name("paramspec")
 
@@ -125,7 +125,8 @@ def test_the_printed_table_is_that_of_the_file(first):
         shown = [rf"{value:.3f} \[\d\.\d+, \d\.\d+\]" for value in (own, general)]
         shown.append(rf"{abs(general - own) / g0:.3f} \[\d\.\d+, \d\.\d+\]")
         assert re.search(" ".join([kind, f"{ratio:g}", *shown]), printed), (kind, ratio, printed)
-    assert re.search(r"mask concept: peak PSS pooled \d\.\d+ \[.*\] at ratio 0\.[13]", printed)
+    peak = r"mask concept: difference in differences, .* peak PSS \d\.\d+ \[.*\] at ratio 0\.[13]"
+    assert re.search(peak, printed)
 
 
 def test_a_rerun_is_served_from_the_store_and_ends_with_the_same_files(first, place, pss):

@@ -93,7 +93,7 @@ def test_any_name_goes_through_the_command(tmp_path, monkeypatch, command, model
         status, shown, error = command("pss", f"./{model}", *options.split(), "--out", out)
         assert status == 0, error
         assert f"{model}: 6 concepts" in shown
-        assert f"{model}, mask concept: peak PSS" in shown
+        assert f"{model}, mask concept: difference in differences" in shown
         assert "[0." in shown  # an interval
         pss = pd.read_parquet(f"{out}/pss.parquet")
         assert list(dict.fromkeys(pss["concept"])) == names
@@ -154,7 +154,7 @@ def drawn_figures():
     """Figures that show names, and the names that each has to show."""
     table = pd.DataFrame(dict.fromkeys(("model", "run", "family", "shown", "group"), NAMES))
     table["x"] = np.arange(1.0, len(NAMES) + 1)
-    for name in ("accuracy", "peak_pss", "peak_did"):
+    for name in ("accuracy", "peak_pss", "did"):
         table = table.assign(**{name: 0.3, f"{name}_low": 0.2, f"{name}_high": 0.4})
     one = table.assign(by="domain", n=4, low=0.2, high=0.4, method="FT-PV", measure="m", value=0.3)
     square = pd.DataFrame(np.eye(len(NAMES)), index=NAMES, columns=NAMES)

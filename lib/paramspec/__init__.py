@@ -2,7 +2,7 @@
 
     from paramspec import load_questions, measure_pss, summarize
     study = measure_pss(["smollm2-135m"], load_questions(concepts=60))
-    summarize(study.pss)
+    summarize(study.details)
 
 These are the names for everyday use, in the order of the paper; the modules have more. Each has an
 example in its docstring, where `view` and `tokenizer` are of `load_model("my-checkpoint/")`,
@@ -27,9 +27,10 @@ _NAMES = {
     "method.pss": ["Choices"],
     # PSS of many models, and its intervals
     "studies.sweep": ["score_questions", "measure_pss"],
-    "stats.summary": ["accuracy_table", "summarize", "peak_pss", "verdict"],
-    "stats.bootstrap": ["interval", "with_interval"],
-    "stats.trends": ["resample_models", "model_table", "correlations", "contrast"],
+    "stats.summary": ["accuracy_table", "summarize", "peak_pss"],
+    "stats.estimates": ["with_interval"],
+    "stats.trends": ["measure_models", "model_table", "trend", "contrast"],
+    "stats.verdicts": ["verdict"],
     # Training chosen value vectors, and hallucination
     "studies.training": ["Training"],
     "studies.evaluation": ["Evaluation"],

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 
+from paramspec.stats.estimates import with_interval
 from paramspec.tables import TIERS
 
 if TYPE_CHECKING:
@@ -34,8 +35,6 @@ FORMATS = {
     "hours": hours_of,
     "shared": "{:.0%}".format,
     "ratio": "{:g}".format,
-    "floor_pooled": "{:.3f}".format,
-    "floor_per_concept": "{:.3f}".format,
     "gated": lambda value: "yes" if value else "no",
     "on_disk": lambda value: "yes" if value else "no",
 }
@@ -126,24 +125,23 @@ def print_study(study: Study) -> None:
         "did": "diff. in diff.",
         "pss_per_concept": "PSS per concept",
     }
-    for model, rows in summarize(study.pss).groupby("model", sort=False):
+    for model, rows in summarize(study.details).groupby("model", sort=False):
         shown = {title: _intervals(rows, name) for name, title in titles.items()}
-        floors = rows[["floor_pooled", "floor_per_concept"]]
         first = rows.iloc[0]
         show(
-            rows[["mask", "ratio"]].assign(**shown).join(floors),
+            rows[["mask", "ratio"]].assign(**shown),
             f"{model}: {first['concepts']} concepts, protocol {first['protocol']}",
-            "in brackets: 95 % bootstrap intervals over concepts; floor: by sampling alone",
+            "in brackets: 95 % intervals over concepts",
         )
-    peaks = peak_pss(study.pss)
-    pooled, per_concept = (_intervals(peaks, f"peak_{name}") for name in ("pooled", "per_concept"))
+    peaks = peak_pss(study.details)
+    did, pooled = (_intervals(peaks, name) for name in ("did", "peak_pooled"))
     for row in peaks.itertuples():
         print(
-            f"{row.model}, mask {row.mask}: peak PSS pooled {pooled[row.Index]} "
-            f"at ratio {row.ratio:g}, per concept {per_concept[row.Index]}"
+            f"{row.model}, mask {row.mask}: difference in differences, mean over ratios "
+            f"{did[row.Index]}; peak PSS {pooled[row.Index]} at ratio {row.ratio:g}"
         )
 
 
 def _intervals(rows: pd.DataFrame, name: str) -> list[str]:
-    columns = rows[[name, f"{name}_low", f"{name}_high"]]
-    return ["{:.3f} [{:.3f}, {:.3f}]".format(*row) for row in columns.itertuples(index=False)]
+    texts = [with_interval(row, name, ".3f") for row in rows.to_dict("records")]
+    return [text.replace("\u00a0", " ") for text in texts]

@@ -21,6 +21,7 @@ DETAIL_COLUMNS = {
     "model": "name of the model",
     "protocol": "paper or holdout",
     "question_id": "the question answered",
+    "concept": "the concept that the question is about",
     "role": "concept (the mask's concept's own) or general (unrelated to it)",
     "mask_concept": "the concept of the mask",
     "ratio": "mask ratio; 0 without a mask",

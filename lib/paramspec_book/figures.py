@@ -23,8 +23,8 @@ from paramspec_book.panels import DASHED, FAMILIES, GENERAL, MASKS, METHODS, NUL
 CHANCE = 0.25
 MEASURES = {
     "accuracy": "accuracy (acc_norm)",
+    "did": "diff. in diff., mean over ratios",
     "peak_pss": "peak PSS",
-    "peak_did": "peak diff. in diff.",
 }
 STYLE: Any = {
     "figure.facecolor": "white",
@@ -133,7 +133,7 @@ def curves(summary: pd.DataFrame) -> Figure:
 
 def over_ratios(summary: pd.DataFrame, titles: Mapping[str, str], by: str = "mask") -> Figure:
     """Columns of a summary over the mask ratio, a panel and a title each; a line per `mask` or per
-    `protocol`, as `by` says. PSS has its level by sampling alone as well.
+    `protocol`, as `by` says.
     """
     names = {"mask": MASKS, "protocol": panels.PROTOCOLS}[by]
     masked = summary[summary["mask"] != "none"]
@@ -142,10 +142,6 @@ def over_ratios(summary: pd.DataFrame, titles: Mapping[str, str], by: str = "mas
         table = panels.on_ratios(axes, masked)
         panels.groups(axes, table, "place", value, by, names, apart=0.09)
         axes.axhline(0, **DASHED)
-        floor = value.replace("pss", "floor")
-        if floor != value:
-            own = table[table["mask"] == "concept"]
-            axes.plot(own["place"], own[floor], color="0.35", linestyle=":", label="sampling alone")
         axes.set_ylabel(title)
     panels.legend_below(figure, 2)
     return figure
@@ -166,67 +162,91 @@ def depth(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def coverage(table: pd.DataFrame) -> Figure:
+    """The share `covered` by the intervals of each kind of `estimate`, a mark for each `world`."""
+    kinds, worlds = list(dict.fromkeys(table["estimate"])), list(dict.fromkeys(table["world"]))
+    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.3 * len(kinds)))
+    axes.axvspan(0.92, 0.98, color="0.9", linewidth=0)
+    axes.axvline(0.95, **DASHED)
+    for world, marker in zip(worlds, "osD^v", strict=False):
+        part = table[table["world"] == world]
+        places = [len(kinds) - 1 - kinds.index(kind) for kind in part["estimate"]]
+        axes.scatter(part["covered"], places, marker=marker, s=30, label=world)
+    axes.set_yticks(range(len(kinds)), kinds[::-1])
+    axes.set(xlim=(0, 1.02), xlabel="share of intervals that cover the truth")
+    panels.legend_below(figure, len(worlds))
+    return figure
+
+
 # --- many models --------------------------------------------------------------------------------
 
 
 def against_accuracy(table: pd.DataFrame) -> Figure:
-    """Peak PSS over accuracy, a point per model of `trends.model_table`, with the name that is
-    `shown`; in grey, random masks.
+    """The difference in differences and peak PSS over accuracy, a point per model of
+    `trends.model_table`, with the name that is `shown`; in grey, random masks.
     """
-    figure, axes = plt.subplots(figsize=(7, 4.6))
-    axes.axvline(CHANCE, **DASHED)
-    axes.axhline(0, color="0.8", linewidth=0.8)
+    values = ("did", "peak_pss")
+    figure, grid = panels.panels(1, 2, (7.8, 4.4))
     table = table.fillna({"family": "other"}).assign(run=lambda rows: rows["family"])
-    points: dict[str, Any] = {"linestyle": "none", "markersize": 7}
-    if "peak_null" in table:
-        grey = points | {"color": NULL, "marker": "D", "markersize": 3.5, "label": "random masks"}
-        panels.draw(axes, table, "accuracy", "peak_null", **grey)
-    panels.groups(axes, table, "accuracy", "peak_pss", "run", panels.run_names(table), **points)
+    points: dict[str, Any] = {"linestyle": "none", "markersize": 6}
     near: dict[str, Any] = {"xytext": (7, 5), "textcoords": "offset points", "fontsize": 9}
-    for row in table[table["shown"] != ""].itertuples():
-        axes.annotate(row.shown, (row.accuracy, row.peak_pss), **near)
-    axes.set(xlabel="accuracy without a mask (acc_norm); dashed: chance", ylabel="peak PSS")
+    for axes, value in zip(grid[0], values, strict=True):
+        axes.axvline(CHANCE, **DASHED)
+        axes.axhline(0, color="0.8", linewidth=0.8)
+        if f"null_{value}" in table:
+            grey = points | {"color": NULL, "marker": "D", "markersize": 3.5}
+            panels.draw(axes, table, "accuracy", f"null_{value}", label="random masks", **grey)
+        panels.groups(axes, table, "accuracy", value, "run", panels.run_names(table), **points)
+        for row in table[table["shown"] != ""].to_dict("records"):
+            axes.annotate(row["shown"], (row["accuracy"], row[value]), **near)
+        axes.set(xlabel="accuracy (acc_norm); dashed: chance", title=MEASURES[value])
     panels.legend_below(figure, 4)
     return figure
 
 
 def forest(table: pd.DataFrame, published: float | None = None) -> Figure:
-    """Correlations `r`, a row per `reading` of the claim, with intervals over concepts and over
-    families; `published` is the paper's coefficient.
+    """A row per `reading` of the claim: the correlation `r`, free of noise, with its interval, and
+    `pearson`, as measured; `published` is the paper's.
     """
     figure, axes = plt.subplots(figsize=(7, 1.2 + 0.38 * len(table)))
     if published is not None:
         axes.axvline(published, color=OWN, linewidth=1.2, linestyle=":", label="the paper")
     axes.axvline(0, **DASHED)
-    wide: Any = {"color": "0.8", "linewidth": 6, "label": "over families", "zorder": 0}
-    places = panels.rows(axes, table, "r", table["reading"], GENERAL, label="over concepts")
-    axes.hlines(places, table["family_low"], table["family_high"], **wide)
-    axes.set_xlim(np.nanmin([-0.55, *table["low"]]) - 0.05, 1.03)
-    axes.set_xlabel("Pearson correlation with accuracy, and its 95 % intervals")
+    table = table.assign(low=table["r_low"], high=table["r_high"])
+    label = "free of noise, 95 % interval"
+    places = panels.rows(axes, table, "r", table["reading"], GENERAL, label=label)
+    measured: Any = {
+        "facecolors": "white",
+        "edgecolors": "0.35",
+        "marker": "D",
+        "s": 26,
+        "zorder": 4,
+    }
+    axes.scatter(table["pearson"], places, label="as measured", **measured)
+    axes.set(xlim=(-1.05, 1.05), xlabel="correlation with accuracy")
     panels.legend_below(figure)
     return figure
 
 
 def generations(table: pd.DataFrame) -> Figure:
-    """Peak PSS of each family of `trends.model_table` over its generations, in their `order`, with
-    `held_out` if it is there.
+    """The difference in differences of each family of `trends.model_table` over its generations, in
+    their `order`, with `held_out` if it is there.
     """
     families = list(table.dropna(subset=["order"]).groupby(["family", "micro"], sort=False))
     figure, grid = panels.panels(1, max(1, len(families)), (7.4, 3.4), sharey=True)
     for axes, ((family, _), part) in zip(grid[0], families, strict=False):
         part = part.sort_values("order")
-        if "peak_null" in part:
-            panels.null_band(axes, part, "order")
+        panels.null_band(axes, part, "order", "did")
         if "held_out" in part:
             axes.plot(part["order"], part["held_out"], ":", color="0.2", label="held out")
         title, colour = FAMILIES.get(family, (family, OTHER))
-        panels.draw(axes, part, "order", "peak_pss", color=colour)
+        panels.draw(axes, part, "order", "did", color=colour)
         names = part["generation"].str.removeprefix("zoo ")
         tilt = {"rotation": 60, "ha": "right"} if names.str.len().max() > 3 else {}
         axes.set_xticks(part["order"], names, **tilt)
         axes.set(title=title, xlabel="generation")
         axes.margins(x=0.12)
-    grid[0, 0].set_ylabel("peak PSS")
+    grid[0, 0].set_ylabel(MEASURES["did"])
     panels.legend_below(figure)
     return figure
 
@@ -235,7 +255,7 @@ def along(
     table: pd.DataFrame,
     x: str,
     label: str,
-    measures: Sequence[str] = ("accuracy", "peak_pss"),
+    measures: Sequence[str] = ("accuracy", "did"),
     *,
     log: bool = False,
 ) -> Figure:
@@ -249,10 +269,8 @@ def along(
     for axes, value in zip(grid[0], measures, strict=True):
         panels.groups(axes, table, x, value, "run", names, apart=0.08 if tiers else 0)
         axes.set(xlabel=label, ylabel=MEASURES[value])
-        if value != "peak_pss":
-            axes.axhline(CHANCE if value == "accuracy" else 0, **DASHED)
-        elif "peak_null" in table:
-            panels.null_band(axes, table, x)
+        axes.axhline(CHANCE if value == "accuracy" else 0, **DASHED)
+        panels.null_band(axes, table, x, value)
         if tiers:
             axes.set_xticks(range(3), TIERS)
         if log:

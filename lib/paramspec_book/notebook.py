@@ -12,7 +12,7 @@ from myst_nb import glue
 
 from paramspec.execution.parallel import workers
 from paramspec.plain import read_yaml
-from paramspec.stats.bootstrap import interval, with_interval
+from paramspec.stats.estimates import with_interval
 from paramspec.studies.chapters import CHAPTERS, Experiment
 from paramspec.studies.sweep import Study, measure_pss
 from paramspec_book import figures
@@ -22,14 +22,15 @@ from paramspec_book.parameters import find_root
 def begin(chapter: str, parameters: Mapping[str, Any]) -> list[Experiment]:
     """`begin("3-masking", globals())`: the chapter's experiments; figures get the book's style.
 
-    The claims that the chapter tests are glued: `c1-claim`, `c1-paper` (numbers) and `c1-rule`.
+    The claims that the chapter tests are glued: `c1-claim`, `c1-paper` (numbers), `c1-primary` (the
+    estimate that decides, and why) and `c1-rule`.
     """
     figures.use_book_style()
     glue_all(profile=os.environ.get("PARAMSPEC_PROFILE", "by hand"))
     for name, one in claims().items():
         if one["chapter"] == chapter:
             paper = one["published"].format(**one["numbers"])
-            texts = {"claim": one["claim"], "paper": paper, "rule": one["rule"]}
+            texts = {"paper": paper} | {part: one[part] for part in ("claim", "primary", "rule")}
             glue_all(**{f"{name.lower()}-{part}": text for part, text in texts.items()})
     return CHAPTERS[chapter](parameters) if chapter in CHAPTERS else []
 
@@ -71,22 +72,9 @@ def shown(table: pd.DataFrame, titles: Mapping[str, str], form: str = ".2f") -> 
     return pd.DataFrame(texts, index=table.index)
 
 
-def method_rows(
-    measures: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]], minuend: str | None = None
-) -> pd.DataFrame:
-    """`method_rows({"smollm2-135m": measure_methods(study, names)})`: a row per model, measure and
-    method, with the interval of its draws; with `minuend="FT-PV"`, of FT-PV's paired differences.
-    """
-    return pd.DataFrame(
-        [
-            {"model": model, "method": method, "measure": measure}
-            | interval(draws if minuend is None else by_method[minuend] - draws)
-            for model, each in measures.items()
-            for measure, by_method in each.items()
-            for method, draws in by_method.items()
-            if method != minuend
-        ]
-    )
+def method_rows(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """`method_rows({"smollm2-135m": measure_methods(study, names)})`: with the model of each."""
+    return pd.concat([table.assign(model=model) for model, table in tables.items()])
 
 
 def in_words(rows: pd.DataFrame, index: list[str], columns: str, form: str = ".2f") -> pd.DataFrame:

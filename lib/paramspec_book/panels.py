@@ -65,7 +65,7 @@ def draw(
     axes: Axes, table: pd.DataFrame, x: str, value: str, *, shade: bool = False, **style: Any
 ) -> None:
     """Draw a column over another, with the intervals `_low` to `_high` of either: bars, or a band
-    with `shade`. An interval of a maximum of absolute values may lie beyond the value.
+    with `shade`.
     """
     colour, at = style["color"], table[x]
     usual: dict[str, Any] = {"marker": "o", "markersize": 5, "linewidth": 1.4}
@@ -116,8 +116,11 @@ def rows(
     return places
 
 
-def null_band(axes: Axes, table: pd.DataFrame, x: str) -> None:
-    null = table.groupby(x)[["peak_null_low", "peak_null_high"]].mean()
+def null_band(axes: Axes, table: pd.DataFrame, x: str, value: str) -> None:
+    """Draw the intervals of a measure under random masks, if the table has them, as a band."""
+    if f"null_{value}" not in table:
+        return
+    null = table.groupby(x)[[f"null_{value}_low", f"null_{value}_high"]].mean()
     style: dict[str, Any] = {"color": NULL, "alpha": 0.25, "linewidth": 0}
     axes.fill_between(null.index, *null.to_numpy().T, label="random masks, 95 %", **style)
 

@@ -8,7 +8,7 @@ import re
 import jupytext
 import nbclient
 import nbformat
-import numpy as np
+import pandas as pd
 import pytest
 
 from checkout import REPOSITORY
@@ -53,7 +53,7 @@ def test_cells_are_short_and_do_one_thing(name):
 def test_every_figure_of_a_chapter_is_shown():
     """The second one too: matplotlib's settings must not be put back by the first."""
     start = "import pandas as pd\nfrom paramspec_book import figures\nfigures.use_book_style()"
-    columns = ["r", "low", "high", "family_low", "family_high", "reading"]
+    columns = ["r", "r_low", "r_high", "pearson", "reading"]
     sources = [start, *[f"figures.forest(pd.DataFrame(columns={columns}));"] * 2]
     cells = [nbformat.v4.new_code_cell(source) for source in sources]
     done = nbclient.NotebookClient(nbformat.v4.new_notebook(cells=cells), kernel_name="python3")
@@ -71,12 +71,14 @@ def test_what_a_chapter_measures_is_said_in_the_library(name):
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_a_claim_is_said_once_and_shown_where_it_is_tested(claim):
     one, key = CLAIMS[claim], claim.lower()
-    assert set(one) == {"chapter", "source", "claim", "numbers", "published", "rule"}
+    parts = {"chapter", "source", "claim", "numbers", "published", "primary", "rule"}
+    assert set(one) == parts
     page, index = PAGES[one["chapter"]], (REPOSITORY / "book" / "index.md").read_text("utf-8")
     assert "book/claims.yaml" in front_matter(page)["inputs"]
     for part in ("claim", "paper", "verdict"):
         assert f"{one['chapter']}.md::{key}-{part}:s" in index
-    assert f"{{glue:text}}`{key}-rule`" in page
+    for part in ("primary", "rule"):
+        assert f"{{glue:text}}`{key}-{part}`" in page
     numbers = set(DECIMALS.findall(one["published"].format(**one["numbers"])))
     assert numbers >= {"C1": {"0.92", "0.93"}, "C9": {"0.67", "7.89"}}.get(claim, set())
     prose = re.sub(r"```\{code-cell\}.*?```", "", page + index, flags=re.DOTALL)
@@ -101,14 +103,15 @@ def test_a_micro_model_has_a_training_of_its_own():
         assert set(training.concepts) <= {question.concept for question in questions}
 
 
-def test_rows_of_methods_keep_their_order_and_differences_are_paired():
-    one, other = np.array([3.0, 1.0, 5.0]), np.array([1.0, 0.0, 4.0])
-    measures = {"b": {"z": {"FT-PV": one, "FT-FV": other}}, "a": {"z": {"FT-PV": one}}}
-    rows = notebook.method_rows(measures)
+def test_rows_of_methods_keep_their_order():
+    def table(*rows):
+        columns = ["method", "measure", "value", "low", "high"]
+        return pd.DataFrame([(name, "z", x, x, x) for name, x in rows], columns=columns)
+
+    each = {"b": table(("FT-PV", 3.0), ("FT-FV", 1.0)), "a": table(("FT-PV", 3.0))}
+    rows = notebook.method_rows(each)
     assert list(zip(rows["model"], rows["method"], rows["value"], strict=True)) == [
         ("b", "FT-PV", 3.0), ("b", "FT-FV", 1.0), ("a", "FT-PV", 3.0)]  # fmt: skip
     words = notebook.in_words(rows, ["model"], "method", ".0f")
     assert (list(words.index), list(words.columns)) == (["b", "a"], ["FT-PV", "FT-FV"])
     assert words.loc["a", "FT-FV"] == ""
-    (gap,) = notebook.method_rows(measures, minuend="FT-PV").to_dict("records")
-    assert (gap["method"], gap["value"], gap["low"], gap["high"]) == ("FT-FV", 2.0, 1.0, 1.0)

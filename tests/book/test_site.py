@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
+import nbformat
 import pytest
 from playwright.sync_api import sync_playwright
 
@@ -41,8 +43,8 @@ OVERFLOW = "document.documentElement.scrollWidth - window.innerWidth"  # scrolle
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """The address of the site, built from a copy of the checkout so that nothing is left in it."""
+def built(tmp_path_factory):
+    """The folder of a build, of a copy of the checkout so that nothing is left in it."""
     root = tmp_path_factory.mktemp("site") / "checkout"
     # The appendix on speed runs a benchmark.
     patterns = ("book/**/*", "tests/benchmarks/*.py", "tests/oracles.py", "_*.yml", "*.lock")
@@ -54,8 +56,13 @@ def site(tmp_path_factory):
     line = [sys.executable, "-m", "paramspec", "build", "--profile", "smoke", "--out", "out"]
     done = subprocess.run(line, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stdout + done.stderr
+    return root / "out"
 
-    handler = functools.partial(SimpleHTTPRequestHandler, directory=root / "out/_build/html")
+
+@pytest.fixture(scope="module")
+def site(built):
+    """The address of the site."""
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=built / "_build/html")
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
@@ -135,3 +142,33 @@ def test_every_link_within_the_site_leads_somewhere(browser, site):
         tab.context.close()
     assert dead == []
     assert any(target.endswith(".md") and "/_sources/" in target for target in seen)
+
+
+NUMBER = r"([-+]?[\d.,]+)%?"
+INTERVAL = re.compile(rf"{NUMBER}\u00a0\[{NUMBER},\u00a0{NUMBER}\]")
+
+
+def intervals_of(path):
+    """Every (value, low, high) of an executed notebook: in its tables, and handed to its prose."""
+    glued, found = {}, []
+    for cell in nbformat.read(path, as_version=4).cells:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            for text in (data.get("text/html", ""), data.get("text/plain", "")):
+                found += INTERVAL.findall(text)
+            if name := output.get("metadata", {}).get("scrapbook", {}).get("name"):
+                value = next((v for kind, v in data.items() if kind.endswith("text/plain")), "")
+                glued[name] = value
+    ends = [name for name in glued if {f"{name}-low", f"{name}-high"} <= set(glued)]
+    found += [(glued[name], glued[f"{name}-low"], glued[f"{name}-high"]) for name in ends]
+    return [tuple(float(number.replace(",", "")) for number in one) for one in found]
+
+
+def test_every_interval_holds_its_point(built):
+    """None in a table, and none in a text."""
+    found = {path.stem: intervals_of(path) for path in (built / "_executed").glob("*.ipynb")}
+    assert sum(map(len, found.values())) > 100
+    for page, intervals in found.items():
+        for value, low, high in intervals:
+            assert not value < low, (page, value, low, high)  # a missing bound is not a number
+            assert not value > high, (page, value, low, high)

@@ -249,8 +249,8 @@ def test_without_controls_or_ratios_there_are_fewer_masks(llama):
     assert set(tables.pss["mask"]) == {"none", "concept"}
     tables = measured(llama, questions, Choices(ratios=(0.0,), general=5))
     assert (set(tables.pss["mask"]), tables.masks) == ({"none"}, {})
-    assert len(summarize(tables.pss)) == 1
-    assert peak_pss(tables.pss).empty
+    assert len(summarize(tables.details)) == 1
+    assert peak_pss(tables.details).empty
 
 
 def test_choices_that_say_the_same_are_one_key():
@@ -318,7 +318,7 @@ def test_planted_knowledge_is_found_and_its_pss_is_one():
     questions = toy_questions(shortest=True)
     model, _ = planted_model(questions)
     choices = Choices(ratios=(0.05,), controls=3, general=70, scope="model")
-    summary = summarize(measured(model, questions, choices).pss).set_index("mask")
+    summary = summarize(measured(model, questions, choices).details).set_index("mask")
     own = summary.loc["concept"]
     assert (own["concept_accuracy"], own["general_accuracy"]) == (0, 1)
     assert own["pss_pooled"] == own["pss_per_concept"] == own["did"] == 1
@@ -337,10 +337,10 @@ def test_what_is_stored_by_fact_is_not_found_from_other_facts():
     questions = toy_questions(shortest=True)
     model, _ = planted_model(questions)
     choices = Choices(ratios=(0.02,), general=35, protocol="holdout", controls=0)
-    summary = summarize(measured(model, questions, choices).pss)
+    summary = summarize(measured(model, questions, choices).details)
     assert set(summary["concept_accuracy"]) == {1}
     paper = Choices(ratios=(0.02,), general=70, controls=0)
-    summary = summarize(measured(model, questions, paper).pss).set_index("mask")
+    summary = summarize(measured(model, questions, paper).details).set_index("mask")
     assert summary.loc["concept", "concept_accuracy"] == pytest.approx(0.6)  # 4 of 10 are masked
     assert summary.loc["concept", "general_accuracy"] == 1
 
@@ -352,7 +352,7 @@ def test_superposed_knowledge_has_no_pss():
     assert len(set(home.values())) == 10
     choices = Choices(ratios=(0.3, 0.6), controls=1, general=70)
     tables = measured(model, questions, choices)
-    summary = summarize(tables.pss)
+    summary = summarize(tables.details)
     masked = summary[summary["mask"] == "random"]
     assert (masked["concept_accuracy"] < 0.9).all()
     np.testing.assert_allclose(summary["pss_pooled"], 0, atol=1e-12)

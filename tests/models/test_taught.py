@@ -203,7 +203,8 @@ def test_evaluations_of_training_ask_the_same(tmp_path):
     fold = {question.id: question.fold for question in asked}
     for table in (study.answers, study.generated, study.samples):
         assert {fold[name] for name in table["question_id"]} == {1}
-    assert set(study.pss["n_concept"]) == {5}
+    own = study.details[study.details["role"] == "concept"]
+    assert set(own.groupby(["run", "mask", "ratio"]).size()) == {5}
     holdout = CHOICES.model_copy(update={"protocol": "holdout"})
     for questions, changed, message in (
         (load_questions(), {}, "not taught"),

@@ -1,6 +1,8 @@
-"""Trends over models, held against scipy, against `summarize` and values worked by hand."""
+"""Trends over models, held against scipy, brute force, and values worked by hand."""
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 import pandas as pd
@@ -8,49 +10,47 @@ import pytest
 from scipy import stats
 
 from paramspec.errors import InputError
-from paramspec.stats.bootstrap import Draws, percentiles, with_interval
+from paramspec.stats.estimates import Estimates
 from paramspec.stats.summary import peak_pss, summarize
 from paramspec.stats.trends import (
-    balance_tiers,
+    Measures,
+    balanced_tiers,
     contrast,
-    correlations,
+    delay,
     half_way,
     like_sized_ends,
+    measure_models,
     model_table,
-    resample_models,
+    trend,
 )
 
 OWN, GENERAL, RATIOS = 5, 4, (0.1, 0.4)
 
 
 def answers(model, knows, effect, concepts=40, seed=0):
-    """PSS rows of a model that knows a share of all questions, and loses some under its masks."""
+    """Answers of a model that knows a share of all questions, and loses some under its masks."""
     rng, rows = np.random.default_rng(seed), []
     masked = [(mask, ratio) for mask in ("concept", "random") for ratio in RATIOS]
     for number in range(concepts):
         for mask, ratio in [("none", 0.0), *masked]:
             known = max(knows - effect * ratio, 0) if mask == "concept" else knows
-            row = {"concept": f"concept {number}", "domain": ("city", "country")[number % 2]}
-            row |= {"tier": ("high", "medium", "low")[number % 3], "mask": mask, "ratio": ratio}
-            row["concept_accuracy"] = rng.binomial(OWN, known) / OWN
-            row["general_accuracy"] = rng.binomial(GENERAL, knows) / GENERAL
-            rows.append(row)
-    kept = {"model": model, "protocol": "paper", "seed": 0, "n_concept": OWN, "n_general": GENERAL}
-    return pd.DataFrame(rows).assign(**kept)
-
-
-def constant(names, **measures):
-    """Draws whose resamples are all as measured."""
-    values = {measure: np.tile(each, (3, 1)) for measure, each in measures.items()}
-    return Draws(tuple(names), values)
+            asked = [("concept", number, known)] * OWN
+            asked += [("general", (number + 1 + n) % concepts, knows) for n in range(GENERAL)]
+            rows += [
+                {"mask_concept": f"concept {number}", "concept": f"concept {about}"}
+                | {"question_id": f"{about}/{place}", "role": role, "mask": mask, "ratio": ratio}
+                | {"correct_norm": float(rng.random() < p)}
+                for place, (role, about, p) in enumerate(asked)
+            ]
+    return pd.DataFrame(rows).assign(model=model, protocol="paper", seed=0)
 
 
 @pytest.fixture(scope="module")
-def pss():
+def details():
     """Eight models of two families; what is lost grows with what is known."""
     return pd.concat(
         [
-            answers(f"{family}-{place}", 0.3 + 0.08 * place, 0.2 * place, seed=10 * place + shift)
+            answers(f"{family}-{place}", 0.15 + 0.2 * place, 0.2 * place, seed=10 * place + shift)
             for shift, family in enumerate(("llama", "gemma"))
             for place in range(1, 5)
         ],
@@ -59,133 +59,153 @@ def pss():
 
 
 @pytest.fixture(scope="module")
-def draws(pss):
-    return resample_models(pss, resamples=400)
+def measures(details):
+    return measure_models(details)
 
 
-def test_the_measured_values_are_those_of_summarize_and_peak_pss(pss, draws):
-    table = model_table(draws).set_index("model")
-    summary = summarize(pss, resamples=10).set_index(["model", "mask", "ratio"]).sort_index()
-    peaks = peak_pss(pss, resamples=10).set_index(["model", "mask"])
-    for model in draws.models:
-        base, dids = summary.loc[(model, "none", 0.0)], summary.loc[(model, "concept")]["did"]
-        own, null = peaks.loc[(model, "concept")], peaks.loc[(model, "random")]
-        expected = {
-            "accuracy": base["concept_accuracy"],
-            "peak_pss": own["peak_pooled"],
-            "peak_null": null["peak_pooled"],
-            "peak_excess": own["peak_pooled"] - null["peak_pooled"],
-            "peak_per_concept": own["peak_per_concept"],
-            "peak_did": dids.max(),
-            "ceiling": max(base["general_accuracy"] - 0.25, 0) / base["general_accuracy"],
-        }
-        assert table.loc[model, list(expected)].to_dict() == pytest.approx(expected)
-
-
-def test_models_share_their_resampled_concepts(pss, draws):
-    """A model and its copy never differ, in no resample and whatever the order of its rows."""
-    one = pss[pss["model"] == "llama-3"]
-    copy = one.assign(model="copy").sample(frac=1, random_state=1)
-    both = resample_models(pd.concat([one, copy]), resamples=50)
-    for measure in ("accuracy", "peak_pss", "peak_did"):
-        assert contrast(both, "copy", "llama-3", measure) == {"value": 0, "low": 0, "high": 0}
-    assert contrast(draws, "llama-4", "llama-1", "accuracy")["low"] > 0
-    same = contrast(draws, "llama-4", "gemma-4", "accuracy")
-    assert same["low"] < 0 < same["high"]
-
-
-def test_correlations_are_scipys(draws):
-    found = correlations(draws, y="peak_pss").set_index("statistic")
-    x, y = draws.of("accuracy"), draws.of("peak_pss")
-    for name, function in (("Pearson", stats.pearsonr), ("Spearman", stats.spearmanr)):
-        every = [function(x[row], y[row]).statistic for row in range(len(x))]
-        assert found.loc[name, "r"] == pytest.approx(every[0])
-        low, high = np.percentile(every[1:], [2.5, 97.5])
-        assert (found.loc[name, "low"], found.loc[name, "high"]) == pytest.approx((low, high))
-        assert found.loc[name, "n"] == 8
-    tokens = [10, 100, 1000, 10000] * 2  # what is no measure of the study
-    rho = correlations(draws, x=tokens).set_index("statistic").loc["Spearman", "r"]
-    assert rho == pytest.approx(stats.spearmanr(tokens, y[0]).statistic)
-
-
-def test_a_partial_correlation_is_that_of_residuals(draws):
-    found = correlations(draws, y="peak_pss", given="peak_null").set_index("statistic")
-    x, y, z = (draws.of(name)[0] for name in ("accuracy", "peak_pss", "peak_null"))
-
-    def without(values):
-        return values - np.polyval(np.polyfit(z, values, 1), z)
-
-    expected = stats.pearsonr(without(x), without(y)).statistic
-    assert found.loc["Pearson", "r"] == pytest.approx(expected)
-    assert abs(found.loc["Pearson", "r"] - correlations(draws).iloc[0]["r"]) > 1e-3
-
-
-def test_the_interval_over_families_is_wide_when_one_family_makes_the_trend():
-    """Three families without a trend and one that has it all."""
-    values, flat = [0.1, 0.2, 0.3, 0.4], [0.2, 0.1, 0.2, 0.1]
-    names = [f"{family}{n}" for family in "abcd" for n in range(4)]
-    draws = constant(names, accuracy=values * 4, peak_pss=values + flat * 3)
-    row = correlations(draws, families={name: name[0] for name in names}).iloc[0]
-    without = correlations(draws, models=[name for name in names if name[0] != "a"]).iloc[0]
-    alone = correlations(draws, models=[name for name in names if name[0] == "a"]).iloc[0]
-    assert (without["r"], alone["r"]) == (pytest.approx(-0.447, abs=0.01), pytest.approx(1))
-    # (3/4)^4 of the draws, 32 %, lack the family; 0.4 % hold nothing else.
-    assert row["family_low"] == pytest.approx(without["r"])
-    assert without["r"] < row["r"] < row["family_high"] < 1
-
-
-def test_a_coefficient_of_nothing_is_not_a_number():
-    rising, other = np.arange(5.0), np.array([0.0, 3.0, 1.0, 2.0, 5.0])
-    draws = constant("abcde", x=rising, y=other, same=2 * rising, flat=np.ones(5))
-    for options in ({"y": "flat"}, {"y": "y", "given": "same"}, {"y": "same", "given": "y"}):
-        for r in correlations(draws, x="x", **options)["r"]:
-            assert np.isnan(r) or abs(r) <= 1 + 1e-9
-    assert correlations(draws, x="x", y="flat")["r"].isna().all()
-
-
-def test_half_way_is_where_a_curve_passes_its_middle():
-    steps = [10, 100, 1000, 10000]
-    curves = {
-        (0.0, 0.0, 1.0, 1.0): 10**2.5,  # half between 100 and 1000, in logarithms
-        (0.0, 1.0, 1.0, 1.0): 10**1.5,
-        (0.0, 0.2, 0.1, 0.8): 10 ** (3 + 0.2 / 0.6),  # a dip on the way
-        (0.5, 0.4, 0.3, 0.2): np.inf,  # never rises
-        (0.0, 0.0, np.nan, 1.0): np.nan,
+def known(names, **each):
+    """Measures without any noise."""
+    linear = {
+        name: Estimates(np.array(values, float), np.zeros((9, len(names))), 9)
+        for name, values in each.items()
     }
-    draws = Draws(tuple("abcd"), {"accuracy": np.array(list(curves))})
-    found = half_way(draws, "abcd", steps, "accuracy")
-    assert found == pytest.approx(list(curves.values()), nan_ok=True)
+    return Measures(tuple(names), linear, {}, (100,) * len(names))
 
 
-def bounds_by_hand(values):
-    """Each resample without a value put where it does most harm; of finite values, numpy's."""
-    low = np.percentile(np.where(np.isnan(values), -1e300, values), 2.5)
-    high = np.percentile(np.where(np.isnan(values), 1e300, values), 97.5)
-    return (low if low > -1e290 else np.nan), (high if high < 1e290 else np.nan)
+def test_measures_are_those_of_summarize_and_peak_pss(details, measures):
+    table = model_table(measures).set_index("model")
+    summary = summarize(details).set_index(["model", "mask", "ratio"]).sort_index()
+    peaks = peak_pss(details).set_index(["model", "mask"])
+    assert set(table.index) == set(measures.models)
+    for model in measures.models:
+        row, bare = table.loc[model], summary.loc[(model, "none", 0.0)]
+        cells = {
+            mask: summary.loc[(model, mask)].select_dtypes("number").mean()
+            for mask in ("concept", "random")
+        }
+        expected = {
+            "accuracy": bare["concept_accuracy"],
+            "ceiling": 1 - 0.25 / bare["general_accuracy"],
+            "did": cells["concept"]["did"],
+            "null_did": cells["random"]["did"],
+            "excess_did": cells["concept"]["did"] - cells["random"]["did"],
+            "per_concept": cells["concept"]["pss_per_concept"],
+        }
+        for prefix, mask in (("", "concept"), ("null_", "random")):
+            found = peaks.loc[(model, mask)]
+            for name, peak in (("pss", "pooled"), ("did", "did"), ("per_concept", "per_concept")):
+                for end in ("", "_low", "_high"):
+                    expected[f"{prefix}peak_{name}{end}"] = found[f"peak_{peak}{end}"]
+        expected["accuracy_low"] = bare["concept_accuracy_low"]
+        expected["did_high"] = peaks.loc[(model, "concept"), "did_high"]
+        assert row[list(expected)].to_dict() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("missing", [0, 1, 5, 20, 30, 500, 1000])
-def test_a_resample_without_a_value_is_not_left_out(missing):
-    values = np.random.default_rng(missing).normal(size=1000)
-    values[:missing] = np.nan
-    low, high = percentiles(values)
-    assert (low, high) == pytest.approx(bounds_by_hand(values), nan_ok=True)
-    assert np.isnan(low) == np.isnan(high) == (missing > 25)
-    known = values[missing:]
-    if 0 < missing < 26:  # they may make it wider, never narrower
-        assert low <= np.percentile(known, 2.5)
-        assert high >= np.percentile(known, 97.5)
+def test_models_are_compared_on_the_same_concepts(details, measures):
+    """A model and its copy differ by nothing, whatever the order of its rows."""
+    one = details[details["model"] == "llama-3"]
+    copy = one.sample(frac=1, random_state=0).assign(model="copy")
+    both = measure_models(pd.concat([one, copy]))
+    for measure in ("accuracy", "did", "per_concept"):
+        pair = both.of(measure, ["copy", "llama-3"])
+        assert np.allclose((pair[0] - pair[1]).moves, 0)
+        assert contrast(both, "copy", "llama-3", measure)["value"] == pytest.approx(0)
+    assert contrast(measures, "llama-4", "llama-1", "accuracy")["low"] > 0
+    same = contrast(measures, "llama-3", "gemma-3", "accuracy")
+    assert same["low"] < 0 < same["high"]
+    of_two = contrast(measures, ["llama-4", "gemma-4"], ["llama-1", "gemma-1"], "accuracy")
+    each = [contrast(measures, f"{f}-4", f"{f}-1", "accuracy")["value"] for f in ("llama", "gemma")]
+    assert of_two["value"] == pytest.approx(np.mean(each))
+    peak = contrast(measures, "llama-4", "llama-1", "peak_pss")
+    assert peak["low"] <= peak["value"] <= peak["high"]
 
 
-def test_an_infinite_resample_is_a_value():
-    later = np.where(np.arange(1000) < 500, np.inf, np.arange(1000.0))
-    assert percentiles(later) == (pytest.approx(np.percentile(np.arange(500, 1500), 2.5)), np.inf)
-    assert percentiles(np.full(100, np.inf)) == (np.inf, np.inf)
-    assert percentiles(np.array([np.inf] * 5 + [1.0] * 995)) == (1, 1)
-    low, high = percentiles(np.stack([later, np.ones(1000), np.full(1000, np.nan)], axis=1))
-    assert low[1] == high[1] == 1
-    assert high[0] == np.inf
-    assert np.isnan([low[2], high[2]]).all()
+def test_measures_of_some_concepts_can_be_subtracted_from_those_of_others(details):
+    """Together they are those of all: each half of the concepts has half of the questions."""
+    names = sorted(set(details["mask_concept"]))
+    halves = [measure_models(details, names[side::2]).of("accuracy") for side in (0, 1)]
+    whole = measure_models(details).of("accuracy")
+    assert np.allclose(((halves[0] + halves[1]) / 2).values, whole.values)
+    assert (halves[0] - halves[1]).count == len(names) // 2
+
+
+def test_without_noise_a_trend_is_scipys():
+    draw = np.random.default_rng(0)
+    x, z = draw.random((2, 12))
+    y = 0.3 * x - 0.2 * z + 0.1 * draw.random(12)
+    names = [f"m{place}" for place in range(12)]
+    measures = known(names, accuracy=x, did=y, ceiling=z)
+    found = trend(measures)
+    fit = stats.linregress(x, y)
+    assert (found["slope"], found["pearson"]) == pytest.approx((fit.slope, fit.rvalue))
+    assert found["spearman"] == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert np.isnan(found["slope_low"])  # an interval of no noise says nothing
+    by_number = trend(measures, x=list(x), models=names[::-1])
+    assert by_number["slope"] == pytest.approx(stats.linregress(x, y[::-1]).slope)
+    design = np.stack([x, z, np.ones(12)], axis=1)
+    partial = np.linalg.lstsq(design, y, rcond=None)[0][0]
+    assert trend(measures, given="ceiling")["slope"] == pytest.approx(partial)
+    home = {name: "ab"[place % 2] for place, name in enumerate(names)}
+    centred = [v - np.array([v[p % 2 :: 2].mean() for p in range(12)]) for v in (x, y)]
+    within = stats.linregress(*centred).slope
+    assert trend(measures, within=home)["slope"] == pytest.approx(within)
+
+
+def test_moments_over_models_are_products_of_different_concepts(measures):
+    """Against a loop over all pairs of concepts, and the jackknife against one anew."""
+    x, y = (measures.of(name) for name in ("accuracy", "ceiling"))
+    size = len(x.moves)
+    said = [one.values + size * one.moves for one in (x, y)]
+    said = [one - one.mean(axis=1, keepdims=True) for one in said]
+
+    def slope_and_r(concepts):
+        pairs = list(itertools.permutations(concepts, 2))
+        xx, yy, xy = (
+            np.mean([a[i] @ b[j] for i, j in pairs])
+            for a, b in ((said[0], said[0]), (said[1], said[1]), (said[0], said[1]))
+        )
+        return xy / xx, xy / np.sqrt(xx * yy)
+
+    found = trend(measures, y="ceiling")
+    whole = slope_and_r(range(size))
+    assert (found["slope"], found["r"]) == pytest.approx((whole[0], min(whole[1], 1)))
+    left = [slope_and_r([i for i in range(size) if i != gone])[0] for gone in range(size)]
+    reach = stats.t.isf(0.025, size - 1) * np.sqrt((size - 1) * np.var(left))
+    assert found["slope_high"] - found["slope"] == pytest.approx(reach)
+
+
+def test_r_is_missing_where_models_differ_by_no_more_than_noise(measures):
+    null = trend(measures, y="null_did")
+    assert np.isnan([null["r"], null["r_low"], null["r_high"]]).all()
+    assert null["slope_low"] < 0 < null["slope_high"]
+    peak = trend(measures, y="peak_pss")
+    assert np.isnan([peak["slope"], peak["r"]]).all()
+    assert peak["pearson"] > 0
+    flat = known("abc", accuracy=[0.5, 0.5, 0.5], did=[0, 1, 2])
+    assert np.isnan([*trend(flat).values()][1:]).all()
+
+
+def test_a_rise_that_comes_later_has_a_longer_delay():
+    """A step at 4 and one at 16, in steps that double: their mean steps differ by two doublings."""
+    steps = [1, 2, 4, 8, 16, 32]
+    moves = np.random.default_rng(0).normal(0, 1e-4, (20, 6))
+    moves -= moves.mean(axis=0)
+    names = [f"@{step}" for step in steps]
+
+    def of(*values):
+        return Estimates(np.array(values, float), moves, 20)
+
+    linear = {"accuracy": of(0, 0, 1, 1, 1, 1), "did": of(0, 0, 0, 0, 2, 2), "flat": of(*[0.5] * 6)}
+    measures = Measures(tuple(names), linear, {}, (1,) * 6)
+    early, late = (delay(measures, names, steps, name) for name in ("accuracy", "did"))
+    assert (late - early).values == pytest.approx(np.log(4), abs=1e-3)
+    one = (late - early).interval()
+    assert one["low"] < one["value"] < one["high"]
+    assert np.isnan(delay(measures, names, steps, "flat").values)
+    # Straight between 2 and 4, and between 8 and 16.
+    assert half_way([0, 0, 1, 1, 1, 1], steps) == pytest.approx(2 * np.sqrt(2))
+    assert half_way([0, 0, 0, 0, 2, 1], steps) == pytest.approx(8 * np.sqrt(2))
+    assert np.isnan(half_way([1, 1, 0.5], [1, 2, 4]))
 
 
 def ends_of(*rows):
@@ -224,37 +244,43 @@ def test_generations_are_compared_between_models_of_like_size():
     assert mixed["newest"].isna().tolist() == [True, True]
 
 
-def test_balanced_tiers_hold_as_many_concepts_of_each_in_every_domain(pss):
+def test_balanced_tiers_hold_as_many_concepts_of_each_in_every_domain():
+    pss = pd.DataFrame(
+        {
+            "concept": f"c{n}",
+            "domain": ("city", "country")[n % 2],
+            "tier": ("high", "medium", "low")[n % 3],
+        }
+        for n in range(40)
+    )
     lopsided = pss[~((pss["domain"] == "city") & (pss["tier"] == "low"))]
-    concepts = balance_tiers(pss).drop_duplicates("concept")
-    counts = concepts.groupby(["domain", "tier"]).size().unstack()
-    assert (counts.nunique(axis=1) == 1).all()
-    assert len(concepts) > 30
-    kept = balance_tiers(lopsided)
-    assert set(kept["domain"]) == {"country"}
-    assert set(kept["model"]) == set(pss["model"])
+    about = pss.set_index("concept")
+    kept = balanced_tiers(pd.concat([pss, pss]))
+    counts = {
+        tier: about.loc[names, "domain"].value_counts().to_dict() for tier, names in kept.items()
+    }
+    assert counts["high"] == counts["medium"] == counts["low"]
+    assert sum(counts["low"].values()) > 10
+    assert all((about.loc[names, "tier"] == tier).all() for tier, names in kept.items())
+    kept = balanced_tiers(lopsided).values()
+    assert set(about.loc[list(itertools.chain(*kept)), "domain"]) == {"country"}
     with pytest.raises(InputError, match="no domain has one of each tier"):
-        balance_tiers(pss[pss["tier"] != "high"])
+        balanced_tiers(pss[pss["tier"] != "high"])
 
 
-def test_what_cannot_be_compared_is_refused(pss, draws):
-    both = pd.concat([pss, pss.assign(protocol="holdout")])
-    hole = (pss["model"] == "gemma-1") & (pss["concept"] == "concept 3")
+def test_what_cannot_be_compared_is_refused(details, measures):
+    both = pd.concat([details, details.assign(protocol="holdout")])
+    hole = (details["model"] == "gemma-1") & (details["mask_concept"] == "concept 3")
     for compare, message in (
-        (lambda: resample_models(both, resamples=2), "protocols .*give the rows of one"),
-        (lambda: resample_models(pss[~hole], resamples=2), "'gemma-1': measured on other concepts"),
-        (lambda: correlations(draws, models=["llama-1", "llama-2"]), "2 models: "),
+        (lambda: measure_models(both), "protocols .*give the rows of one"),
+        (lambda: measure_models(details[~hole]), "'gemma-1': measured on other concepts"),
+        (lambda: trend(measures, models=["llama-1", "llama-2"]), "2 models: "),
     ):
         with pytest.raises(InputError, match=message):
             compare()
 
 
-def test_a_study_without_random_masks_has_no_null(pss):
-    bare = resample_models(pss[pss["mask"] != "random"], resamples=5)
-    assert not {"peak_null", "peak_excess"} & bare.values.keys()
+def test_a_study_without_random_masks_has_no_null(details):
+    bare = measure_models(details[details["mask"] != "random"])
+    assert not [name for name in (*bare.linear, *bare.peaks) if "null" in name or "excess" in name]
     assert "peak_did" in model_table(bare)
-
-
-def test_a_value_is_told_with_its_interval_and_never_broken():
-    row = {"value": 0.1, "did": 3.0, "did_low": -2.0, "did_high": 1234.5}
-    assert with_interval(row, "did", "+,.1f") == "+3.0\u00a0[-2.0,\u00a0+1,234.5]"

@@ -20,7 +20,7 @@ from paramspec.method.masks import record_concepts
 from paramspec.method.pss import Choices
 from paramspec.method.scoring import encode, mark
 from paramspec.models.load import load_model
-from paramspec.stats.methods import MEASURES, measure_methods, over_seeds, resample_runs
+from paramspec.stats.methods import MEASURES, measure_methods, run_means
 from paramspec.studies import causal, evaluation, runner
 from paramspec.studies.causal import Run, causal_runs, measure_runs, trained_concepts
 from paramspec.studies.evaluation import Evaluation
@@ -153,8 +153,8 @@ def test_all_runs_are_asked_the_same_and_others_are_others(study):
     assert len({asked[name] for name in NAMES}) == 1
     others = study.answers[~study.answers["trained"]]
     assert not others["concept"].isin(TAUGHT).any()
-    assert set(study.pss["concept"]) == set(TAUGHT)
-    assert set(study.pss["model"]) == set(NAMES)
+    assert set(study.details["mask_concept"]) == set(TAUGHT)
+    assert set(study.details["model"]) == set(NAMES)
     table = study.runs.set_index("run")
     assert table.loc["FT-PV/0", "parameters"] == table.loc["FT-RV/0", "parameters"]
     together = table.loc["FT-PV/0", "vectors"] + table.loc["FT-CV/0", "vectors"]
@@ -201,11 +201,11 @@ def test_a_rerun_trains_and_asks_nothing(model, store, study, monkeypatch):
     monkeypatch.setattr(runner, "load_model", None)
     renamed = [dataclasses.replace(run, name=f"again {run.name}") for run in RUNS]
     again = measure_runs(model, QUESTIONS, renamed, store=store)
-    for table in ("answers", "generated", "texts", "pss", "losses", "samples"):
+    for table in ("answers", "generated", "texts", "details", "losses", "samples"):
         both = (getattr(each, table) for each in (study, again))
         both = (each.drop(columns=["run", "model"], errors="ignore") for each in both)
         pd.testing.assert_frame_equal(*both)
-    assert set(again.pss["model"]) == set(again.pss["run"])
+    assert set(again.details["model"]) == set(again.details["run"])
     assert all(torch.equal(study.vectors[r.name], again.vectors[f"again {r.name}"]) for r in RUNS)
 
 
@@ -298,57 +298,57 @@ def test_differences_are_paired_and_need_the_same_concepts():
     """Two runs that differ by the same in every concept have a difference without spread."""
     table = answer_table(["a"])
     both = pd.concat([table, table.assign(run="b", right=table["right"] + 0.1)])
-    values = resample_runs(both, "right").of("right")
-    np.testing.assert_allclose(values[:, 1] - values[:, 0], 0.1)
-    assert np.ptp(values[:, 0]) > 0.1
+    found = run_means(both, "right")
+    apart = found["b"] - found["a"]
+    assert apart.values == pytest.approx(0.1)
+    assert np.allclose(apart.moves, 0)
+    assert abs(found["a"].moves).max() > 0.001
     with pytest.raises(InputError, match="run 'b': lacks a concept"):
-        resample_runs(both[(both["run"] == "a") | (both["concept"] != "c3")], "right")
+        run_means(both[(both["run"] == "a") | (both["concept"] != "c3")], "right")
 
 
 def test_a_weighted_mean_is_a_ratio_of_sums():
     nats, tokens = np.array([10.0, 2.0, 6.0]), np.array([5, 4, 1])
     table = pd.DataFrame({"run": "a", "text": [0, 1, 2], "nats": nats, "tokens": tokens})
-    found = resample_runs(table, "nats", weight="tokens", unit="text").of("nats")[:, 0]
-    assert found[0] == pytest.approx(18 / 10)
-    drawn = np.stack(np.meshgrid(*[range(3)] * 3), axis=-1).reshape(-1, 3)
-    possible = nats[drawn].sum(1) / tokens[drawn].sum(1)
-    assert set(found.round(9)) <= set(possible.round(9))
+    found = run_means(table, "nats", weight="tokens", unit="text")["a"]
+    assert found.values == pytest.approx(18 / 10)
+    assert found.moves == pytest.approx((nats - 1.8 * tokens) / 10)
 
 
-def test_seeds_are_resampled_alike_for_every_method():
-    of = {method: [f"{method}/{seed}" for seed in range(3)] for method in "ab"}
-    draws = resample_runs(answer_table(of["a"] + of["b"]), "right", resamples=500)
-    values = {method: over_seeds(draws, names, "right") for method, names in of.items()}
-    for method, names in of.items():
-        plain = draws.of("right", names)[0].mean()
-        assert values[method][0] == pytest.approx(plain)
-    # Were b the same as a in every seed, the difference would vanish in every resample.
-    assert np.array_equal(over_seeds(draws, of["a"], "right"), values["a"])
-    # Seeds that differ widen the interval beyond that of concepts alone.
-    table = answer_table(["a/0"])
-    wide = pd.concat([table.assign(run=f"a/{s}", right=table["right"] + s) for s in range(3)])
-    assert np.std(over_seeds(resample_runs(wide, "right"), of["a"], "right")[1:]) > 0.3
+def interval_of(rows, measure, method):
+    (row,) = rows[(rows["measure"] == measure) & (rows["method"] == method)].to_dict("records")
+    assert not row["low"] > row["value"]
+    assert not row["high"] < row["value"]
+    return row["value"]
 
 
 def test_measures_are_those_of_the_tables(study):
-    measures = measure_methods(study, NAMES, resamples=50)
-    assert list(measures) == list(MEASURES)
+    measures = measure_methods(study, NAMES)
+    assert list(dict.fromkeys(measures["measure"])) == list(MEASURES)
     answers = study.answers[study.answers["run"].isin(["FT-RV/0", "FT-RV/1"])]
     for measure, part in {
         "multiple choice": answers[answers["trained"]],
         "other concepts": answers[~answers["trained"]],
     }.items():
-        assert measures[measure]["FT-RV"][0] == pytest.approx(part["correct_norm"].mean())
-        assert set(measures[measure]) == {"original", *METHODS}
-    generated, texts, rows = (
-        table[table["run"] == "original"] for table in (study.generated, study.texts, study.pss)
+        found = interval_of(measures, measure, "FT-RV")
+        assert found == pytest.approx(part["correct_norm"].mean())
+        methods = measures.loc[measures["measure"] == measure, "method"]
+        assert set(methods) == {"original", *METHODS}
+    generated, texts, details = (
+        table[table["run"] == "original"] for table in (study.generated, study.texts, study.details)
     )
     prose = texts[texts["kind"] == "prose"]
     expected = {"open-ended": generated["correct"].mean()}
     expected["prose"] = prose["nats"].sum() / prose["tokens"].sum()
-    means = rows.groupby(["mask", "ratio"])[["general_accuracy", "concept_accuracy"]].mean()
-    gaps = means["general_accuracy"] - means["concept_accuracy"]
-    before = means.loc[("none", 0), "general_accuracy"]
+    means = details.groupby(["mask", "ratio", "role"])["correct_norm"].mean().unstack("role")
+    gaps = means["general"] - means["concept"]
+    before = means.loc[("none", 0), "general"]
     expected["PSS pooled"] = gaps["concept"].abs().max() / before
+    expected["diff. in diff."] = (gaps["concept"].mean() - gaps["none"].mean()) / before
     for measure, value in expected.items():
-        assert measures[measure]["original"][0] == pytest.approx(value)
+        assert interval_of(measures, measure, "original") == pytest.approx(value)
+    gains = measure_methods(study, NAMES, minuend="FT-PV")
+    assert not gains["measure"].isin(["PSS pooled", "PSS per concept"]).any()
+    for measure in ("multiple choice", "diff. in diff.", "prose"):
+        pv, rv = (interval_of(measures, measure, method) for method in ("FT-PV", "FT-RV"))
+        assert interval_of(gains, measure, "FT-RV") == pytest.approx(pv - rv)

@@ -215,6 +215,7 @@ def measure_concepts(
             "model": name,
             "protocol": choices.protocol,
             "question_id": question.id,
+            "concept": question.concept,
             "role": role,
             "mask_concept": concept,
             "ratio": mask.ratio,

@@ -1,116 +1,124 @@
-"""Effects of ways of training on a model: means over runs and seeds, in resamples.
+"""Effects of ways of training on a model: means over seeds, and paired differences.
 
-measures = measure_methods(study, names)
-interval(measures["open-ended"]["FT-PV"] - measures["open-ended"]["FT-RV"])    # paired
+measure_methods(study, names)                       # a row per measure and method
+measure_methods(study, names, minuend="FT-PV")      # FT-PV minus each other one
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from paramspec.errors import InputError
-from paramspec.stats.bootstrap import Draws, resample
-from paramspec.stats.trends import resample_models
+from paramspec.stats.estimates import Estimates, Interval, mean_of, means, over_seeds, stack
+from paramspec.stats.trends import Measures, measure_models
 
-# The table, the column and the rows of each measure. Peaks are over the ratios.
+# The table, the column and the rows of each measure.
 MEASURES: dict[str, tuple[str, str, dict[str, object]]] = {
     "multiple choice": ("answers", "correct_norm", {"trained": True}),
     "open-ended": ("generated", "correct", {}),  # exact match with an alias
-    "PSS pooled": ("pss", "peak_pss", {}),
-    "PSS, random masks": ("pss", "peak_null", {}),
-    "PSS per concept": ("pss", "peak_per_concept", {}),
-    "diff. in diff.": ("pss", "peak_did", {}),
+    "diff. in diff.": ("details", "did", {}),  # the mean over the ratios
+    "the same, random masks": ("details", "null_did", {}),
+    "PSS pooled": ("details", "peak_pss", {}),  # a peak over the ratios, as are those below
+    "PSS, random masks": ("details", "null_peak_pss", {}),
+    "PSS per concept": ("details", "peak_per_concept", {}),
     "other concepts": ("answers", "correct_norm", {"trained": False}),
     "statements": ("texts", "nats", {"kind": "statements"}),  # nats per token; other concepts
     "prose": ("texts", "nats", {"kind": "prose"}),
 }
 
 
-def resample_runs(
-    table: pd.DataFrame,
-    value: str,
-    *,
-    weight: str | None = None,
-    unit: str = "concept",
-    resamples: int = 1000,
-    seed: int = 0,
-) -> Draws:
-    """`draws = resample_runs(study.answers, "correct_norm")`: each run's mean, in resamples.
+def run_means(
+    table: pd.DataFrame, value: str, *, weight: str | None = None, unit: str = "concept"
+) -> dict[str, Estimates]:
+    """`run_means(study.answers, "correct_norm")["FT-PV/0"]`: each run's mean, paired by concept.
 
-    A resample draws units once for all runs, so that differences between runs are paired. The mean
-    is over rows; with `weight`, the sum of `value` over the sum of `weight`.
+    With `weight`, the sum of `value` over the sum of `weight`. `unit` is what was sampled.
+
+    Raises:
+        InputError: if a run lacks a unit that another run has.
     """
-    weights = table[weight] if weight else 1.0
-    each = table.assign(weights=weights).groupby(["run", unit], sort=False)[[value, "weights"]]
-    wide = each.sum().unstack("run")
-    if wide.isna().any(axis=None):
-        run = wide.columns[wide.isna().any()][0][1]
+    asked = table.groupby(["run", unit]).size().unstack()
+    if asked.isna().any(axis=None):
+        run = asked.index[asked.isna().any(axis=1)][0]
         raise InputError(f"run {run!r}: lacks a {unit} that another run has; ask all the same")
-    names = tuple(dict.fromkeys(table["run"]))
-    top, bottom = (wide[part][list(names)].to_numpy(dtype=float) for part in (value, "weights"))
-    samples = resample(len(top), resamples, seed)
-    return Draws(names, {value: top[samples].sum(1) / bottom[samples].sum(1)})
-
-
-def over_seeds(draws: Draws, runs: Sequence[str], measure: str, *, seed: int = 0) -> np.ndarray:
-    """`over_seeds(draws, ["FT-PV/0", "FT-PV/1"], "correct_norm")`: the mean, `[1 + resamples]`.
-
-    Each resample of units draws seeds anew as well, the same ones for any list of as many runs, so
-    that differences stay paired. With one seed, the interval leaves out the variance of seeds.
-    """
-    values = draws.of(measure, runs)
-    chosen = resample(len(runs), len(values), seed)[1:]
-    chosen[0] = np.arange(len(runs))
-    return np.take_along_axis(values, chosen, axis=1).mean(axis=1)
+    index, found = means(table, value, ["run"], unit=unit, weight=weight)
+    return {run: found[place] for place, (run,) in enumerate(index)}
 
 
 def measure_methods(
-    study: Any, names: Sequence[str], *, resamples: int = 1000, seed: int = 0
-) -> dict[str, dict[str, np.ndarray]]:
-    """`measures = measure_methods(study, names)`: by measure and method, in resamples.
+    study: Any, names: Sequence[str], *, minuend: str | None = None
+) -> pd.DataFrame:
+    """`measure_methods(study, names)`: a row per measure and method, with its interval.
 
     >>> training = Training(method="FT-PV", concepts=("alpha",), epochs=1)
     >>> runs = causal_runs(training, Evaluation(others=5), seeds=1)
     >>> study = measure_runs("my-checkpoint/", questions, runs, store=Store("results/store"))
-    >>> measures = measure_methods(study, [run.name for run in runs])
-    >>> gain = measures["multiple choice"]["FT-PV"] - measures["multiple choice"]["original"]
-    >>> sorted(interval(gain))
-    ['high', 'low', 'value']
-
-    Differences are paired: all have the same resampled concepts (or texts), and the same
-    resampled seeds.
+    >>> gains = measure_methods(study, [run.name for run in runs], minuend="FT-PV")
+    >>> list(gains.columns)
+    ['measure', 'method', 'value', 'low', 'high']
 
     Args:
         study: a `CausalStudy`, from `measure_runs`.
         names: of the runs: the original, and each method at the same seeds.
+        minuend: a method: each other one is subtracted from it, on the same concepts (or texts) and
+            at the same seeds. Peaks have no differences.
 
     Returns:
-        For each measure of `MEASURES` that the study has, and each method, `[1 + resamples]`.
+        The measures of `MEASURES` that the study has: means over seeds. Intervals are over concepts
+        (or texts) and seeds, see `estimates.over_seeds`; of a peak, over concepts.
     """
-    method_of = study.runs.set_index("run")["method"]
-    given: dict[str, Any] = {"resamples": resamples, "seed": seed}
-    peaks: Draws | None = None
-    found = {}
-    for title, (source, value, wanted) in MEASURES.items():
+    runs_of: dict[str, list[str]] = {}
+    for run, method in study.runs.set_index("run")["method"].items():
+        if run in set(names):
+            runs_of.setdefault(method, []).append(run)
+    rows = []
+    for measure, found in _measures(study, names).items():
+        for method, interval in _by_method(found, runs_of, minuend).items():
+            rows.append({"measure": measure, "method": method, **interval})
+    return pd.DataFrame(rows, columns=["measure", "method", "value", "low", "high"])
+
+
+Found = Mapping[str, Estimates] | Mapping[str, Interval]  # by run
+
+
+def _measures(study: Any, names: Sequence[str]) -> dict[str, Found]:
+    """Each of `MEASURES` that the study has, by run."""
+    specialized: Measures | None = None
+    found: dict[str, Found] = {}
+    for measure, (source, value, wanted) in MEASURES.items():
         table = getattr(study, source)
         for column, one in wanted.items() if len(table) else ():  # one not taken has no columns
             table = table[table[column] == one]
         table = table[table["run"].isin(names)] if len(table) else table
         if not len(table):
             continue
-        if source == "pss":
-            draws = peaks = peaks or resample_models(table, **given)
-        else:
-            by_token = {"weight": "tokens", "unit": "text"} if source == "texts" else {}
-            draws = resample_runs(table, value, **given | by_token)
-        seeds: dict[str, list[str]] = {}
-        for run in draws.models:
-            seeds.setdefault(method_of[run], []).append(run)
-        found[title] = {
-            method: over_seeds(draws, runs, value, seed=seed) for method, runs in seeds.items()
-        }
+        if source != "details":
+            by_token: dict[str, Any] = {"weight": "tokens", "unit": "text"}
+            found[measure] = run_means(table, value, **(by_token if source == "texts" else {}))
+            continue
+        specialized = specialized or measure_models(table.assign(model=table["run"]))
+        if value in specialized.linear:
+            found[measure] = {run: specialized.of(value, [run])[0] for run in specialized.models}
+        elif value in specialized.peaks:
+            found[measure] = dict(zip(specialized.models, specialized.peaks[value], strict=True))
     return found
+
+
+def _by_method(
+    found: Found, runs_of: Mapping[str, Sequence[str]], minuend: str | None
+) -> dict[str, Interval]:
+    """The mean over seeds of each method, or of what `minuend` is above it at each seed."""
+    seeds: dict[str, list[Any]] = {
+        method: [found[run] for run in runs] for method, runs in runs_of.items()
+    }
+    if not isinstance(next(iter(found.values())), Estimates):
+        return {} if minuend else {method: mean_of(each) for method, each in seeds.items()}
+    each = {method: stack(runs) for method, runs in seeds.items()}
+    if minuend is None:
+        return {method: over_seeds(one) for method, one in each.items()}
+    return {
+        method: over_seeds(each[minuend] - one) for method, one in each.items() if method != minuend
+    }

@@ -1,222 +1,349 @@
-"""PSS over many models: tables of peaks, correlations, contrasts.
+"""PSS over many models: their measures, trends over them, contrasts.
 
-    draws = resample_models(study.pss)                     # all models, the same resampled concepts
-    model_table(draws)                                     # a row per model, with intervals
-    correlations(draws, x="accuracy", y="peak_pss")        # Pearson, Spearman, their intervals
-    contrast(draws, "zoo-llama-5", "zoo-llama-1", "peak_pss")
+    measures = measure_models(study.details)                # all on the same concepts
+    model_table(measures)                                   # a row per model, with intervals
+    trend(measures, x="accuracy", y="did")                  # slope and correlation
+    contrast(measures, "zoo-llama-5", "zoo-llama-1")
 
 All models are asked the same questions, so their values move together when a concept is left out:
-a resample draws concepts once, for all of them. Models of one family are not independent points
-either: an interval over families resamples these instead (paper, sections 4.1 to 4.4).
+differences and trends are paired by concept (paper, sections 4.1 to 4.4).
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from paramspec.errors import InputError
 from paramspec.seeds import by_hash
-from paramspec.stats.bootstrap import Draws, interval, percentiles, resample
-from paramspec.stats.summary import ConceptCounts
+from paramspec.stats.estimates import (
+    Estimates,
+    Interval,
+    difference,
+    mean_of,
+    quantile,
+    share,
+    stack,
+)
+from paramspec.stats.summary import BARE, Cells, told
 from paramspec.tables import TIERS
 
 CHANCE = 0.25
 LIKE_SIZED = 1.25  # the largest ratio of parameter counts of two models of like size
 
 
-def resample_models(pss: pd.DataFrame, *, resamples: int = 1000, seed: int = 0) -> Draws:
-    """`draws = resample_models(study.pss)`: each model's measures in resamples of the concepts.
+@dataclass(frozen=True)
+class Measures:
+    """Measures of models on the same concepts, from `measure_models`.
 
-    >>> draws = resample_models(study.pss, resamples=200)
-    >>> draws.of("accuracy").shape == (1 + 200, len(draws.models))
+    Attributes:
+        models: their names.
+        linear: `[models]` of each measure that is a smooth function of accuracies.
+        peaks: of each measure that is a maximum, an interval for each model.
+        asked: the number of own questions without a mask, of each model.
+    """
+
+    models: tuple[str, ...]
+    linear: Mapping[str, Estimates]
+    peaks: Mapping[str, tuple[Interval, ...]]
+    asked: tuple[int, ...]
+
+    def of(self, measure: str, models: Sequence[str] | None = None) -> Estimates:
+        """`measures.of("did", ["zoo-llama-1"])`: `[models]`, by default all."""
+        return self.linear[measure][self._places(models)]
+
+    def values(self, measure: str, models: Sequence[str] | None = None) -> np.ndarray:
+        """The values of any measure, peaks among them."""
+        if measure in self.linear:
+            return self.of(measure, models).values
+        return np.array([self.peaks[measure][place]["value"] for place in self._places(models)])
+
+    def interval(self, measure: str, model: str) -> Interval:
+        """The value of a measure, with its bounds."""
+        (place,) = self._places([model])
+        if measure in self.peaks:
+            return self.peaks[measure][place]
+        one = self.linear[measure][place]
+        return share(one, self.asked[place]) if measure == "accuracy" else one.interval()
+
+    def _places(self, models: Sequence[str] | None) -> list[int]:
+        return [self.models.index(name) for name in (self.models if models is None else models)]
+
+
+def measure_models(details: pd.DataFrame, concepts: Sequence[str] | None = None) -> Measures:
+    """`measures = measure_models(study.details)`: what trends over models are made of.
+
+    >>> measures = measure_models(study.details)
+    >>> measures.of("accuracy").values.shape == (len(measures.models),)
     True
 
     Args:
-        pss: rows of one protocol; every model has the same concepts.
-        resamples: their number, apart from the measured values.
-        seed: of the resampled concepts.
+        details: answers of one protocol; every model has the same concepts.
+        concepts: those whose masks count; all if not given. Measures of two groups of concepts can
+            be subtracted.
 
     Returns:
-        Draws of `accuracy`, on the concepts' own questions without a mask; `peak_pss`, the peak
-        over the ratios of |G(k) - C(k)| / G(0), pooled over concepts; `peak_null`, the same under
-        random masks; `peak_excess`, peak_pss minus peak_null; `peak_did`, the peak of the
-        difference in differences; `peak_per_concept`, the peak of the mean over concepts; and
-        `ceiling`, the most that a loss of all knowledge could give, (G(0) - chance) / G(0).
+        Of each model, without a mask: `accuracy`, on the concepts' own questions, and `ceiling`,
+        the most that a loss of all knowledge could give, (G(0) - chance) / G(0). Then, as means
+        over the ratios, which noise does not lift: `did`, the difference in differences; `pooled`,
+        (G(k) - C(k)) / G(0) with its sign; and `per_concept`, the mean over concepts of
+        |G(k) - C(k)| / G(0), which noise does lift; under random masks the same with `null_` before
+        it; and with `excess_` the difference of the two. As maxima over the ratios: `peak_pss`, as
+        the paper takes it, `peak_per_concept` and `peak_did`, and `null_` with each.
 
     Raises:
         InputError: if models have different concepts, or protocols are mixed.
     """
-    if pss["protocol"].nunique() != 1:
-        raise InputError(f"protocols {sorted(set(pss['protocol']))}: give the rows of one")
-    each = {model: ConceptCounts.of(part) for model, part in pss.groupby("model", sort=False)}
-    first, *others = each
-    names = sorted(each[first].names)
-    for model in others:
-        if sorted(each[model].names) != names:
-            raise InputError(f"model {model!r}: measured on other concepts than {first!r}")
-    samples = resample(len(names), resamples, seed)
-    found = [_measures(counts, np.argsort(counts.names)[samples]) for counts in each.values()]
-    of_all = [measure for measure in found[0] if all(measure in one for one in found)]
-    stacked = {measure: np.stack([one[measure] for one in found], axis=1) for measure in of_all}
-    return Draws(tuple(each), stacked)
+    if details["protocol"].nunique() != 1:
+        raise InputError(f"protocols {sorted(set(details['protocol']))}: give the rows of one")
+    units = sorted(set(details["concept"]) | set(details["mask_concept"]))
+    if concepts is not None:
+        details = details[details["mask_concept"].isin(concepts)]
+    each: dict[str, Cells] = {}
+    names: list[str] = []
+    for model, part in details.groupby("model", sort=False):
+        if each and sorted(set(part["mask_concept"])) != names:
+            raise InputError(
+                f"model {model!r}: measured on other concepts than {next(iter(each))!r}"
+            )
+        names = sorted(set(part["mask_concept"]))
+        each[model] = Cells.of(part, units)
+    return measures_of(list(each.values()), tuple(each))
 
 
-def _measures(counts: ConceptCounts, samples: np.ndarray) -> dict[str, np.ndarray]:
-    """Each measure of one model, `[samples]`, over concept indices `[samples, concepts]`."""
-    base = counts.statistics(("none", 0.0), samples)
-    accuracy, general = base["concept_accuracy"][0], base["general_accuracy"][0]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        found = {"accuracy": accuracy, "ceiling": np.maximum(general - CHANCE, 0) / general}
-    own, null = counts.peaks("concept", samples), counts.peaks("random", samples)
-    named = [("peak_pss", own, "peak_pooled"), ("peak_did", own, "peak_did")]
-    named += [("peak_per_concept", own, "peak_per_concept"), ("peak_null", null, "peak_pooled")]
-    found |= {name: peaks[peak].mean(axis=0) for name, peaks, peak in named if peaks}
-    if own and null:
-        found["peak_excess"] = found["peak_pss"] - found["peak_null"]
-    return found
+def measures_of(each: Sequence[Cells], models: Sequence[str] | None = None) -> Measures:
+    """`measures_of([cells], ["smollm2-135m"])`: from the accuracies of each."""
+    linear, peaks = [_linear(cells) for cells in each], [_peaks(cells) for cells in each]
+    return Measures(
+        tuple(map(str, range(len(each))) if models is None else models),
+        {name: stack([one[name] for one in linear]) for name in _common(linear)},
+        {name: tuple(one[name] for one in peaks) for name in _common(peaks)},
+        tuple(cells.asked[BARE][0] for cells in each),
+    )
 
 
-def model_table(draws: Draws, about: pd.DataFrame | None = None) -> pd.DataFrame:
-    """`model_table(draws, about)`: a row per model, each measure with its 95 % interval.
+def _common(found: Sequence[Mapping[str, object]]) -> list[str]:
+    """The measures that all models have: one that lacks random masks has no null."""
+    return [name for name in found[0] if all(name in one for one in found)]
 
-    >>> table = model_table(resample_models(study.pss))
+
+def _linear(cells: Cells) -> dict[str, Estimates]:
+    own, general = cells.bare
+    found = {"accuracy": own, "ceiling": (general - CHANCE) / general}
+    measured, null = cells.over_ratios("concept"), cells.over_ratios("random")
+    found |= measured
+    found |= {f"null_{name}": one for name, one in null.items()}
+    return found | {f"excess_{name}": measured[name] - null[name] for name in measured if null}
+
+
+def _peaks(cells: Cells) -> dict[str, Interval]:
+    names = {"pooled": "peak_pss", "per_concept": "peak_per_concept", "did": "peak_did"}
+    found = {names[name]: one for name, one in cells.peaks("concept").items()}
+    return found | {f"null_{names[name]}": one for name, one in cells.peaks("random").items()}
+
+
+def model_table(measures: Measures, about: pd.DataFrame | None = None) -> pd.DataFrame:
+    """`model_table(measures, about)`: a row per model, each measure with its 95 % interval.
+
+    >>> table = model_table(measure_models(study.details))
     >>> bool((table["accuracy_low"] <= table["accuracy"]).all())
     True
 
     Args:
-        draws: from `resample_models`.
+        measures: from `measure_models`.
         about: more columns, joined by `model`.
 
     Returns:
-        `model`, then for every measure the value, `_low` and `_high` (percentiles over resampled
-        concepts). A peak is a maximum of absolute values, so that noise moves its interval
-        upwards, at times beyond the value: compare it with that of `peak_null`.
+        `model`, then for every measure the value, `_low` and `_high`.
     """
-    table = pd.DataFrame({"model": draws.models})
-    for measure, values in draws.values.items():
-        low, high = percentiles(values[1:])
-        table[measure], table[f"{measure}_low"], table[f"{measure}_high"] = values[0], low, high
+    rows = []
+    for model in measures.models:
+        row: dict[str, object] = {"model": model}
+        for measure in (*measures.linear, *measures.peaks):
+            row |= told(measure, measures.interval(measure, model))
+        rows.append(row)
+    table = pd.DataFrame(rows)
     return table if about is None else table.merge(about, on="model", how="left", validate="1:1")
 
 
-def correlations(
-    draws: Draws,
+def trend(
+    measures: Measures,
     *,
-    y: str = "peak_pss",
+    y: str = "did",
     x: str | Sequence[float] = "accuracy",
     models: Sequence[str] | None = None,
-    families: Mapping[str, str] | None = None,
     given: str | None = None,
-) -> pd.DataFrame:
-    """`correlations(draws, y="peak_pss", families={"zoo-llama-1": "llama", ...})`.
+    within: Mapping[str, str] | None = None,
+) -> dict[str, float]:
+    """`trend(measures, x="accuracy", y="did")`: how one measure of the models follows another.
 
-    >>> found = correlations(resample_models(study.pss), x="accuracy", y="peak_pss")
-    >>> found[["statistic", "n"]].values.tolist()
-    [['Pearson', 3], ['Spearman', 3]]
+    >>> found = trend(measure_models(study.details))
+    >>> found["n"], found["slope_low"] <= found["slope"] <= found["slope_high"]
+    (3, True)
+
+    Noise flattens a slope and weakens a correlation, and noise that two measures share feigns one.
+    So variances and covariances over models are made of products of *different* concepts, in which
+    no concept meets its own noise (a U-statistic of degree two). Intervals are those of the
+    delete-one jackknife over concepts (Arvesen 1969).
 
     Args:
-        draws: from `resample_models`.
+        measures: from `measure_models`.
         x, y: measures; or, for x, a number for each of the models (tokens, days, MMLU).
         models: those to correlate; all if not given.
-        families: the family of each, for the interval over families.
-        given: a measure to hold constant: the partial correlation.
+        given: a measure to hold constant: the partial slope and correlation.
+        within: the family of each model: trends within families, not between them.
 
     Returns:
-        A row for Pearson's and for Spearman's coefficient: `statistic`, `r`, `n`, `low` and `high`
-        over resampled concepts, `family_low` and `family_high` over resampled families (all ways
-        to draw as many as there are, with their probabilities).
+        `n`; `slope`, of y over x, and `r`, both free of noise, each with `_low` and `_high`; and
+        `pearson` and `spearman`, as measured. `r` is not a number where models differ by no more
+        than noise. A peak has no slope and no `r`.
+
+    Raises:
+        InputError: with fewer than three models.
     """
-    models = list(draws.models if models is None else models)
+    models = list(measures.models if models is None else models)
     if len(models) < 3:
         raise InputError(f"{len(models)} models: a correlation needs at least 3")
-    up = draws.of(y, models)
-    along = draws.of(x, models) if isinstance(x, str) else np.tile(x, (len(up), 1))
-    series = [along, up] if given is None else [along, up, draws.of(given, models)]
-    rows = []
-    for statistic in ("Pearson", "Spearman"):
-        values = _correlate(series, statistic)
-        row = {"statistic": statistic, "r": float(values[0]), "n": len(models)}
-        row["low"], row["high"] = map(float, percentiles(values[1:]))
-        if families is not None:
-            home = np.array([families[model] for model in models])
-            row |= _over_families([values[:1] for values in series], home, statistic)
-        rows.append(row)
-    return pd.DataFrame(rows)
+    seen = [measures.values(x, models) if isinstance(x, str) else np.asarray(x, dtype=float)]
+    seen.append(measures.values(y, models))
+    found = {"n": len(models), **_as_measured(*seen)}
+    named = [x, y] + [given] * (given is not None)
+    unknown = dict.fromkeys(("slope", "slope_low", "slope_high", "r", "r_low", "r_high"), np.nan)
+    if any(isinstance(name, str) and name not in measures.linear for name in named):
+        return found | unknown
+    series = [measures.of(name, models) if isinstance(name, str) else seen[0] for name in named]
+    groups = [within[model] for model in models] if within else [""] * len(models)
+    return found | _without_noise(measures.of(y, models), series, groups)
 
 
-def _correlate(series: list[np.ndarray], statistic: str) -> np.ndarray:
-    """A coefficient per row of two `[rows, models]`; a third is held constant: partial."""
-    if statistic == "Spearman":
-        from scipy import stats  # takes half a second, and workers do without it
+def _as_measured(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    from scipy import stats  # takes half a second, and workers do without it
 
-        series = [stats.rankdata(values, axis=1) for values in series]
-    centred = [values - values.mean(axis=1, keepdims=True) for values in series]
+    if not (np.ptp(x) > 0 and np.ptp(y) > 0):  # nor if one is not a number
+        return {"pearson": np.nan, "spearman": np.nan}
+    pearson, spearman = stats.pearsonr(x, y), stats.spearmanr(x, y)
+    return {"pearson": float(pearson.statistic), "spearman": float(spearman.statistic)}
 
-    def r(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return (one * other).sum(1) / np.sqrt((one**2).sum(1) * (other**2).sum(1))
 
-    if len(centred) == 2:
-        return r(*centred)
-    xy, xz, yz = (r(one, other) for one, other in itertools.combinations(centred, 2))
+def _without_noise(
+    like: Estimates, series: Sequence[Estimates | np.ndarray], groups: Sequence[str]
+) -> dict[str, float]:
+    """Slope and correlation of the first two of `series`, the others held constant."""
+    size = len(like.moves)
+    # What each concept says of each model, [concepts, measures, models]: its pseudo-values.
+    said = np.stack(
+        [
+            one.values + size * one.moves if isinstance(one, Estimates) else np.tile(one, (size, 1))
+            for one in series
+        ],
+        axis=1,
+    )
+    for group in set(groups):
+        at = [place for place, home in enumerate(groups) if home == group]
+        said[:, :, at] -= said[:, :, at].mean(axis=2, keepdims=True)
+    whole = said.sum(axis=0)
+    each = np.einsum("cam,cbm->cab", said, said)
+    moments = (whole @ whole.T - each.sum(axis=0)) / (size * (size - 1))
+    without = whole - said
+    left_out = np.einsum("cam,cbm->cab", without, without) - (each.sum(axis=0) - each)
+    left_out /= (size - 1) * (size - 2)
+    both = np.concatenate([moments[None], left_out])  # [1 + concepts, measures, measures]
     with np.errstate(divide="ignore", invalid="ignore"):
-        partial = (xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2))
-    # If the third is one of the two, nothing but rounding is left to correlate.
-    return np.where(np.isfinite(partial), partial, np.nan)
+        inverse = _inverse(both)
+        slopes = -inverse[:, 0, 1] / inverse[:, 1, 1]
+        varies = 1 / _inverse(both[:, 1:, 1:])[:, 0, 0]  # y over models, x left free
+        # Both are negative where r, free of noise, comes out beyond 1.
+        scale = np.sign(inverse[:, 1, 1]) * np.sqrt(inverse[:, 0, 0] * inverse[:, 1, 1])
+        r = -inverse[:, 0, 1] / scale
+    found = told("slope", _jackknife(slopes, like.count))
+    if not _jackknife(varies, like.count)["low"] > 0:
+        r[:] = np.nan
+    correlation = _jackknife(r, like.count)
+    return found | told("r", {key: float(np.clip(one, -1, 1)) for key, one in correlation.items()})
 
 
-def _over_families(series: list[np.ndarray], home: np.ndarray, statistic: str) -> dict[str, float]:
-    """Percentiles of the coefficient over families drawn with replacement, exactly."""
-    families = sorted(set(home))
-    values = np.full(1, np.nan)
-    if 2 <= len(families) <= 6:  # one has no interval; many have too many ways
-        places = [np.flatnonzero(home == family) for family in families]
-        drawn = map(np.concatenate, itertools.product(places, repeat=len(places)))
-        each = [_correlate([values[:, chosen] for values in series], statistic) for chosen in drawn]
-        values = np.concatenate(each)
-    low, high = percentiles(values)
-    return {"family_low": float(low), "family_high": float(high)}
+def _inverse(matrices: np.ndarray) -> np.ndarray:
+    try:
+        return np.linalg.inv(matrices)
+    except np.linalg.LinAlgError:  # a measure is the same for all models
+        return np.full_like(matrices, np.nan)
 
 
-def contrast(draws: Draws, one: str, other: str, measure: str = "peak_pss") -> dict[str, float]:
-    """`contrast(draws, "zoo-llama-5", "zoo-llama-1")`: one minus the other, on the same concepts.
+def _jackknife(values: np.ndarray, count: int) -> Interval:
+    """The first of the values, and its interval from the others, each without one concept."""
+    value, left_out = values[0], values[1:]
+    spread = ((left_out - left_out.mean()) ** 2).sum() * (len(left_out) - 1) / len(left_out)
+    reach = quantile(count) * np.sqrt(spread if spread > 1e-24 else np.nan)
+    return {"value": float(value), "low": float(value - reach), "high": float(value + reach)}
 
-    >>> draws = resample_models(study.pss)
-    >>> sorted(contrast(draws, "new", "old", "accuracy"))
+
+def contrast(
+    measures: Measures,
+    one: str | Sequence[str],
+    other: str | Sequence[str],
+    measure: str = "did",
+) -> Interval:
+    """`contrast(measures, "zoo-llama-5", "zoo-llama-1")`: one minus the other, paired by concept.
+
+    >>> measures = measure_models(study.details)
+    >>> sorted(contrast(measures, "new", "old", "accuracy"))
     ['high', 'low', 'value']
 
-    Returns:
-        `value`, and its 95 % interval over resampled concepts, `low` and `high`.
+    Of two lists of models, it is the difference of their means. Two peaks are subtracted as if they
+    were independent, see `estimates.difference`.
     """
-    values = draws.of(measure, [one, other])
-    return interval(values[:, 0] - values[:, 1])
+    if measure in measures.peaks:
+        parts = (
+            ([one] if isinstance(one, str) else one),
+            [other] if isinstance(other, str) else other,
+        )
+        means = [mean_of([measures.interval(measure, name) for name in part]) for part in parts]
+        return difference(*means)
+    above, below = (
+        measures.of(measure, [part] if isinstance(part, str) else part).mean()
+        for part in (one, other)
+    )
+    return (above - below).interval()
 
 
-def half_way(
-    draws: Draws, models: Sequence[str], steps: Sequence[float], measure: str
-) -> np.ndarray:
-    """The step at which a measure of these checkpoints reaches half of its rise, `[1 + resamples]`.
+def delay(measures: Measures, models: Sequence[str], steps: ArrayLike, measure: str) -> Estimates:
+    """`delay(measures, checkpoints, steps, "accuracy")`: how late a measure makes its rise.
 
-    By linear interpolation in log steps, where the measure first passes the middle between its
-    first and its largest value. Infinite where it never rises (it may later); nan where a value is.
+    It is the mean of the logarithm of the steps at which the rise is made, from the first
+    checkpoint on: the area above the curve, over log steps, divided by the rise. A curve that rises
+    twice as late has a delay that is larger by log 2. Not a number, unless the last value is above
+    the first beyond its interval.
     """
-    # Never falling: a dip after the rise does not make the rise later.
-    values = np.maximum.accumulate(draws.of(measure, models), axis=1)
-    middle = (values[:, :1] + values[:, -1:]) / 2
-    logs = np.log(np.asarray(steps, dtype=float))
-    after = (values >= middle).argmax(axis=1)
-    rows = np.arange(len(values))
-    before = np.maximum(after - 1, 0)
-    low, high = values[rows, before], values[rows, after]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        share = np.where(high > low, (middle[:, 0] - low) / (high - low), 0.0)
-    steps_at = np.exp(logs[before] + share * (logs[after] - logs[before]))
-    rising = np.where(values[:, -1] > values[:, 0], steps_at, np.inf)
-    return np.where(np.isnan(values[:, -1]), np.nan, rising)
+    curve = measures.of(measure, models)
+    late = lateness(curve, steps)
+    return late if (curve[-1] - curve[0]).interval()["low"] > 0 else late * np.nan
+
+
+def lateness(curve: Any, steps: ArrayLike) -> Any:
+    """The area above a curve, over log steps, divided by its rise: of numbers or `Estimates`."""
+    gaps = np.diff(np.log(np.asarray(steps, dtype=float)))
+    weights = (np.append(gaps, 0) + np.insert(gaps, 0, 0)) / 2
+    return ((curve[-1] - curve) * weights).mean(0) * len(weights) / (curve[-1] - curve[0])
+
+
+def half_way(values: Sequence[float], steps: ArrayLike) -> float:
+    """`half_way([0.1, 0.2, 0.5], [100, 200, 400])`: the step at which half of a rise is made.
+
+    By linear interpolation in log steps, where the values first pass the middle between the first
+    and the largest. Not a number where they never rise.
+    """
+    risen = np.maximum.accumulate(np.asarray(values, dtype=float))
+    middle = (risen[0] + risen[-1]) / 2
+    if not risen[-1] > risen[0]:
+        return float("nan")
+    after = int((risen >= middle).argmax())
+    ends = slice(after - 1, after + 1)
+    return float(np.exp(np.interp(middle, risen[ends], np.log(steps)[ends])))
 
 
 def like_sized_ends(about: pd.DataFrame) -> pd.DataFrame:
@@ -244,8 +371,8 @@ def like_sized_ends(about: pd.DataFrame) -> pd.DataFrame:
     return known[family].drop_duplicates().merge(best[columns], on=family, how="left")
 
 
-def balance_tiers(pss: pd.DataFrame) -> pd.DataFrame:
-    """`balance_tiers(study.pss)`: of each domain, the rows of as many concepts of every tier.
+def balanced_tiers(pss: pd.DataFrame) -> dict[str, list[str]]:
+    """`balanced_tiers(study.pss)`: by tier, concepts of which each domain has equally many.
 
     Tiers are thirds of SpecWiki by frequency, in which domains have unequal shares. Concepts are
     taken in the order of their names' hashes.
@@ -253,11 +380,9 @@ def balance_tiers(pss: pd.DataFrame) -> pd.DataFrame:
     concepts = pss.drop_duplicates("concept")[["concept", "domain", "tier"]]
     counts = concepts.groupby(["domain", "tier"]).size().unstack(fill_value=0)
     fewest = counts.reindex(columns=list(TIERS), fill_value=0).min(axis=1)
-    kept = [
-        name
-        for (domain, _), part in concepts.groupby(["domain", "tier"])
-        for name in sorted(part["concept"], key=by_hash)[: fewest[domain]]
-    ]
-    if not kept:
+    kept: dict[str, list[str]] = {tier: [] for tier in TIERS}
+    for (domain, tier), part in concepts.groupby(["domain", "tier"]):
+        kept[tier] += sorted(part["concept"], key=by_hash)[: fewest[domain]]
+    if not kept[TIERS[0]]:
         raise InputError("concepts: no domain has one of each tier; measure more concepts")
-    return pss[pss["concept"].isin(kept)]
+    return kept

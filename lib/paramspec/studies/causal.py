@@ -106,7 +106,7 @@ class CausalStudy(NamedTuple):
             `answers`, `log_likelihoods` and `tokens`, see `hallucination.Sampled`.
         texts: `kind` (`statements` or `prose`), `text` (its number), `nats` (its negative
             log-likelihood), `tokens` (those predicted).
-        pss: `PSS_COLUMNS`, with the run's name as `model`.
+        details: answers under masks: `DETAIL_COLUMNS`, with the run's name as `model`.
         losses: `step`, and `loss`, of its batch before the step.
         vectors: by run, int32 `[n, 2]`, the (layer, value vector) that it trained.
     """
@@ -115,7 +115,7 @@ class CausalStudy(NamedTuple):
     answers: pd.DataFrame
     generated: pd.DataFrame
     texts: pd.DataFrame
-    pss: pd.DataFrame
+    details: pd.DataFrame
     losses: pd.DataFrame
     samples: pd.DataFrame
     vectors: dict[str, Tensor]
@@ -241,7 +241,7 @@ def _collect(runs: Sequence[Run], paths: Sequence[Path]) -> CausalStudy:
         tables["losses"].append(curve.assign(run=run.name))
         for file in path.glob("*.parquet"):
             # It may be stored of another run of the same training.
-            own = {"run": run.name} | ({"model": run.name} if file.stem == "pss" else {})
+            own = {"run": run.name} | ({"model": run.name} if file.stem == "details" else {})
             tables[file.stem].append(pd.read_parquet(file).assign(**own))
     joined = {
         name: pd.concat(parts or [pd.DataFrame()], ignore_index=True)

@@ -30,8 +30,8 @@ from paramspec.studies.runner import Ready
 from paramspec.studies.sweep import answer_table, scores_by_id
 from paramspec.studies.training import next_token_nats
 
-EVALUATION_VERSION = 5  # raised whenever a change of this file could move a stored result
-TABLES = ("answers", "generated", "texts", "pss", "samples")
+EVALUATION_VERSION = 6  # raised whenever a change of this file could move a stored result
+TABLES = ("answers", "generated", "texts", "details", "samples")
 PROSE = Path(__file__).with_name("prose.txt")  # prose.md names its source
 PASSAGE_TOKENS = 128
 LIKELIHOOD_TOKENS = 256  # of texts in a forward pass, whose logits are all in memory
@@ -117,7 +117,9 @@ def evaluate(
     if asked.stated or asked.prose:
         tables["texts"] = _likelihoods(ready, questions, concepts, asked)
     if asked.choices:
-        tables["pss"] = _specialization(ready, [*own, *others], concepts, asked.choices, answers)
+        tables["details"] = _specialization(
+            ready, [*own, *others], concepts, asked.choices, answers
+        )
     if asked.sampled and asked.open_ended != "no":
         options = {"samples": asked.samples, "temperature": asked.temperature, "seed": asked.seed}
         said = _open_ended(ready, _sampled(own, concepts, asked), asked, **options)
@@ -149,7 +151,7 @@ def _specialization(
     choices: Choices,
     answers: pd.DataFrame,
 ) -> pd.DataFrame:
-    """Rows of PSS for each concept; unrelated questions are on concepts not trained on."""
+    """Answers under each concept's masks; unrelated questions are on concepts not trained on."""
     questions = [q for q in questions if q.fold in {*choices.choose_on, *choices.score_on}]
     view, tokenizer = ready.view, ready.loaded.tokenizer
     budget: dict[str, Any] = {"position": choices.position, "batch_tokens": choices.batch_tokens}
@@ -165,7 +167,7 @@ def _specialization(
         unmasked=scores_by_id(answers),
         engine=ready.engine,
     )
-    return measured.pss
+    return measured.details
 
 
 def _open_ended(
