@@ -304,6 +304,26 @@ def plan(
         report.print_plan(planned, others)
 
 
+@command()
+def verdicts(
+    folder: Annotated[Path, Argument(help="Executed copies of chapters.")] = Path("book/_executed"),
+) -> None:
+    """Compute every verdict once more, from the answers that executed chapters keep, and compare.
+
+    Nothing is run, no model is needed. The status is 1 if a verdict is another than its chapter's.
+    """
+    from paramspec import report
+    from paramspec.stats.recheck import recheck
+
+    found = recheck(folder)
+    report.show(found)
+    differ = found[found["agrees"] == "no"]
+    if len(differ):
+        line = f"paramspec: {', '.join(differ['claim'])}: another verdict than the chapter's"
+        print(line, file=sys.stderr)
+        raise typer.Exit(1)
+
+
 def _format_warning(
     message: object, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:

@@ -40,6 +40,7 @@ from paramspec_book.parameters import (
     read_notebook,
 )
 
+DATA = "PARAMSPEC_DATA"
 # Run first in a process that this one starts: it, and what it started, ends if this one is killed.
 _WATCH = "from paramspec.execution.ends import watch_parent as _watch; _watch({})"
 
@@ -97,10 +98,11 @@ def run_chapter(
     require_writable(scratch.parent)
     print(f"{chapter.stem}: running, profile {profile}", flush=True)
     start, executed = time.monotonic(), datetime.datetime.now(datetime.UTC)
-    used = scratch.with_suffix(".used").absolute()
+    used, data = (scratch.with_suffix(end).absolute() for end in (".used", ".data"))
     used.unlink(missing_ok=True)
+    shutil.rmtree(data, ignore_errors=True)
     with writing_to(scratch.parent):
-        notebook = _execute(chapter, values, scratch, root, _environment(profile, used))
+        notebook = _execute(chapter, values, scratch, root, _environment(profile, used, data))
     seconds = round(time.monotonic() - start, 1)
     notebook.metadata[RECORD] = {
         "key": key,
@@ -111,6 +113,9 @@ def run_chapter(
         "results": used_results(used),
         **_circumstances(root),
     }
+    shutil.rmtree(kept := target.with_suffix(".data"), ignore_errors=True)
+    if data.exists():
+        shutil.move(data, kept)
     with atomic(target) as whole:
         whole.write_text(nbformat.writes(notebook), "utf-8")
     scratch.unlink(missing_ok=True)
@@ -119,9 +124,10 @@ def run_chapter(
     return target
 
 
-def _environment(profile: str, used: Path) -> dict[str, str]:
+def _environment(profile: str, used: Path, data: Path) -> dict[str, str]:
     return {
         "PARAMSPEC_PROFILE": profile,  # a chapter shows it next to a verdict
+        DATA: str(data),  # gets the tables that a verdict rests on
         USED: str(used),  # gets a line for each stored result that the chapter reads
         "TQDM_DISABLE": "1",  # every refresh of a bar would be a box on the page
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # whatever a user has set

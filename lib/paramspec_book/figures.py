@@ -131,16 +131,13 @@ def curves(summary: pd.DataFrame) -> Figure:
     return figure
 
 
-def over_ratios(summary: pd.DataFrame, titles: Mapping[str, str], by: str = "mask") -> Figure:
-    """Columns of a summary over the mask ratio, a panel and a title each; a line per `mask` or per
-    `protocol`, as `by` says.
-    """
-    names = {"mask": MASKS, "protocol": panels.PROTOCOLS}[by]
+def over_ratios(summary: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
+    """Columns of a summary over the mask ratio, a panel and a title each; a line per `mask`."""
     masked = summary[summary["mask"] != "none"]
     figure, grid = panels.panels(len(titles), 1, (6.8, 1.3 + 2.1 * len(titles)))
     for axes, (value, title) in zip(grid[:, 0], titles.items(), strict=True):
         table = panels.on_ratios(axes, masked)
-        panels.groups(axes, table, "place", value, by, names, apart=0.09)
+        panels.groups(axes, table, "place", value, "mask", MASKS, apart=0.09)
         axes.axhline(0, **DASHED)
         axes.set_ylabel(title)
     panels.legend_below(figure, 2)
@@ -164,16 +161,16 @@ def depth(table: pd.DataFrame) -> Figure:
 
 def coverage(table: pd.DataFrame) -> Figure:
     """The share `covered` by the intervals of each kind of `estimate`, a mark for each `world`."""
-    kinds, worlds = list(dict.fromkeys(table["estimate"])), list(dict.fromkeys(table["world"]))
+    kinds, worlds = (list(table[name].unique()) for name in ("estimate", "world"))
     figure, axes = plt.subplots(figsize=(7, 1.2 + 0.3 * len(kinds)))
     axes.axvspan(0.92, 0.98, color="0.9", linewidth=0)
     axes.axvline(0.95, **DASHED)
     for world, marker in zip(worlds, "osD^v", strict=False):
         part = table[table["world"] == world]
-        places = [len(kinds) - 1 - kinds.index(kind) for kind in part["estimate"]]
+        places = part["estimate"].map(kinds.index)
         axes.scatter(part["covered"], places, marker=marker, s=30, label=world)
-    axes.set_yticks(range(len(kinds)), kinds[::-1])
-    axes.set(xlim=(0, 1.02), xlabel="share of intervals that cover the truth")
+    axes.set_yticks(range(len(kinds)), kinds)
+    axes.set(xlim=(0, 1.02), ylim=(len(kinds), -1), xlabel="share that cover the truth")
     panels.legend_below(figure, len(worlds))
     return figure
 
@@ -215,14 +212,8 @@ def forest(table: pd.DataFrame, published: float | None = None) -> Figure:
     table = table.assign(low=table["r_low"], high=table["r_high"])
     label = "free of noise, 95 % interval"
     places = panels.rows(axes, table, "r", table["reading"], GENERAL, label=label)
-    measured: Any = {
-        "facecolors": "white",
-        "edgecolors": "0.35",
-        "marker": "D",
-        "s": 26,
-        "zorder": 4,
-    }
-    axes.scatter(table["pearson"], places, label="as measured", **measured)
+    hollow: Any = {"facecolors": "white", "edgecolors": "0.35", "marker": "D", "zorder": 4}
+    axes.scatter(table["pearson"], places, s=26, label="as measured", **hollow)
     axes.set(xlim=(-1.05, 1.05), xlabel="correlation with accuracy")
     panels.legend_below(figure)
     return figure
@@ -342,10 +333,3 @@ def over_training(
     grid[-1, (len(models) - 1) // 2].set_xlabel(label)  # once: side by side, long ones meet
     panels.legend_below(figure)
     return figure
-
-
-def made_up(table: pd.DataFrame) -> Figure:
-    """Semantic `entropy` and local `dimension` over `accuracy`, a point per `method`."""
-    titles = {"entropy": "semantic entropy", "dimension": "local dimension"}
-    points: dict[str, Any] = {"marker": "o", "linestyle": "none", "markersize": 7, "shade": False}
-    return over_training(table, "accuracy", "accuracy (acc_norm)", titles, **points)

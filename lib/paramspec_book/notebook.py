@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,17 @@ def measure(
     """`measure(experiments, jobs, scheduler)`: their studies, see `workers`."""
     with workers(jobs=jobs, scheduler=scheduler):
         return [measure_pss(one.models, one.questions, one.choices) for one in experiments]
+
+
+def keep(**tables: pd.DataFrame) -> None:
+    """`keep(answers=study.details)`: what the verdict rests on, for `paramspec verdicts`, in the
+    folder `NAME.data/` next to the executed copy; by hand, nowhere.
+    """
+    folder = Path(os.environ.get("PARAMSPEC_DATA", os.devnull))
+    for name, table in tables.items() if folder.suffix == ".data" else ():
+        folder.mkdir(exist_ok=True)
+        slim = table.drop(columns=["option_logprobs", "option_tokens"], errors="ignore")
+        slim.to_parquet(folder / f"{name}.parquet", index=False)
 
 
 def glue_all(**values: object) -> None:

@@ -25,10 +25,6 @@ MASKS: Names = {
     "magnitude": ("equally active vectors", COLOURS[2]),
     "random": ("random vectors", COLOURS[7]),
 }
-PROTOCOLS: Names = {
-    "paper": ("paper: the same questions", OWN),
-    "holdout": ("held out: other questions", COLOURS[4]),
-}
 FAMILIES: Names = {
     "llama": ("Llama", COLOURS[0]),
     "qwen": ("Qwen", COLOURS[1]),

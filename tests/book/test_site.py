@@ -18,6 +18,7 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 from checkout import REPOSITORY
+from paramspec.stats.recheck import recheck
 from paramspec_book.parameters import toc_pages
 
 pytestmark = pytest.mark.slow
@@ -142,6 +143,12 @@ def test_every_link_within_the_site_leads_somewhere(browser, site):
         tab.context.close()
     assert dead == []
     assert any(target.endswith(".md") and "/_sources/" in target for target in seen)
+
+
+def test_every_verdict_is_found_again_from_the_answers(built):
+    found = recheck(built / "_executed")
+    assert list(found["claim"]) == [f"C{number}" for number in range(1, 10)]
+    assert set(found["agrees"]) == {"yes"}, found
 
 
 NUMBER = r"([-+]?[\d.,]+)%?"

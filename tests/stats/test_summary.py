@@ -168,7 +168,8 @@ def test_a_verdict_follows_from_all_intervals():
         assert verdict(*effects, measured=False) == "not run"
     for missing in MISSING:  # supports no claim, and opposes none
         assert verdict(missing) == verdict(UP, missing) == verdict(missing, DOWN) == "cannot tell"
-    assert verdict(UP, testable=False) == "not testable here"
+    assert verdict(UP, testable=False) == verdict(testable=False) == "not testable here"
+    assert verdict(measured=False, testable=False) == "not run"
 
 
 def test_an_interval_holds_the_papers_value_or_not():

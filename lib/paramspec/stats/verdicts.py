@@ -22,10 +22,10 @@ def verdict(*effects: Mapping[str, float], measured: bool = True, testable: bool
         `not run`; `not testable here`; `cannot tell`, if a bound is missing or an interval holds
         zero; `opposite`, if one effect is below zero beyond its interval; else `consistent`.
     """
+    if measured and not testable:
+        return "not testable here"
     if not measured or not effects:
         return "not run"
-    if not testable:
-        return "not testable here"
     bounds = [(one["low"], one["high"]) for one in effects]
     if any(math.isnan(bound) for pair in bounds for bound in pair):
         return "cannot tell"
