@@ -193,6 +193,12 @@ def pss(
     ratios: Ratios = "0.01,0.02,0.05,0.1,0.2",
     position: Annotated[Literal["mean", "last"], Option(help="Prompt tokens that count.")] = "mean",
     scope: Annotated[Literal["layer", "model"], Option(help="Rank per layer or model.")] = "layer",
+    spared: Annotated[
+        float, real("Share of a layer, the most active vectors everywhere, that no mask holds.")
+    ] = 0.0,
+    ablation: Annotated[
+        Literal["zero", "mean"], Option(help="What a masked coefficient becomes.")
+    ] = "zero",
     protocol: Protocol = "paper",
     controls: Annotated[int, whole("Draws of each control mask: random, magnitude, other.")] = 1,
     general: Annotated[int, whole("Unrelated questions for each concept's masks.")] = 10,
@@ -214,7 +220,8 @@ def pss(
     from paramspec.studies.sweep import write_study
 
     given = {"ratios": ratios, "position": position, "scope": scope, "protocol": protocol}
-    choices = paramspec.Choices.parse(**given, controls=controls, general=general, seed=seed)
+    sizes = {"spared": spared, "controls": controls, "general": general, "seed": seed}
+    choices = paramspec.Choices.parse(**given, ablation=ablation, **sizes)
     names = expand_models(model)
     micro = any(paramspec.taught(name) is not None for name in names)
     if micro and questions is None:

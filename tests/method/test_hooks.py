@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -83,6 +84,23 @@ def test_one_mask_for_all_rows_is_bit_identical_to_editing_the_weights(family, d
     assert torch.equal(masked, logits(with_vectors_zeroed(view, keep[:, 0])))
 
 
+def test_a_mask_by_the_mean_adds_what_the_masked_vectors_add_on_average(view):
+    """Against a model whose masked vectors are zeroed, with a constant added to each layer."""
+    keep = random_keep(view, 1)
+    with record_coefficients(view, torch.ones(ROWS, TOKENS), signed=True) as recorded:
+        logits(view.model)
+    means = recorded.mean(0)
+    with mask_value_vectors(replace(view, ablated=means), keep):
+        masked = logits(view.model)
+    edited = with_vectors_zeroed(view, keep[:, 0])
+    for layer, module in enumerate(value_vector_view(edited).modules):
+        constant = (means[layer] * ~keep[layer, 0]) @ view.vectors(layer)
+        module.register_forward_hook(lambda _, args, out, constant=constant: out + constant)
+    torch.testing.assert_close(masked, logits(edited), rtol=1e-4, atol=1e-4)
+    with mask_value_vectors(view, keep):
+        assert not torch.allclose(masked, logits(view.model), atol=1e-3)
+
+
 def test_hooks_are_gone_after_the_block_and_after_an_error(view):
     before = logits(view.model)
     with pytest.raises(KeyError), mask_value_vectors(view, random_keep(view, 1)):
@@ -97,11 +115,16 @@ def test_hooks_are_gone_after_the_block_and_after_an_error(view):
 def test_coefficients_equal_those_of_each_prompt_alone(view, position):
     lengths = [7, 4, 2]
     attention_mask = (torch.arange(TOKENS) < torch.tensor(lengths)[:, None]).long()
+    with record_coefficients(view, attention_mask, position, signed=True) as signed:
+        logits(view.model, attention_mask)
     with record_coefficients(view, attention_mask, position) as recorded:
         logits(view.model, attention_mask)
     for row, length in enumerate(lengths):
         expected = coefficients_alone(view, IDS[row, :length].tolist(), position)
         torch.testing.assert_close(recorded[row], expected, rtol=1e-4, atol=1e-5)
+        if position == "last":  # of one token
+            torch.testing.assert_close(signed[row].abs(), expected, rtol=1e-4, atol=1e-5)
+    assert (signed < 0).any() != (view.model.config.model_type == "opt")  # whose ReLU has no signs
 
 
 def test_infinities_of_padding_and_of_what_is_masked_reach_nothing(llama):

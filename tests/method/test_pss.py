@@ -14,7 +14,7 @@ from scipy.stats import chisquare
 
 from oracles import same_tables, score_one_at_a_time
 from paramspec.method.hooks import value_vector_view
-from paramspec.method.masks import keep_tensor
+from paramspec.method.masks import keep_tensor, mean_coefficients
 from paramspec.method.pss import (
     Choices,
     evaluations,
@@ -23,6 +23,7 @@ from paramspec.method.pss import (
     method_key,
     other_concept,
 )
+from paramspec.method.rows import Engine
 from paramspec.method.scoring import encode
 from paramspec.stats.summary import peak_pss, summarize
 from paramspec.tables import DETAIL_COLUMNS, PSS_COLUMNS
@@ -251,6 +252,44 @@ def test_without_controls_or_ratios_there_are_fewer_masks(llama):
     assert (set(tables.pss["mask"]), tables.masks) == ({"none"}, {})
     assert len(summarize(tables.details)) == 1
     assert peak_pss(tables.details).empty
+
+
+def test_masks_by_the_mean_are_scored_alike_by_either_engine(study):
+    """And the mean is of all clozes, with its sign."""
+    model, questions, zeroed = study
+    choices = CHOICES.model_copy(update={"ablation": "mean", "nulls": ("random",)})
+    found = measured(model, questions, choices).details
+    view, clozes = value_vector_view(model), [question.cloze for question in questions]
+    each = [mean_coefficients(view, toy_tokenizer(), [cloze], signed=True) for cloze in clozes]
+    known = {"ablated": torch.stack(each).mean(0), "engine": Engine("plain", "as told")}
+    given = measured(model, questions, choices, **known).details
+    for one, other in zip(found["option_logprobs"], given["option_logprobs"], strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+    zero = zeroed.details[zeroed.details["mask"].isin(["none", "concept", "random"])]
+    apart = [
+        np.abs(np.subtract(a, b)).max()
+        for a, b in zip(found["option_logprobs"], zero["option_logprobs"], strict=True)
+    ]
+    bare = (found["mask"] == "none").to_numpy()
+    assert np.array(apart)[bare].max() < 1e-4
+    assert np.array(apart)[~bare].max() > 0.01
+
+
+def test_vectors_that_are_active_everywhere_are_in_no_concepts_mask(llama):
+    questions = toy_questions(4)
+    view = value_vector_view(llama)
+    means = mean_coefficients(view, toy_tokenizer(), [question.cloze for question in questions])
+    most = means.argsort(dim=1, descending=True)[:, :12]
+    choices = Choices(ratios=(0.5,), controls=1, nulls=("other", "random"), general=5)
+    spared = choices.model_copy(update={"spared": 0.25})
+    for given, held in ((choices, True), (spared, False)):
+        found = measured(llama, questions, given).masks
+        for name, vectors in found.items():
+            chosen = {tuple(one) for one in vectors.tolist()}
+            active = {(layer, int(v)) for layer in range(view.layers) for v in most[layer]}
+            assert len(vectors) == view.layers * 24
+            if name.split("/")[3] in ("concept", "other"):
+                assert bool(chosen & active) == held
 
 
 def test_choices_that_say_the_same_are_one_key():

@@ -44,7 +44,8 @@ DOWN_PROJECTIONS = (
 class ValueVectorView:
     """The down projections of a model, one per layer: modules and their dotted names.
 
-    `width` is the number of value vectors in a layer, `hidden` the length of each.
+    `width` is the number of value vectors in a layer, `hidden` the length of each. `ablated`,
+    `[layers, width]`, is what a mask sets coefficients to; None stands for zero.
     """
 
     model: PreTrainedModel
@@ -52,6 +53,7 @@ class ValueVectorView:
     names: tuple[str, ...]
     width: int
     hidden: int
+    ablated: Tensor | None = None
 
     @property
     def layers(self) -> int:
@@ -101,7 +103,8 @@ def unverified_view(model: PreTrainedModel) -> ValueVectorView:
         shapes = {tuple(_vectors(module).shape) for module in found.values()}
         if len(shapes) > 1:
             raise InputError(f"layers differ in width ({sorted(shapes)}); use a model of one width")
-    return ValueVectorView(model, tuple(found.values()), tuple(found), *shapes.pop())
+    (width, hidden), *_ = shapes
+    return ValueVectorView(model, tuple(found.values()), tuple(found), width, hidden)
 
 
 def _find_down_projections(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
@@ -182,7 +185,11 @@ def _expect_equal(
 
 @contextmanager
 def record_coefficients(
-    view: ValueVectorView, tokens_kept: Tensor, position: Position = "mean"
+    view: ValueVectorView,
+    tokens_kept: Tensor,
+    position: Position = "mean",
+    *,
+    signed: bool = False,
 ) -> Iterator[Tensor]:
     """`with record_coefficients(view, attention_mask) as coefficients: model(...)`.
 
@@ -198,6 +205,7 @@ def record_coefficients(
             padding.
         position: reduce absolute coefficients to their `mean` over those tokens, or take the
             `last` of them.
+        signed: coefficients as they are, rather than absolute.
 
     Yields:
         fp32 `[batch, layers, width]`, filled by one forward pass, nan until then. Coefficients are
@@ -216,8 +224,9 @@ def record_coefficients(
         inputs = args[0].reshape(*kept.shape, -1)  # OPT flattens batch and tokens
         # Padding may hold anything, even inf: leave it out before it is weighted.
         padding = ~kept.to(inputs.device)[..., None]
-        absolute = inputs.detach().float().abs().masked_fill(padding, 0)
-        recorded[:, layer] = torch.einsum("bt,btw->bw", weights.to(inputs.device), absolute)
+        values = inputs.detach().float().masked_fill(padding, 0)
+        values = values if signed else values.abs()
+        recorded[:, layer] = torch.einsum("bt,btw->bw", weights.to(inputs.device), values)
 
     with ExitStack() as stack:
         for layer, module in enumerate(view.modules):
@@ -227,7 +236,7 @@ def record_coefficients(
 
 @contextmanager
 def mask_value_vectors(view: ValueVectorView, keep: Tensor) -> Iterator[None]:
-    """`with mask_value_vectors(view, keep): model(...)`: set coefficients to zero.
+    """`with mask_value_vectors(view, keep): model(...)`: set coefficients to zero, or `ablated`.
 
     >>> tokens, keep = torch.tensor([[3, 4, 5]]), torch.ones(view.layers, 1, view.width).bool()
     >>> keep[0, 0, :10] = False
@@ -242,7 +251,7 @@ def mask_value_vectors(view: ValueVectorView, keep: Tensor) -> Iterator[None]:
             of 1 applies to every row. Under a batch of several, a single row of tokens becomes a
             row per mask at the first layer where one masks: layers below are computed once.
 
-    Masking is exact: zeroing the value vectors themselves would give the same bits.
+    Zeros are exact: zeroing the value vectors themselves would give the same bits.
     """
     fits = keep.ndim == 3 and keep.shape[::2] == (view.layers, view.width)
     if keep.dtype != torch.bool or not fits:
@@ -254,17 +263,19 @@ def mask_value_vectors(view: ValueVectorView, keep: Tensor) -> Iterator[None]:
         for layer, module in enumerate(view.modules):
             if not keep[layer].all():
                 own = keep[layer, :, None].to(module.weight.device)  # [batch, 1, width]
-                stack.enter_context(module.register_forward_pre_hook(partial(_masked, own)))
+                value = torch.zeros(()) if view.ablated is None else view.ablated[layer]
+                value = value.to(module.weight)
+                stack.enter_context(module.register_forward_pre_hook(partial(_masked, own, value)))
         yield
 
 
-def _masked(keep: Tensor, _: nn.Module, args: tuple[Tensor]) -> Tensor:
-    """The inputs of a down projection, zero where `keep` `[batch, 1, width]` is False."""
+def _masked(keep: Tensor, value: Tensor, _: nn.Module, args: tuple[Tensor]) -> Tensor:
+    """The inputs of a down projection, `value` where `keep` `[batch, 1, width]` is False."""
     (inputs,) = args
     # OPT flattens batch and tokens.
     rows = inputs if inputs.ndim == 3 else inputs.reshape(len(keep), -1, keep.shape[-1])
-    # Zeros are written, not multiplied by: inf * 0 is nan.
-    masked = torch.where(keep, rows, 0)
+    # Values are written, not multiplied by: inf * 0 is nan.
+    masked = torch.where(keep, rows, value)
     return masked if inputs.ndim == 3 else masked.reshape(-1, keep.shape[-1])
 
 

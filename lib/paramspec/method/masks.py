@@ -14,7 +14,9 @@ from __future__ import annotations
 import bisect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +61,12 @@ class ConceptCoefficients:
             raise InputError(f"{concept}: no other concept to compare with; give at least two")
         return (self.sums[:, folds].sum((0, 1)) - self.sums[row, folds].sum(0)) / count
 
+    def most_active(self, share: float, folds: Sequence[int] = (0, 1)) -> Tensor:
+        """This share of each layer, of the highest means over all questions: `[layers, width]`."""
+        means = self.sums[:, list(folds)].sum((0, 1))
+        places = means.topk(round(share * means.shape[1]), dim=1).indices
+        return torch.zeros_like(means, dtype=torch.bool).scatter_(1, places, True)
+
 
 def record_concepts(
     view: ValueVectorView,
@@ -89,7 +97,8 @@ def record_concepts(
     counts = torch.zeros(len(concepts), 2)
     texts = [question.cloze for question in questions]
     names = [question.id for question in questions]
-    for indices, found in _record_texts(view, tokenizer, texts, names, position, batch_tokens):
+    record = partial(hooks.record_coefficients, position=position)
+    for indices, found in _record_texts(view, tokenizer, texts, names, record, batch_tokens):
         for index, coefficients in zip(indices, found, strict=True):
             place = concepts.index(questions[index].concept), questions[index].fold
             sums[place] += coefficients
@@ -99,12 +108,19 @@ def record_concepts(
 
 
 def mean_coefficients(
-    view: ValueVectorView, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+    view: ValueVectorView,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    signed: bool = False,
 ) -> Tensor:
-    """`mean_coefficients(view, tokenizer, statements)`: fp32 `[layers, width]`, over any texts."""
+    """`mean_coefficients(view, tokenizer, statements)`: fp32 `[layers, width]`, over any texts;
+    absolute, unless `signed`.
+    """
     total = torch.zeros(view.layers, view.width)
     names = ["a text"] * len(texts)
-    for _, found in _record_texts(view, tokenizer, texts, names, "mean", BATCH_TOKENS):
+    record = partial(hooks.record_coefficients, signed=signed)
+    for _, found in _record_texts(view, tokenizer, texts, names, record, BATCH_TOKENS):
         total += found.sum(0)
     return total / len(texts)
 
@@ -115,7 +131,7 @@ def _record_texts(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     names: Sequence[str],
-    position: Position,
+    record: Callable[[ValueVectorView, Tensor], AbstractContextManager[Tensor]],
     batch_tokens: int,
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
     """Batch by batch: indices of texts, and their coefficients `[texts, layers, width]`."""
@@ -129,7 +145,7 @@ def _record_texts(
         device = view.embedding.device
         tokens, attention_mask = tokens.to(device), attention_mask.to(device)
         with (
-            hooks.record_coefficients(view, attention_mask, position) as recorded,
+            record(view, attention_mask) as recorded,
             hooks.unembed_only(view.model, torch.zeros(1, 2, dtype=torch.long)),
         ):
             view.model(input_ids=tokens, attention_mask=attention_mask, use_cache=False)

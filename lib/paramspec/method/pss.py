@@ -11,6 +11,7 @@ lm-evaluation-harness's `acc_norm`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 import pandas as pd
@@ -45,6 +46,9 @@ class Choices(Checked):
     Attributes:
         ratios: mask ratios, k over the number of value vectors of a layer.
         position: prompt tokens whose coefficients count, the `mean` over all or the `last`.
+        spared: a share of each layer's value vectors, those most active over all questions, that no
+            concept's mask holds.
+        ablation: a masked coefficient becomes `zero`, or its `mean` over all questions' clozes.
         scope: take the k highest scores of each `layer`, or as many from the whole `model`.
         protocol: `paper` chooses and scores on the same questions; `holdout` chooses on fold 0
             and scores on fold 1.
@@ -60,6 +64,8 @@ class Choices(Checked):
     ratios: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.01, 0.02, 0.05, 0.1, 0.2)
     position: Position = "mean"
     scope: masks.Scope = "layer"
+    spared: float = Field(default=0.0, ge=0, le=1)
+    ablation: Literal["zero", "mean"] = "zero"
     protocol: Protocol = "paper"
     folds: tuple[Literal[0, 1], ...] | None = Field(default=None, min_length=1)
     controls: int = Field(default=1, ge=0)
@@ -147,7 +153,13 @@ def count_masks(choices: Choices) -> int:
 def concept_masks(coefficients: ConceptCoefficients, concept: str, choices: Choices) -> list[_Mask]:
     """No mask, the concept's masks, and their controls."""
     layers, width = coefficients.sums.shape[2:]
-    scores = masks.value_vector_scores(coefficients, concept, choices.choose_on)
+    spared = coefficients.most_active(choices.spared, choices.choose_on)
+
+    def scored(name: str) -> Tensor:
+        scores = masks.value_vector_scores(coefficients, name, choices.choose_on)
+        return scores.masked_fill(spared, -torch.inf)
+
+    scores = scored(concept)
     magnitudes = coefficients.related(concept, choices.choose_on)
     found = [_Mask("none", 0.0, choices.seed, torch.empty(0, 2, dtype=torch.int32))]
     for ratio in choices.ratios:
@@ -160,8 +172,7 @@ def concept_masks(coefficients: ConceptCoefficients, concept: str, choices: Choi
                 drawn["magnitude"] = masks.magnitude_matched_vectors(own, magnitudes, draw)
             if "other" in choices.nulls:
                 partner = other_concept(coefficients.concepts, concept, seed)
-                theirs = masks.value_vector_scores(coefficients, partner, choices.choose_on)
-                drawn["other"] = masks.top_vectors(theirs, ratio, choices.scope)
+                drawn["other"] = masks.top_vectors(scored(partner), ratio, choices.scope)
             found += [_Mask(kind, ratio, seed, drawn[kind]) for kind in choices.nulls]
     return found
 
@@ -184,14 +195,20 @@ def measure_concepts(
     *,
     unrelated: Sequence[Question] | None = None,
     unmasked: Mapping[str, Tensor] | None = None,
+    ablated: Tensor | None = None,
     engine: Engine | None = None,
 ) -> Tables:
     """`tables = measure_concepts("smollm2-135m", view, tokenizer, questions, concepts, ...)`.
 
     `questions` and `coefficients`, from `record_concepts`, are of all concepts of the study,
     `concepts` those to measure. General questions are drawn from `unrelated`, if given. `unmasked`
-    are known scores without a mask, by question id.
+    are known scores without a mask, by question id, and `ablated` known means of coefficients.
     """
+    if choices.ablation == "mean":
+        if ablated is None:
+            clozes = [question.cloze for question in questions]
+            ablated = masks.mean_coefficients(view, tokenizer, clozes, signed=True)
+        view = replace(view, ablated=ablated)
     asked = {one: asked_questions(questions, one, choices, unrelated) for one in concepts}
     items = {q.id: encode(tokenizer, q) for own in asked.values() for q, _ in own}
     masked = [(one, mask) for one in concepts for mask in concept_masks(coefficients, one, choices)]

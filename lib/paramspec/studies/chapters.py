@@ -77,6 +77,8 @@ def _sensitivity(p: Mapping[str, Any]) -> list[Experiment]:
         own,
         own.changed(position="last"),
         own.changed(scope="model"),
+        own.changed(ablation="mean"),
+        own.changed(spared=0.02),
         own.changed(protocol="holdout"),
         own.changed(seed=p["seed"] + 1),
     ]

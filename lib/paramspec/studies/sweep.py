@@ -30,7 +30,13 @@ from paramspec.execution.store import Computed, Store
 from paramspec.method import pss
 from paramspec.method.batches import BATCH_TOKENS
 from paramspec.method.hooks import value_vector_view
-from paramspec.method.masks import ConceptCoefficients, load_masks, record_concepts, save_masks
+from paramspec.method.masks import (
+    ConceptCoefficients,
+    load_masks,
+    mean_coefficients,
+    record_concepts,
+    save_masks,
+)
 from paramspec.method.pss import Choices
 from paramspec.method.rows import ROW_TOKENS, Request
 from paramspec.method.scoring import encode, mark, score_options
@@ -144,8 +150,9 @@ def _measure_shard(
         unmasked = _unmasked(ready, questions, choices, store) if number % 2 else None
         coefficients = concept_coefficients(ready.loaded, questions, choices, store=store)
         unmasked = unmasked or _unmasked(ready, questions, choices, store)
-        ready.kept[study] = coefficients, unmasked
-    coefficients, unmasked = ready.kept[study]
+        ablated = _means(ready.loaded, questions, store) if choices.ablation == "mean" else None
+        ready.kept[study] = coefficients, unmasked, ablated
+    coefficients, unmasked, ablated = ready.kept[study]
     measured = pss.measure_concepts(
         ready.loaded.name,
         ready.view,
@@ -155,6 +162,7 @@ def _measure_shard(
         choices,
         coefficients,
         unmasked=unmasked,
+        ablated=ablated,
         engine=ready.engine,
     )
     seconds = time.perf_counter() - began
@@ -281,6 +289,20 @@ def concept_coefficients(
     path = (store or Store("results/store")).find(key, record)
     concepts = tuple(dict.fromkeys(question.concept for question in questions))
     return ConceptCoefficients(concepts, **load_file(path / COEFFICIENTS))
+
+
+def _means(loaded: LoadedModel, questions: Sequence[Question], store: Store) -> Tensor:
+    """The mean coefficients over all clozes, with their signs, stored: `[layers, width]`."""
+
+    def record() -> Computed:
+        view, clozes = value_vector_view(loaded.model), [question.cloze for question in questions]
+        means = mean_coefficients(view, loaded.tokenizer, clozes, signed=True)
+        return lambda folder: save_file({"means": means}, folder / COEFFICIENTS), unit_record(
+            loaded
+        )
+
+    key = result_basis(basis_of(loaded), questions) | {"unit": "means"}
+    return load_file(store.find(key, record) / COEFFICIENTS)["means"]
 
 
 def _coefficients_key(
