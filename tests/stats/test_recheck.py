@@ -69,7 +69,7 @@ def test_intervals_of_the_second_path_are_those_of_the_first(details):
     slope = {"low": by_size["slope_low"], "high": by_size["slope_high"]}
     alike(recheck._c5(tables)["slope"], slope)
     alike(recheck._c3(tables)["released"], slope)
-    late = [delay(measures, NAMES, about["step"], one) for one in ("did", "accuracy")]
+    late = [delay(measures.of(one), about["step"]) for one in ("did", "accuracy")]
     alike(recheck._c6(tables)["delay"], (late[0] - late[1]).interval())
     one = details[details["model"] == "m5"]
     alike(recheck._c7({"answers": one})["change"], general_change(one, [0.05]))

@@ -197,11 +197,11 @@ def test_a_rise_that_comes_later_has_a_longer_delay():
 
     linear = {"accuracy": of(0, 0, 1, 1, 1, 1), "did": of(0, 0, 0, 0, 2, 2), "flat": of(*[0.5] * 6)}
     measures = Measures(tuple(names), linear, {}, (1,) * 6)
-    early, late = (delay(measures, names, steps, name) for name in ("accuracy", "did"))
+    early, late = (delay(measures.of(name), steps) for name in ("accuracy", "did"))
     assert (late - early).values == pytest.approx(np.log(4), abs=1e-3)
     one = (late - early).interval()
     assert one["low"] < one["value"] < one["high"]
-    assert np.isnan(delay(measures, names, steps, "flat").values)
+    assert np.isnan(delay(measures.of("flat"), steps).values)
     # Straight between 2 and 4, and between 8 and 16.
     assert half_way([0, 0, 1, 1, 1, 1], steps) == pytest.approx(2 * np.sqrt(2))
     assert half_way([0, 0, 0, 0, 2, 1], steps) == pytest.approx(8 * np.sqrt(2))

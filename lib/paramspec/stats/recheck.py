@@ -186,20 +186,20 @@ def _c5(tables: Mapping[str, pd.DataFrame]) -> Found:
 
 
 def _c6(tables: Mapping[str, pd.DataFrame]) -> Found:
-    answers, later = tables["answers"], []
-    measures = [of(answers, _concepts(answers)) for of in (_accuracy, _did)]
-    for _, part in tables["models"].sort_values("step").groupby("run"):
-        if len(part) < 3:
-            continue
-        logs, late = np.log(part["step"].to_numpy(dtype=float)), []
-        for measure in measures:
-            curve = measure.loc[part["model"]].to_numpy()
-            rise = curve[-1] - curve[0]
-            if not _interval(rise)[0] > 0:
-                return {"delay": (np.nan, np.nan)}
-            late.append(np.trapezoid(curve[-1] - curve, logs, axis=0) / rise)
-        later.append(late[1] - late[0])
-    return {"delay": _interval(np.mean(later, axis=0))} if later else "not run"
+    answers, runs = tables["answers"], tables["models"].sort_values("step").groupby("run")
+    parts = [part for _, part in runs if len(part) >= 3]
+    parts = [part for part in parts if len(part) == len(parts[0])]
+    if not parts:
+        return "not run"
+    logs, late = np.log(parts[0]["step"].to_numpy(dtype=float)), []
+    for measure in (_accuracy, _did):
+        values = measure(answers, _concepts(answers))
+        curve = np.mean([values.loc[part["model"]].to_numpy() for part in parts], axis=0)
+        rise = curve[-1] - curve[0]
+        if not _interval(rise)[0] > 0:
+            return {"delay": (np.nan, np.nan)}
+        late.append(np.trapezoid(curve[-1] - curve, logs, axis=0) / rise)
+    return {"delay": _interval(late[1] - late[0])}
 
 
 def _c7(tables: Mapping[str, pd.DataFrame]) -> Found:

@@ -186,7 +186,7 @@ def _of_checkpoints(world: World, seed: int, sizes: Mapping[str, int]) -> Iterat
     truth, cells = world.truth(), world.cells(seed, **sizes)
     steps = 2.0 ** np.arange(len(world.ability))
     measures = measures_of([cells.model(place) for place in range(len(steps))])
-    late = [delay(measures, measures.models, steps, measure) for measure in ("did", "accuracy")]
+    late = [delay(measures.of(measure), steps) for measure in ("did", "accuracy")]
     if np.ptp(truth["did"]) > 1e-9:
         known = lateness(truth["did"], steps) - lateness(truth["accuracy"], steps)
         yield "delay", float(known), (late[0] - late[1]).interval()

@@ -311,15 +311,14 @@ def contrast(
     return (above - below).interval()
 
 
-def delay(measures: Measures, models: Sequence[str], steps: ArrayLike, measure: str) -> Estimates:
-    """`delay(measures, checkpoints, steps, "accuracy")`: how late a measure makes its rise.
+def delay(curve: Estimates, steps: ArrayLike) -> Estimates:
+    """`delay(measures.of("accuracy", checkpoints), steps)`: how late a measure makes its rise.
 
     It is the mean of the logarithm of the steps at which the rise is made, from the first
     checkpoint on: the area above the curve, over log steps, divided by the rise. A curve that rises
     twice as late has a delay that is larger by log 2. Not a number, unless the last value is above
     the first beyond its interval.
     """
-    curve = measures.of(measure, models)
     late = lateness(curve, steps)
     return late if (curve[-1] - curve[0]).interval()["low"] > 0 else late * np.nan
 
