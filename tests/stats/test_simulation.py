@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from paramspec.stats.simulation import CHANCE, RATIOS, World, coverage
+from paramspec.stats.simulation import CHANCE, KINDS, RATIOS, World, coverage
 
 
 def test_the_truth_of_a_world_is_the_mean_of_many_studies():
@@ -32,8 +32,8 @@ def test_intervals_cover_the_truth_about_95_times_in_100(strength):
     """Studies are drawn from fixed seeds. Peaks must hold at all ratios, and cover more."""
     found = coverage(150, strength).set_index("estimate")
     found = found[found["intervals"] > 50]  # r has none without an effect
-    expected = {"accuracy", "did", "null_did", "peak_pss", "peak_did", "general_change", "slope"}
-    expected |= {"did at one ratio", "contrast of models", "mean over seeds"}
+    expected = {*KINDS.values(), "change on unrelated questions", "diff. in diff. at one ratio"}
+    expected |= {"slope", "contrast of models", "mean over seeds"}
     assert expected <= set(found.index)
     assert (found["holds_point"] == 1).all()
     # Of kinds with one interval a study, 150 studies know the share to 1.8 points.

@@ -102,6 +102,13 @@ class World:
         return Cells(concepts, found["own"], found["general"], found["apart"], asked)
 
 
+KINDS = {
+    "accuracy": "accuracy",
+    "did": "diff. in diff., mean over ratios",
+    "null_did": "the same, random masks",
+    "peak_pss": "peak PSS",
+    "peak_did": "peak diff. in diff.",
+}
 Found = tuple[str, float, Mapping[str, float]]  # the kind of estimate, its truth, its interval
 
 
@@ -153,15 +160,23 @@ def _of_models(world: World, seed: int, sizes: Mapping[str, int]) -> Iterator[Fo
     measures = measures_of([cells.model(place) for place in models])
     names = measures.models
     for name, place in zip(names, models, strict=True):
-        for measure in ("accuracy", "did", "peak_pss", "peak_did"):
-            yield measure, truth[measure][place], measures.interval(measure, name)
-        yield "null_did", 0.0, measures.interval("null_did", name)
+        for measure, kind in KINDS.items():
+            known = truth[measure][place] if measure in truth else 0.0  # random masks open no gap
+            yield kind, known, measures.interval(measure, name)
     for place, ratio in enumerate(RATIOS):
         change = (cells.general["concept", ratio] - cells.bare[1])[0]
         did = cells.gaps(("concept", ratio))["did"][0]
         for model in models:
-            yield "general_change", truth["change"][place, model], change[model].interval()
-            yield "did at one ratio", truth["did_by_ratio"][place, model], did[model].interval()
+            yield (
+                "change on unrelated questions",
+                truth["change"][place, model],
+                change[model].interval(),
+            )
+            yield (
+                "diff. in diff. at one ratio",
+                truth["did_by_ratio"][place, model],
+                did[model].interval(),
+            )
     best = truth["did"][-1] - truth["did"][4]
     yield "contrast of models", best, contrast(measures, names[-1], names[4])
     yield from _of_trend("", truth["accuracy"], truth["did"], trend(measures))
