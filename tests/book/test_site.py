@@ -168,7 +168,8 @@ def intervals_of(path):
                 glued[name] = value
     ends = [name for name in glued if {f"{name}-low", f"{name}-high"} <= set(glued)]
     found += [(glued[name], glued[f"{name}-low"], glued[f"{name}-high"]) for name in ends]
-    return [tuple(float(number.replace(",", "")) for number in one) for one in found]
+    known = str.maketrans({",": "", "'": "", "?": "nan"})
+    return [tuple(float(number.translate(known)) for number in one) for one in found]
 
 
 def test_every_interval_holds_its_point(built):
