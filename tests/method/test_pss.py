@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections import Counter, defaultdict
@@ -14,12 +15,13 @@ from scipy.stats import chisquare
 
 from oracles import same_tables, score_one_at_a_time
 from paramspec.method.hooks import value_vector_view
-from paramspec.method.masks import keep_tensor, mean_coefficients
+from paramspec.method.masks import keep_tensor, mean_coefficients, record_concepts
 from paramspec.method.pss import (
     Choices,
     evaluations,
     general_questions,
     mask_name,
+    measure_concepts,
     method_key,
     other_concept,
 )
@@ -261,8 +263,16 @@ def test_masks_by_the_mean_are_scored_alike_by_either_engine(study):
     found = measured(model, questions, choices).details
     view, clozes = value_vector_view(model), [question.cloze for question in questions]
     each = [mean_coefficients(view, toy_tokenizer(), [cloze], signed=True) for cloze in clozes]
-    known = {"ablated": torch.stack(each).mean(0), "engine": Engine("plain", "as told")}
-    given = measured(model, questions, choices, **known).details
+    means, plain = torch.stack(each).mean(0), Engine("plain", "as told")
+    known = dataclasses.replace(view, ablated=means)
+    about = (
+        toy_tokenizer(),
+        questions,
+        THREE,
+        choices,
+        record_concepts(view, toy_tokenizer(), questions),
+    )
+    given = measure_concepts("toy", known, *about, engine=plain).details
     for one, other in zip(found["option_logprobs"], given["option_logprobs"], strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
     zero = zeroed.details[zeroed.details["mask"].isin(["none", "concept", "random"])]

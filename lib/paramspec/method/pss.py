@@ -195,20 +195,16 @@ def measure_concepts(
     *,
     unrelated: Sequence[Question] | None = None,
     unmasked: Mapping[str, Tensor] | None = None,
-    ablated: Tensor | None = None,
     engine: Engine | None = None,
 ) -> Tables:
     """`tables = measure_concepts("smollm2-135m", view, tokenizer, questions, concepts, ...)`.
 
     `questions` and `coefficients`, from `record_concepts`, are of all concepts of the study,
     `concepts` those to measure. General questions are drawn from `unrelated`, if given. `unmasked`
-    are known scores without a mask, by question id, and `ablated` known means of coefficients.
+    are known scores without a mask, by question id.
     """
-    if choices.ablation == "mean":
-        if ablated is None:
-            clozes = [question.cloze for question in questions]
-            ablated = masks.mean_coefficients(view, tokenizer, clozes, signed=True)
-        view = replace(view, ablated=ablated)
+    if choices.ablation == "mean" and view.ablated is None:
+        view = replace(view, ablated=study_means(view, tokenizer, questions))
     asked = {one: asked_questions(questions, one, choices, unrelated) for one in concepts}
     items = {q.id: encode(tokenizer, q) for own in asked.values() for q, _ in own}
     masked = [(one, mask) for one in concepts for mask in concept_masks(coefficients, one, choices)]
@@ -249,6 +245,14 @@ def measure_concepts(
         if mask.kind != "none"
     }
     return Tables(pss_rows(details, questions), details, named)
+
+
+def study_means(
+    view: ValueVectorView, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
+) -> Tensor:
+    """`study_means(view, tokenizer, questions)`: what `ablation="mean"` sets coefficients to."""
+    clozes = [question.cloze for question in questions]
+    return masks.mean_coefficients(view, tokenizer, clozes, signed=True)
 
 
 def evaluations(choices: Choices, questions: Sequence[Question], concepts: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ import multiprocessing
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,7 +33,6 @@ from paramspec.method.hooks import value_vector_view
 from paramspec.method.masks import (
     ConceptCoefficients,
     load_masks,
-    mean_coefficients,
     record_concepts,
     save_masks,
 )
@@ -155,14 +154,13 @@ def _measure_shard(
     coefficients, unmasked, ablated = ready.kept[study]
     measured = pss.measure_concepts(
         ready.loaded.name,
-        ready.view,
+        replace(ready.view, ablated=ablated),
         ready.loaded.tokenizer,
         questions,
         shards[number],
         choices,
         coefficients,
         unmasked=unmasked,
-        ablated=ablated,
         engine=ready.engine,
     )
     seconds = time.perf_counter() - began
@@ -295,8 +293,7 @@ def _means(loaded: LoadedModel, questions: Sequence[Question], store: Store) -> 
     """The mean coefficients over all clozes, with their signs, stored: `[layers, width]`."""
 
     def record() -> Computed:
-        view, clozes = value_vector_view(loaded.model), [question.cloze for question in questions]
-        means = mean_coefficients(view, loaded.tokenizer, clozes, signed=True)
+        means = pss.study_means(value_vector_view(loaded.model), loaded.tokenizer, questions)
         return lambda folder: save_file({"means": means}, folder / COEFFICIENTS), unit_record(
             loaded
         )
