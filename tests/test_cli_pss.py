@@ -102,7 +102,14 @@ def test_run_json_says_what_was_measured_on_what(first, place):
     run = json.loads((first[1] / "run.json").read_text())
     choices = {"ratios": [0.1, 0.3], "position": "mean", "scope": "layer", "protocol": "paper"}
     choices |= {"folds": [0, 1], "controls": 1, "nulls": ["random", "magnitude", "other"]}
-    choices |= {"general": 10, "seed": 0, "row_tokens": 160, "batch_tokens": 1024}
+    choices |= {
+        "spared": 0.0,
+        "ablation": "zero",
+        "general": 10,
+        "seed": 0,
+        "row_tokens": 160,
+        "batch_tokens": 1024,
+    }
     assert run["choices"] == choices
     (model,) = run["models"]
     for digested in (run["questions"], model):

@@ -17,6 +17,7 @@ BAD = {
     "pss": ["pss", "smollm2-135m", "--ratios", "a"],
     "finetune": ["finetune", "smollm2-135m", "--method", "FT-PV"],  # words are missing
     "plan": ["plan", "none"],
+    "verdicts": ["verdicts", "none"],
 }
 
 

@@ -244,7 +244,7 @@ def test_other_code_is_another_result(module, name, value, monkeypatch):
 def test_workers_give_the_same_tables(study, measure):
     with workers(jobs=2):
         other = measure(*RUNS[:3])
-    for table in ("answers", "generated", "pss"):
+    for table in ("answers", "generated", "details"):
         expected = getattr(study, table).drop(columns="option_logprobs", errors="ignore")
         expected = expected[expected["run"].isin(NAMES[:3])].reset_index(drop=True)
         pd.testing.assert_frame_equal(getattr(other, table)[list(expected)], expected)

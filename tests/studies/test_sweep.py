@@ -65,6 +65,8 @@ CHANGED = {
     "ratios": (0.1, 0.4),
     "position": "last",
     "scope": "model",
+    "spared": 0.1,
+    "ablation": "mean",
     "protocol": "holdout",
     "folds": (1,),
     "controls": 2,
