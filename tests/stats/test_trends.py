@@ -23,6 +23,7 @@ from paramspec.stats.trends import (
     model_table,
     trend,
 )
+from paramspec.stats.verdicts import verdict
 
 OWN, GENERAL, RATIOS = 5, 4, (0.1, 0.4)
 
@@ -284,3 +285,35 @@ def test_a_study_without_random_masks_has_no_null(details):
     bare = measure_models(details[details["mask"] != "random"])
     assert not [name for name in (*bare.linear, *bare.peaks) if "null" in name or "excess" in name]
     assert "peak_did" in model_table(bare)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("right", [0.0, 1.0])
+def test_models_that_know_all_or_nothing_show_nothing(details, right):
+    """No number that looks like one: neither of a gap, nor of a trend, nor of a difference."""
+    measures = measure_models(details.assign(correct_norm=right))
+    table = model_table(measures)
+    assert (table["accuracy"] == right).all()
+    assert (table["accuracy_low"] <= right).all()
+    assert (table["accuracy_low"] < table["accuracy_high"]).all()
+    assert table[["did_low", "peak_pss_high", "null_did_low"]].isna().all(axis=None)
+    found = trend(measures)
+    assert np.isnan([found[name] for name in ("slope", "slope_low", "r", "pearson")]).all()
+    for measure in ("did", "accuracy", "peak_pss"):
+        assert verdict(contrast(measures, "llama-4", "llama-1", measure)) == "cannot tell"
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_smallest_studies_have_values_and_no_intervals(details):
+    """One concept; one ratio of one model; answers below chance."""
+    one = details[(details["mask_concept"] == "concept 3") & (details["model"] == "llama-4")]
+    alone = measure_models(one.assign(concept="concept 3"))
+    assert np.isfinite(alone.of("did").values).all()
+    assert verdict(alone.of("did")[0].interval()) == "cannot tell"
+    narrow = details[details["ratio"].isin([0, 0.1])]
+    few = measure_models(narrow[narrow["model"] == "llama-4"])
+    assert few.of("did").values == pytest.approx(few.values("peak_did"))
+    assert few.interval("did", "llama-4") == pytest.approx(few.interval("peak_did", "llama-4"))
+    low = details.assign(correct_norm=details["correct_norm"] * (details.index % 5 == 0))
+    ceiling = measure_models(low).of("ceiling").values
+    assert (ceiling < 0).all()
