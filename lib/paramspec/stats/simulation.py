@@ -133,19 +133,17 @@ def coverage(
         number. An interval that is not a number counts as missing.
     """
     world, late = World.of(strength), World.of(strength, np.linspace(-3, 2, 9))
+    truth, later = world.truth(), late.truth()
     rows: list[tuple] = []
     for seed in range(studies):
-        found = [
-            *_of_models(world, seed, sizes),
-            *_of_checkpoints(late, seed, sizes),
-            *_of_seeds(seed),
-        ]
         cells = world.cells(seed, **sizes)
+        found = [*_of_models(truth, cells), *_of_checkpoints(later, late.cells(seed, **sizes))]
+        found += _of_seeds(seed)
         found += [one for other in others for one in other(cells)]
-        for kind, truth, one in found:
+        for kind, known, one in found:
             holds = [
                 one["low"] - 1e-12 <= value <= one["high"] + 1e-12
-                for value in (truth, one["value"])
+                for value in (known, one["value"])
             ]
             if not np.isnan([one["low"], one["high"]]).any():
                 rows.append((kind, *holds, one["high"] - one["low"]))
@@ -154,9 +152,8 @@ def coverage(
     return grouped.mean().assign(intervals=grouped.size()).reset_index()
 
 
-def _of_models(world: World, seed: int, sizes: Mapping[str, int]) -> Iterator[Found]:
-    truth, cells = world.truth(), world.cells(seed, **sizes)
-    models = range(len(world.ability))
+def _of_models(truth: Mapping[str, np.ndarray], cells: Cells) -> Iterator[Found]:
+    models = range(len(truth["accuracy"]))
     measures = measures_of([cells.model(place) for place in models])
     names = measures.models
     for name, place in zip(names, models, strict=True):
@@ -196,10 +193,9 @@ def _of_trend(
         yield f"{kind}{what}", float(truth), one
 
 
-def _of_checkpoints(world: World, seed: int, sizes: Mapping[str, int]) -> Iterator[Found]:
+def _of_checkpoints(truth: Mapping[str, np.ndarray], cells: Cells) -> Iterator[Found]:
     """How much later one measure rises than another, over nine checkpoints."""
-    truth, cells = world.truth(), world.cells(seed, **sizes)
-    steps = 2.0 ** np.arange(len(world.ability))
+    steps = 2.0 ** np.arange(len(truth["accuracy"]))
     measures = measures_of([cells.model(place) for place in range(len(steps))])
     late = [delay(measures.of(measure), steps) for measure in ("did", "accuracy")]
     if np.ptp(truth["did"]) > 1e-9:
