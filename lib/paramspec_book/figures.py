@@ -327,8 +327,9 @@ def over_training(
                 before = original.set_index("model").loc[model, value]
                 axes.axhline(before, color="0.35", linestyle="--", linewidth=1, label="original")
             if ticks is not None:
+                here = [place for place in ticks if place in set(rows[x])]
                 axes.set_xscale("log")
-                axes.set_xticks(list(ticks), list(ticks.values()))
+                axes.set_xticks(here, [ticks[place] for place in here])
                 axes.xaxis.set_minor_locator(NullLocator())
     grid[-1, (len(models) - 1) // 2].set_xlabel(label)  # once: side by side, long ones meet
     panels.legend_below(figure)

@@ -96,10 +96,17 @@ def test_chapter_9_trains_what_chapter_8_trains(profile):
 
 
 def test_a_micro_model_has_a_training_of_its_own():
-    given = {"training": {"epochs": 7}, "micro_training": {"epochs": 2, "share": 0.5}}
-    for name, epochs, share in (("smollm2-135m", 7, 0.125), ("zoo-llama-3", 2, 0.5)):
-        questions, training = training_of(name, {"concepts": 3, "seed": 5, **given})
+    given = {
+        "training": {"epochs": 7, "learning_rates": [0.1, 0.2]},
+        "micro_training": {"epochs": 2, "share": 0.5, "learning_rate": 0.3},
+    }
+    for name, epochs, share, tried in (
+        ("smollm2-135m", 7, 0.125, [0.1, 0.2]),
+        ("zoo-llama-3", 2, 0.5, [0.3]),
+    ):
+        questions, training, rates = training_of(name, {"concepts": 3, "seed": 5, **given})
         assert (training.epochs, training.share, training.seed) == (epochs, share, 5)
+        assert rates == tried
         assert set(training.concepts) <= {question.concept for question in questions}
 
 

@@ -203,6 +203,19 @@ def test_general_questions_are_of_other_concepts_and_of_the_scored_fold():
             assert chosen == general_questions(questions, concept, choices)
 
 
+@pytest.mark.parametrize(("general", "expected"), [(20, [10, 10]), (25, [5, 10, 10])])
+def test_general_questions_can_be_drawn_by_whole_concepts(general, expected):
+    questions = toy_questions(8)
+    drawn = set()
+    for seed in range(12):
+        choices = Choices(general=general, general_by="concept", seed=seed)
+        chosen = general_questions(questions, "beta", choices)
+        counts = Counter(question.concept for question in chosen)
+        assert sorted(counts.values()) == expected
+        drawn.add(frozenset(counts))
+    assert len(drawn) > 3
+
+
 def test_every_other_question_is_as_likely_to_be_general():
     questions = toy_questions(4)
     hits = Counter(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 
 import pytest
 import torch
@@ -29,14 +29,19 @@ def test_the_zoo_is_twenty_models_of_four_families_and_five_generations():
     assert all(name == model.name for name, model in models.items())
 
 
-def test_the_ladder_and_reversed_twins_differ_in_one_thing_alone():
+def test_ladders_differ_in_width_and_rate_and_reversed_twins_in_one_thing_alone():
     models = load_zoo()
-    ladder = [model.recipe for model in models.values() if "zoo-scale" in model.sets]
-    assert len({recipe.width for recipe in ladder}) == len(ladder) == 5
-    assert len({recipe.mlp_width / recipe.width for recipe in ladder}) == 1
-    for recipe in ladder:
-        same = {"width": recipe.width, "mlp_width": recipe.mlp_width}
-        assert ladder[0].model_copy(update=same) == recipe
+    ladders = defaultdict(list)
+    for model in models.values():
+        if "zoo-scale" in model.sets:
+            ladders[model.recipe.family].append(model.recipe)
+    assert set(ladders) == {"llama", "qwen2"}
+    for ladder in ladders.values():
+        assert [recipe.width for recipe in ladder] == [16, 32, 64, 96]
+        assert {recipe.mlp_width / recipe.width for recipe in ladder} == {8}
+        for recipe in ladder:
+            same = {name: getattr(recipe, name) for name in ("width", "mlp_width", "learning_rate")}
+            assert ladder[0].model_copy(update=same) == recipe
     turned = [name for name in models if name.endswith("-reversed")]
     assert len(turned) == 2
     for name in turned:

@@ -92,6 +92,12 @@ def test_measures_are_those_of_summarize_and_peak_pss(details, measures):
             "excess_did": cells["concept"]["did"] - cells["random"]["did"],
             "per_concept": cells["concept"]["pss_per_concept"],
         }
+        c0, g0 = bare["concept_accuracy"], bare["general_accuracy"]
+        masked = summary.loc[(model, "concept")]
+        opened = masked["general_accuracy"] - masked["concept_accuracy"] - (g0 - c0)
+        expected["did_undivided"] = opened.mean()
+        expected["did_over_own"] = opened.mean() / c0
+        expected["did_over_masked"] = (opened / masked["general_accuracy"]).mean()
         for prefix, mask in (("", "concept"), ("null_", "random")):
             found = peaks.loc[(model, mask)]
             for name, peak in (("pss", "pooled"), ("did", "did"), ("per_concept", "per_concept")):

@@ -20,9 +20,15 @@ from paramspec.method.masks import record_concepts
 from paramspec.method.pss import Choices
 from paramspec.method.scoring import encode, mark
 from paramspec.models.load import load_model
-from paramspec.stats.methods import MEASURES, measure_methods, run_means
+from paramspec.stats.methods import MEASURES, best_rates, measure_methods, run_means
 from paramspec.studies import causal, evaluation, runner
-from paramspec.studies.causal import Run, causal_runs, measure_runs, trained_concepts
+from paramspec.studies.causal import (
+    Run,
+    causal_runs,
+    measure_runs,
+    rate_runs,
+    trained_concepts,
+)
 from paramspec.studies.evaluation import Evaluation
 from paramspec.studies.finetune import finetune
 from paramspec.studies.training import METHODS, Training
@@ -34,7 +40,7 @@ TRAINING = Training(
     method="FT-PV", concepts=TAUGHT, share=0.25, statements=2, epochs=2, batch=8, learning_rate=0.02
 )
 FULL = Evaluation(
-    others=10, open_ended="cloze", stated=6, prose=2, sampled=6, samples=3,
+    others=10, open_ended="cloze", stated=6, left_out=4, prose=2, sampled=6, samples=3,
     choices=Choices(ratios=(0.1, 0.3), folds=(1,), general=4, nulls=("random",)),
 )  # fmt: skip
 METHOD_RUNS = causal_runs(TRAINING, FULL, seeds=2)
@@ -136,6 +142,11 @@ def test_likelihoods_are_the_models_own_loss(model, study):
     possible = np.array([nats(loaded.tokenizer.encode(text)) for text in others])
     assert len(of["statements"]) == 6
     for found in of["statements"]["nats"]:
+        assert np.abs(possible - found).min() < 1e-3
+    last = [q.statements[-1] for q in QUESTIONS if q.concept in TAUGHT]
+    possible = np.array([nats(loaded.tokenizer.encode(text)) for text in last])
+    assert len(of["left out"]) == 4
+    for found in of["left out"]["nats"]:
         assert np.abs(possible - found).min() < 1e-3
 
 
@@ -265,6 +276,7 @@ def test_bad_input_is_told_before_any_training(measure, monkeypatch):
         ([RUNS[1], RUNS[1]], "'FT-FV/0' is given twice"),
         ([Run("x", unknown, FULL)], "'Atlantis': no statements"),
         ([Run("x", unknown, FULL, original=True)], "'Atlantis'"),
+        ([Run("x", TRAINING.model_copy(update={"statements": 9}), FULL)], "a fact's last"),
     ):
         with pytest.raises(InputError, match=message):
             measure(*runs)
@@ -279,6 +291,22 @@ def test_a_diverging_run_is_named_and_the_others_are_kept(measure, monkeypatch):
         measure(calm, wild)
     monkeypatch.setattr(causal, "tune", None)
     assert len(measure(calm).answers) == 30
+
+
+def test_each_method_takes_the_rate_that_leaves_most_likely_what_was_left_out(measure):
+    """A rate of nearly nothing teaches nothing: the loss is that of the original."""
+    rates = (1e-9, 0.01)
+    runs = rate_runs(TRAINING, rates, left_out=30)
+    assert [run.training.learning_rate for run in runs] == [*rates] * len(METHODS)
+    tried = measure(original(left_out=30), *runs)
+    assert best_rates(tried) == dict.fromkeys(METHODS, 0.01) | {"original": 0.0}
+    nats = tried.texts.groupby("run")["nats"].sum()
+    for method in METHODS:
+        assert nats[f"{method}/rate 1e-09"] == pytest.approx(nats["x"], rel=1e-5)
+        assert nats[f"{method}/rate 0.01"] < nats["x"]
+    chosen = causal_runs(TRAINING, Evaluation(), seeds=1, rates={"FT-PV": 0.01})
+    found = {run.training.method: run.training.learning_rate for run in chosen[1:]}
+    assert found == {"FT-FV": 0.02, "FT-PV": 0.01, "FT-CV": 0.02, "FT-RV": 0.02}
 
 
 @pytest.mark.parametrize("name", ["prose", "others"])

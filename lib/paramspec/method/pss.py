@@ -57,6 +57,7 @@ class Choices(Checked):
         controls: draws of each control mask; 0 for none.
         nulls: the kinds of control masks, of random, magnitude and other.
         general: unrelated questions that a concept's masks are scored on.
+        general_by: they are drawn one `question` at a time, or all of one `concept` at a time.
         seed: of the general questions and the controls, from 0 to 2^32 - 1.
         row_tokens, batch_tokens: see `score_options`.
     """
@@ -71,6 +72,7 @@ class Choices(Checked):
     controls: int = Field(default=1, ge=0)
     nulls: tuple[Null, ...] = ("random", "magnitude", "other")
     general: Count = 10
+    general_by: Literal["question", "concept"] = "question"
     seed: Seed = 0
     row_tokens: Count = ROW_TOKENS
     batch_tokens: Count = BATCH_TOKENS
@@ -129,8 +131,11 @@ def general_questions(
             f"{concept!r}; give more concepts or a smaller number"
         )
     draw = generator_of((choices.seed, "general", concept))
-    chosen = torch.randperm(len(others), generator=draw)[: choices.general].tolist()
-    return [others[index] for index in sorted(chosen)]
+    order = torch.randperm(len(others), generator=draw).tolist()
+    if choices.general_by == "concept":
+        first = {others[index].concept: place for place, index in reversed([*enumerate(order)])}
+        order.sort(key=lambda index: first[others[index].concept])
+    return [others[index] for index in sorted(order[: choices.general])]
 
 
 def asked_questions(

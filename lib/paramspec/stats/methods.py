@@ -48,6 +48,18 @@ def run_means(
     return {run: found[place] for place, (run,) in enumerate(index)}
 
 
+def best_rates(study: Any) -> dict[str, float]:
+    """`best_rates(study)["FT-PV"]`: of each method the learning rate, of those in the study, at
+    which the statements that were left out of the training lose the fewest nats per token.
+    """
+    texts = study.texts[study.texts["kind"] == "left out"]
+    sums = texts.groupby("run")[["nats", "tokens"]].sum()
+    losses = sums["nats"] / sums["tokens"]
+    runs = study.runs.set_index("run").assign(loss=losses).dropna(subset=["loss"])
+    best = runs.loc[runs.groupby("method")["loss"].idxmin()]
+    return dict(zip(best["method"], best["learning_rate"], strict=True))
+
+
 def measure_methods(
     study: Any, names: Sequence[str], *, minuend: str | None = None
 ) -> pd.DataFrame:

@@ -188,10 +188,14 @@ class Cells:
     def gaps(self, cell: Cell) -> dict[str, Estimates]:
         """What PSS is made of, `[draws]`: PSS before the absolute value, and its kin."""
         (c0, g0), c, g = self.bare, self.own[cell], self.general[cell]
+        opened = g - c - (g0 - c0)
         return {
             "pooled": (g - c) / g0,
             "per_concept": self.apart[cell] / g0,
-            "did": (g - c - (g0 - c0)) / g0,
+            "did": opened / g0,
+            "did_undivided": opened,
+            "did_over_own": opened / c0,
+            "did_over_masked": opened / g,
         }
 
     def intervals(self, cell: Cell) -> dict[str, Interval]:
@@ -218,7 +222,8 @@ class Cells:
     def peaks(self, mask: str) -> dict[str, Interval]:
         """Maxima over the ratios, of `did` with its sign, else of |gap|; means over the draws."""
         gaps = self._of_mask(mask)
-        return {name: _over_draws(gap, signed=name == "did") for name, gap in gaps.items()}
+        names = [name for name in ("pooled", "per_concept", "did") if name in gaps]
+        return {name: _over_draws(gaps[name], signed=name == "did") for name in names}
 
     def peak_ratio(self, mask: str) -> float:
         """The ratio at which PSS, pooled over concepts, is highest."""

@@ -92,9 +92,11 @@ def measure_models(details: pd.DataFrame, concepts: Sequence[str] | None = None)
         the most that a loss of all knowledge could give, (G(0) - chance) / G(0). Then, as means
         over the ratios, which noise does not lift: `did`, the difference in differences; `pooled`,
         (G(k) - C(k)) / G(0) with its sign; and `per_concept`, the mean over concepts of
-        |G(k) - C(k)| / G(0), which noise does lift; under random masks the same with `null_` before
-        it; and with `excess_` the difference of the two. As maxima over the ratios: `peak_pss`, as
-        the paper takes it, `peak_per_concept` and `peak_did`, and `null_` with each.
+        |G(k) - C(k)| / G(0), which noise does lift; `did_undivided`, `did_over_own` and
+        `did_over_masked`, with 1, C(0) and G(k) for the denominator; under random masks the same
+        with `null_` before it; and with `excess_` the difference of the two. As maxima over the
+        ratios: `peak_pss`, as the paper takes it, `peak_per_concept` and `peak_did`, and `null_`
+        with each.
 
     Raises:
         InputError: if models have different concepts, or protocols are mixed.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,7 +32,7 @@ from paramspec.specwiki import Question, questions_digest
 from paramspec.studies import runner
 from paramspec.studies.evaluation import TABLES, Evaluation, evaluate
 from paramspec.studies.finetune import FINETUNE_VERSION, texts_digest, tune
-from paramspec.studies.training import METHODS, Training, training_texts
+from paramspec.studies.training import METHODS, Method, Training, last_statements, training_texts
 
 TRAINED = "vectors.safetensors"
 RECORD = "record.json"
@@ -73,7 +73,29 @@ def trained_concepts(questions: Sequence[Question], count: int, seed: int = 0) -
     return tuple(names[:count])
 
 
-def causal_runs(training: Training, evaluation: Evaluation, *, seeds: int = 3) -> list[Run]:
+def rate_runs(training: Training, rates: Sequence[float], *, left_out: int = 30) -> list[Run]:
+    """`rate_runs(training, [0.001, 0.003])`: each method at each learning rate, at one seed.
+
+    Each is asked for the likelihood of as many statements as `left_out` says, of facts trained on
+    in other words, from which `stats.methods.best_rates` chooses.
+    """
+    asked = Evaluation(folds=(1,), left_out=left_out)
+    changed = [{"method": m, "learning_rate": rate} for m in METHODS for rate in sorted(set(rates))]
+    return [
+        Run(
+            f"{one['method']}/rate {one['learning_rate']:g}", training.model_copy(update=one), asked
+        )
+        for one in changed
+    ]
+
+
+def causal_runs(
+    training: Training,
+    evaluation: Evaluation,
+    *,
+    seeds: int = 3,
+    rates: Mapping[Method, float] | None = None,
+) -> list[Run]:
     """`runs = causal_runs(training, evaluation)`: the original, and each method at each seed.
 
     >>> training = Training(method="FT-PV", concepts=("alpha",))
@@ -84,12 +106,14 @@ def causal_runs(training: Training, evaluation: Evaluation, *, seeds: int = 3) -
         training: each run has its fields, but for the method and the seed; its seed is the first.
         evaluation: of each run.
         seeds: of each method.
+        rates: the learning rate of each method, if it is not that of `training`.
     """
     runs = [Run("original", training, evaluation, original=True)]
     for seed in range(training.seed, training.seed + seeds):
         for method in METHODS:
-            own = training.model_copy(update={"method": method, "seed": seed})
-            runs.append(Run(f"{method}/{seed}", own, evaluation))
+            rate = (rates or {}).get(method, training.learning_rate)
+            own = {"method": method, "seed": seed, "learning_rate": rate}
+            runs.append(Run(f"{method}/{seed}", training.model_copy(update=own), evaluation))
     return runs
 
 
@@ -104,8 +128,8 @@ class CausalStudy(NamedTuple):
             hidden state of the answer's last token.
         samples: of some of these questions: `question_id`, `concept`, and lists over samples,
             `answers`, `log_likelihoods` and `tokens`, see `hallucination.Sampled`.
-        texts: `kind` (`statements` or `prose`), `text` (its number), `nats` (its negative
-            log-likelihood), `tokens` (those predicted).
+        texts: `kind` (`statements`, `left out` or `prose`), `text` (its number), `nats` (its
+            negative log-likelihood), `tokens` (those predicted).
         details: answers under masks: `DETAIL_COLUMNS`, with the run's name as `model`.
         losses: `step`, and `loss`, of its batch before the step.
         vectors: by run, int32 `[n, 2]`, the (layer, value vector) that it trained.
@@ -145,8 +169,9 @@ def measure_runs(
 
     Raises:
         InputError: if two runs have one name, if a concept has no statements, if a micro model
-            must not be asked a question (see `require_taught`), or if PSS needs folds that an
-            evaluation leaves out, before any training; if a training diverges, with its name: what
+            must not be asked a question (see `require_taught`), if a run trains on statements that
+            it is asked about, or if PSS needs folds that an evaluation leaves out, before any
+            training; if a training diverges, with its name: what
             is finished is kept.
     """
     folds = folds_asked([model])
@@ -154,7 +179,13 @@ def measure_runs(
     if twice := [name for name, count in Counter(r.name for r in runs).items() if count > 1]:
         raise InputError(f"run {twice[0]!r} is given twice; give each its own name")
     for run in runs:
-        training_texts(questions, run.training)  # refuses what cannot be trained on
+        texts = training_texts(questions, run.training)  # refuses what cannot be trained on
+        asked = last_statements(questions, run.training.concepts) if run.evaluation.left_out else ()
+        if held := sorted(set(asked).intersection(texts)):
+            raise InputError(
+                f"run {run.name!r}: trains on {held[0]!r}, a fact's last statement, and left_out "
+                "asks about it; train on fewer statements of each fact"
+            )
     require_taught([model], questions, {fold for run in runs for fold in run.evaluation.folds})
     store = store or Store("results/store")
     compute = partial(_measure_run, tuple(questions), tuple(runs), store)

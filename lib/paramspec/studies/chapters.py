@@ -5,6 +5,7 @@ A chapter is named as its notebook is, and needs all parameters that the noteboo
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,15 +32,17 @@ class Experiment:
         return replace(self, choices=self.choices.model_copy(update=update))
 
 
-def training_of(name: str, p: Mapping[str, Any]) -> tuple[list[Question], Training]:
-    """The questions and the training of a model in chapters 8 and 9. A micro model is asked about
-    concepts that it was taught, and its training has parameters of its own.
+def training_of(name: str, p: Mapping[str, Any]) -> tuple[list[Question], Training, list[float]]:
+    """The questions of a model in chapters 8 and 9, its training, and the learning rates to try. A
+    micro model is asked about concepts that it was taught; its training has its own parameters.
     """
     micro = taught(name) is not None
     questions = study_questions([name]) if micro else load_questions()
     concepts = trained_concepts(questions, p["concepts"], p["seed"])
-    given = p["micro_training" if micro else "training"]
-    return questions, Training.parse(method="FT-PV", concepts=concepts, seed=p["seed"], **given)
+    given = dict(p["micro_training" if micro else "training"])
+    rates = given.pop("learning_rates", [])
+    training = Training.parse(method="FT-PV", concepts=concepts, seed=p["seed"], **given)
+    return questions, training, rates or [training.learning_rate]
 
 
 def _experiment(names: Sequence[str], p: Mapping[str, Any], **others: object) -> Experiment:
@@ -80,8 +83,15 @@ def _sensitivity(p: Mapping[str, Any]) -> list[Experiment]:
         own.changed(ablation="mean"),
         own.changed(spared=0.02),
         own.changed(protocol="holdout"),
-        own.changed(seed=p["seed"] + 1),
+        own.changed(general_by="concept", general=_whole_concepts(own, 5)),
     ]
+
+
+def _whole_concepts(experiment: Experiment, count: int) -> int:
+    """The questions on so many concepts, of the folds that are scored."""
+    scored = [q.concept for q in experiment.questions if q.fold in experiment.choices.score_on]
+    each = sorted(Counter(scored).values(), reverse=True)
+    return sum(each[:count]) if len(each) > count else experiment.choices.general
 
 
 CHAPTERS: dict[str, Callable[[Mapping[str, Any]], list[Experiment]]] = {

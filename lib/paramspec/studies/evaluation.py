@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,9 +28,9 @@ from paramspec.specwiki import Question
 from paramspec.studies.hallucination import Sampled, sample_answers
 from paramspec.studies.runner import Ready
 from paramspec.studies.sweep import answer_table, scores_by_id
-from paramspec.studies.training import next_token_nats
+from paramspec.studies.training import last_statements, next_token_nats
 
-EVALUATION_VERSION = 6  # raised whenever a change of this file could move a stored result
+EVALUATION_VERSION = 7  # raised whenever a change of this file could move a stored result
 TABLES = ("answers", "generated", "texts", "details", "samples")
 PROSE = Path(__file__).with_name("prose.txt")  # prose.md names its source
 PASSAGE_TOKENS = 128
@@ -52,6 +52,8 @@ class Evaluation(Checked):
             `question` after examples, as the `cloze` alone (which is all that a micro model can
             continue), or not at all.
         stated: the number of statements of other concepts whose likelihood is taken.
+        left_out: the number of facts of the trained concepts of whose last statement the likelihood
+            is taken. No run may have trained on it.
         prose: the number of passages of 128 tokens of English prose whose likelihood is taken, from
             the beginning of Jane Austen's "Mansfield Park" (`prose.txt`), some 90 passages.
         choices: of PSS, on the trained concepts against `others`; none is measured without them.
@@ -65,6 +67,7 @@ class Evaluation(Checked):
     others: int = 0
     open_ended: Literal["question", "cloze", "no"] = "no"
     stated: int = 0
+    left_out: int = 0
     prose: int = 0
     choices: Choices | None = None
     sampled: int = 0
@@ -86,7 +89,7 @@ class Evaluation(Checked):
     def key(self) -> dict[str, Any]:
         """All that answers depend on, next to the model, the questions and the concepts."""
         key = self.model_dump(mode="json") | {"evaluation_version": EVALUATION_VERSION}
-        if self.stated or self.prose:
+        if self.stated or self.left_out or self.prose:
             key["texts"] = [hashlib.sha256(PROSE.read_bytes()).hexdigest(), PASSAGE_TOKENS]
         if self.open_ended != "no":
             version, most = generation.GENERATION_VERSION, generation.MAX_NEW_TOKENS
@@ -114,7 +117,7 @@ def evaluate(
         states = [state.tolist() for state in said["state"]]
         greedy = said[about].assign(answer=said["greedy"], correct=list(correct), state=states)
         tables["generated"] = greedy
-    if asked.stated or asked.prose:
+    if asked.stated or asked.left_out or asked.prose:
         tables["texts"] = _likelihoods(ready, questions, concepts, asked)
     if asked.choices:
         tables["details"] = _specialization(
@@ -193,11 +196,13 @@ def _sampled(own: Sequence[Question], concepts: Sequence[str], asked: Evaluation
 def _likelihoods(
     ready: Ready, questions: Sequence[Question], concepts: Sequence[str], asked: Evaluation
 ) -> pd.DataFrame:
-    """The negative log-likelihoods of texts that no run was trained on, of both kinds."""
+    """The negative log-likelihoods of texts that no run was trained on, of each kind."""
     tokenizer = ready.loaded.tokenizer
     first = {text for q in questions if q.concept not in concepts for text in q.statements[:1]}
-    stated = sorted(first, key=lambda text: by_hash(asked.seed, text))[: asked.stated]
-    rows = [*token_ids(tokenizer, stated), *_passages(tokenizer, asked.prose)]
+    stated = _drawn(first, asked.stated, asked.seed)
+    left_out = _drawn(last_statements(questions, concepts), asked.left_out, asked.seed)
+    passages = _passages(tokenizer, asked.prose)
+    rows = [*token_ids(tokenizer, stated), *token_ids(tokenizer, left_out), *passages]
 
     def forward(places: Sequence[int], _: int) -> list[float]:
         return next_token_nats(ready.view.model, [rows[place] for place in places]).sum(1).tolist()
@@ -209,12 +214,19 @@ def _likelihoods(
     require_numbers(ready.view, torch.from_numpy(nats), "a log-likelihood of held-out texts")
     return pd.DataFrame(
         {
-            "kind": ["statements"] * len(stated) + ["prose"] * asked.prose,
+            "kind": ["statements"] * len(stated)
+            + ["left out"] * len(left_out)
+            + ["prose"] * len(passages),
             "text": range(len(rows)),
             "nats": nats,
             "tokens": [len(row) - 1 for row in rows],
         }
     )
+
+
+def _drawn(texts: Iterable[str], count: int, seed: int) -> list[str]:
+    """So many of the texts, or all, by their hashes."""
+    return sorted(texts, key=lambda text: by_hash(seed, text))[:count]
 
 
 def _passages(tokenizer: PreTrainedTokenizerBase, count: int) -> list[list[int]]:

@@ -98,6 +98,11 @@ def training_texts(questions: Sequence[Question], training: Training) -> list[st
     return list(dict.fromkeys(texts))
 
 
+def last_statements(questions: Sequence[Question], concepts: Sequence[str]) -> set[str]:
+    """The last statement of each fact about the concepts: left out of a training on fewer."""
+    return {q.statements[-1] for q in questions if q.concept in concepts and q.statements}
+
+
 def _plain(text: str) -> str:
     """The same wording in other case or white space is one text."""
     return " ".join(text.casefold().split())
