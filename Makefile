@@ -7,6 +7,7 @@ PYTHON ?= $(firstword $(foreach version,$(PYTHONS),$(call can_make,$(version))))
 PROFILE ?= default
 # An index with the build of torch for your machine, e.g. https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
+CHROMIUM ?= chromium
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q \
@@ -20,7 +21,7 @@ QUICK := tests/stats tests/specwiki tests/execution/test_store.py tests/executio
   tests/test_traceback.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book check test bench lock wheels clean static
+.PHONY: help setup book pdf check test bench lock wheels clean static
 
 help:  ## list the commands
 	@echo "usage: make COMMAND [PROFILE=smoke|default|paper] [PYTHON=python3.12] [TORCH_INDEX=URL]"
@@ -28,6 +29,12 @@ help:  ## list the commands
 
 book: .venv/installed  ## run every chapter, then build the site: _build/html/index.html
 	$(BIN)/paramspec build --profile $(PROFILE)
+
+pdf: book  ## print the site into one file, _build/book.pdf (with Chromium: CHROMIUM=/path)
+	$(BIN)/jupyter-book build . --builder singlehtml --path-output _build/pdf -q
+	$(CHROMIUM) --headless --no-sandbox --disable-gpu --disable-background-networking \
+	  --no-pdf-header-footer --virtual-time-budget=60000 \
+	  --print-to-pdf=_build/book.pdf _build/pdf/_build/singlehtml/index.html
 
 static: .venv/installed
 	$(BIN)/ruff format --check

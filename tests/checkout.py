@@ -23,7 +23,7 @@ kernelspec:
 def make_checkout(folder: Path, **chapters: str) -> Path:
     """Write a book of the given chapters, with the repository's settings; return its root."""
     (folder / "book" / "profiles").mkdir(parents=True)
-    for name in ("_config.yml", "requirements.lock", "requirements-weights.lock"):
+    for name in ("_config.yml", "CITATION.cff", "requirements.lock", "requirements-weights.lock"):
         shutil.copy(REPOSITORY / name, folder)
     shutil.copytree(REPOSITORY / "book" / "_assets", folder / "book" / "_assets")
     pages = {

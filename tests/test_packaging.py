@@ -172,9 +172,16 @@ def test_the_citation_names_the_version_and_the_paper():
     assert citation["version"] == PROJECT["version"] == paramspec.__version__
     (paper,) = citation["references"]
     assert paper["url"] == "https://arxiv.org/abs/2505.17260"
+
+
+def test_no_address_is_named_that_nobody_has_registered():
+    """Links to the code come from the checkout's origin; see `sphinx_site`."""
     config = yaml.safe_load((REPOSITORY / "_config.yml").read_text())
-    assert citation["repository-code"] == config["repository"]["url"]
-    assert PROJECT["urls"]["Repository"] == config["repository"]["url"]
+    assert config["repository"]["url"] == config["html"]["baseurl"] == ""
+    assert set(PROJECT["urls"]) == {"Paper"}
+    for name in ("README.md", "CITATION.cff", "pyproject.toml", "CONTRIBUTING.md", "book/index.md"):
+        hosts = re.findall(r"https?://([\w.-]+/[\w.-]+)", (REPOSITORY / name).read_text("utf-8"))
+        assert not [host for host in hosts if "paramspec" in host], name
 
 
 def test_the_command_answers_at_once():

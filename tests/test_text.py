@@ -27,6 +27,7 @@ from paramspec.specwiki import load_questions
 from paramspec.specwiki.questions import choose, describe
 from paramspec_book import figures
 from paramspec_book.sphinx_executed import in_markdown
+from paramspec_book.tables import to_html
 from toy_study import CONCEPTS, save_questions, save_toy, toy_questions
 
 # Each is special to something that shows it: rich, matplotlib, Markdown, HTML, a legend.
@@ -200,7 +201,6 @@ def test_markdown_shows_a_name_as_it_stands(name):
 
 
 def test_a_table_on_a_page_is_of_texts():
-    figures.use_book_style()
-    shown = pd.DataFrame({"model": ["$a$ <b>"]})._repr_html_()
+    shown = to_html(pd.DataFrame({"model": ["$a$ <b>"]}))
     assert "&lt;b&gt;" in shown
     assert "tex2jax_ignore" in shown

@@ -30,6 +30,7 @@ from paramspec.errors import InputError, printable
 from paramspec.execution.files import atomic, require_writable, writing_to
 from paramspec.execution.limits import cores
 from paramspec.execution.provenance import USED, computed, machine, used_results
+from paramspec_book.kept import DATA
 from paramspec_book.keys import RECORD, execution_key, front_matter, read_record
 from paramspec_book.parameters import (
     chapter_values,
@@ -40,7 +41,6 @@ from paramspec_book.parameters import (
     read_notebook,
 )
 
-DATA = "PARAMSPEC_DATA"
 # Run first in a process that this one starts: it, and what it started, ends if this one is killed.
 _WATCH = "from paramspec.execution.ends import watch_parent as _watch; _watch({})"
 

@@ -6,7 +6,9 @@ its bounds in `_low` and `_high`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -15,10 +17,13 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, NullLocator, ScalarFormatter
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from paramspec.tables import TIERS
 from paramspec_book import panels
+from paramspec_book.kept import keep_csv
 from paramspec_book.panels import DASHED, FAMILIES, GENERAL, MASKS, METHODS, NULL, OTHER, OWN
+from paramspec_book.tables import use_book_tables
 
 CHANCE = 0.25
 MEASURES = {
@@ -27,10 +32,10 @@ MEASURES = {
     "peak_pss": "peak PSS",
 }
 STYLE: Any = {
-    "figure.facecolor": "white",
+    "figure.facecolor": "none",  # pages have two grounds
+    "axes.facecolor": "none",
+    "svg.hashsalt": "paramspec",  # the same file each time
     "figure.constrained_layout.use": True,
-    "figure.dpi": 110,
-    "savefig.dpi": 150,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": "medium",
@@ -45,7 +50,19 @@ def use_book_style() -> None:
     """Set the look of every figure and table of a chapter."""
     sns.set_theme(context="notebook", style="ticks", palette="colorblind")
     plt.rcParams.update(STYLE)
-    pd.set_option("display.html.use_mathjax", False)
+    set_matplotlib_formats("svg", facecolor="none", metadata={"Date": None})
+    use_book_tables()
+
+
+def drawn(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """A function that draws a table, and keeps the table as the chapter's next `figure-N.csv`."""
+
+    @functools.wraps(draw)
+    def and_kept(table: pd.DataFrame, *arguments: Any, **options: Any) -> Figure:
+        keep_csv("figure", table)
+        return draw(table, *arguments, **options)
+
+    return and_kept
 
 
 def family_title(family: str) -> str:
@@ -56,6 +73,7 @@ def family_title(family: str) -> str:
 # --- one model ----------------------------------------------------------------------------------
 
 
+@drawn
 def promoted_share(table: pd.DataFrame) -> Figure:
     """The `error`, the norm of the missing part over that of an MLP's output, where the `vectors`
     largest terms of its sum are kept, by `layer`.
@@ -70,6 +88,7 @@ def promoted_share(table: pd.DataFrame) -> Figure:
     return figure
 
 
+@drawn
 def overlap(table: pd.DataFrame, domains: list[str], expected: float) -> Figure:
     """The fraction of each pair's masks that is shared: a heat map of concepts, sorted by domain;
     `expected` is that of two random masks.
@@ -94,6 +113,7 @@ def overlap(table: pd.DataFrame, domains: list[str], expected: float) -> Figure:
     return figure
 
 
+@drawn
 def accuracy_by(table: pd.DataFrame) -> Figure:
     """Accuracy with its 95 % interval: a panel per `by`, a row per `group`, with its `n`."""
     kinds = dict(list(table.groupby("by", sort=False)))
@@ -110,19 +130,21 @@ def accuracy_by(table: pd.DataFrame) -> Figure:
     return figure
 
 
+@drawn
 def curves(summary: pd.DataFrame) -> Figure:
     """C(k) and G(k) over the mask ratio: a panel for each kind of mask."""
     masks = [mask for mask in MASKS if (summary["mask"] == mask).any()]
     rows, columns = (len(masks) + 1) // 2, min(2, len(masks))
     figure, grid = panels.panels(rows, columns, (7.2, 0.6 + 2.6 * rows), sharey=True)
     lines: panels.Names = {
-        "general_accuracy": ("unrelated questions, G(k)", GENERAL),
-        "concept_accuracy": ("the concept's questions, C(k)", OWN),
+        "general_accuracy": ("unrelated questions, G(k)", GENERAL, "s"),
+        "concept_accuracy": ("the concept's questions, C(k)", OWN, "o"),
     }
     for axes, mask in zip(grid.flat, masks, strict=False):
         part = panels.on_ratios(axes, summary[summary["mask"].isin(["none", mask])])
-        for value, (title, colour) in lines.items():
-            panels.draw(axes, part, "place", value, shade=True, color=colour, label=title)
+        for value, (title, colour, marker) in lines.items():
+            look = {"color": colour, "marker": marker, "label": title}
+            panels.draw(axes, part, "place", value, shade=True, **look)
         axes.axhline(CHANCE, **DASHED)
         axes.set_title(MASKS[mask][0])
     for axes in grid[:, 0]:
@@ -131,6 +153,7 @@ def curves(summary: pd.DataFrame) -> Figure:
     return figure
 
 
+@drawn
 def over_ratios(summary: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
     """Columns of a summary over the mask ratio, a panel and a title each; a line per `mask`."""
     masked = summary[summary["mask"] != "none"]
@@ -144,21 +167,26 @@ def over_ratios(summary: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
     return figure
 
 
+@drawn
 def depth(table: pd.DataFrame) -> Figure:
     """The `share` of a concept's masked vectors in each `layer`, when all compete; a line per
     `ratio`.
     """
     ratios = sorted(table["ratio"].unique())
     colours = sns.color_palette("flare", len(ratios))
-    names = {r: (f"{r:.1%} masked", colour) for r, colour in zip(ratios, colours, strict=True)}
+    names: panels.Names = {
+        ratio: (f"{ratio:.1%} masked", colour, "")
+        for ratio, colour in zip(ratios, colours, strict=True)
+    }
     figure, axes = plt.subplots(figsize=(7, 3.2))
-    panels.groups(axes, table, "layer", "share", "ratio", names, shade=True, marker="")
+    panels.groups(axes, table, "layer", "share", "ratio", names, shade=True)
     axes.axhline(1 / table["layer"].nunique(), label="even", **DASHED)
     axes.set(xlabel="layer", ylim=(0, None), ylabel="share of the\nmasked vectors")
     axes.legend()
     return figure
 
 
+@drawn
 def coverage(table: pd.DataFrame) -> Figure:
     """The share `covered` by the intervals of each kind of `estimate`, a mark for each `world`."""
     kinds, worlds = (list(table[name].unique()) for name in ("estimate", "world"))
@@ -175,9 +203,26 @@ def coverage(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def claims_forest(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write the figure of all claims: of each a `title`, `value`, `low`, `high` and `paper`."""
+    table = pd.DataFrame(rows)
+    with sns.axes_style("ticks"), plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6.6, 1.3 + 0.34 * len(table)))
+        axes.axvline(0, **DASHED)
+        label = "this book, 95 % interval"
+        places = panels.rows(axes, table, "value", table["title"], GENERAL, label=label)
+        published: Any = {"color": OWN, "marker": "|", "s": 170, "linewidth": 2.5, "zorder": 4}
+        axes.scatter(table["paper"], places, label="the paper", **published)
+        axes.set_xlim(-1.05, 1.05)
+        panels.legend_below(figure, 2)
+        figure.savefig(path, metadata={"Date": None})
+        plt.close(figure)
+
+
 # --- many models --------------------------------------------------------------------------------
 
 
+@drawn
 def against_accuracy(table: pd.DataFrame) -> Figure:
     """The difference in differences and peak PSS over accuracy, a point per model of
     `trends.model_table`, with the name that is `shown`; in grey, random masks.
@@ -186,7 +231,7 @@ def against_accuracy(table: pd.DataFrame) -> Figure:
     figure, grid = panels.panels(1, 2, (7.8, 4.4))
     table = table.fillna({"family": "other"}).assign(run=lambda rows: rows["family"])
     points: dict[str, Any] = {"linestyle": "none", "markersize": 6}
-    near: dict[str, Any] = {"xytext": (7, 5), "textcoords": "offset points", "fontsize": 9}
+    near: dict[str, Any] = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 8}
     for axes, value in zip(grid[0], values, strict=True):
         axes.axvline(CHANCE, **DASHED)
         axes.axhline(0, color="0.8", linewidth=0.8)
@@ -201,6 +246,7 @@ def against_accuracy(table: pd.DataFrame) -> Figure:
     return figure
 
 
+@drawn
 def forest(table: pd.DataFrame, published: float | None = None) -> Figure:
     """A row per `reading` of the claim: the correlation `r`, free of noise, with its interval, and
     `pearson`, as measured; `published` is the paper's.
@@ -219,6 +265,7 @@ def forest(table: pd.DataFrame, published: float | None = None) -> Figure:
     return figure
 
 
+@drawn
 def generations(table: pd.DataFrame) -> Figure:
     """The difference in differences of each family of `trends.model_table` over its generations, in
     their `order`, with `held_out` if it is there.
@@ -230,8 +277,8 @@ def generations(table: pd.DataFrame) -> Figure:
         panels.null_band(axes, part, "order", "did")
         if "held_out" in part:
             axes.plot(part["order"], part["held_out"], ":", color="0.2", label="held out")
-        title, colour = FAMILIES.get(family, (family, OTHER))
-        panels.draw(axes, part, "order", "did", color=colour)
+        title, colour, marker = FAMILIES.get(family, (family, OTHER, "x"))
+        panels.draw(axes, part, "order", "did", color=colour, marker=marker)
         names = part["generation"].str.removeprefix("zoo ")
         tilt = {"rotation": 60, "ha": "right"} if names.str.len().max() > 3 else {}
         axes.set_xticks(part["order"], names, **tilt)
@@ -242,6 +289,7 @@ def generations(table: pd.DataFrame) -> Figure:
     return figure
 
 
+@drawn
 def along(
     table: pd.DataFrame,
     x: str,
@@ -249,9 +297,11 @@ def along(
     measures: Sequence[str] = ("accuracy", "did"),
     *,
     log: bool = False,
+    marked: pd.DataFrame | None = None,
 ) -> Figure:
     """Some of `MEASURES` over `x`, numbers or frequency tiers: a line per `run` of the models of
-    `trends.model_table`, in the colour of its `family`, if the table has families.
+    `trends.model_table`, in the colour of its `family`, if the table has families. Points of the
+    lines are `marked`: of a `run` and a `measure`, at `x` and `value`.
     """
     figure, grid = panels.panels(1, len(measures), (7.6, 3.5))
     tiers, names = table[x].isin(TIERS).all(), panels.run_names(table)
@@ -262,6 +312,9 @@ def along(
         axes.set(xlabel=label, ylabel=MEASURES[value])
         axes.axhline(CHANCE if value == "accuracy" else 0, **DASHED)
         panels.null_band(axes, table, x, value)
+        for row in () if marked is None else marked[marked["measure"] == value].itertuples():
+            look = {"color": names[row.run][1], "edgecolor": "0.2", "zorder": 5}
+            axes.scatter(row.x, row.value, marker="*", s=130, **look)
         if tiers:
             axes.set_xticks(range(3), TIERS)
         if log:
@@ -277,12 +330,13 @@ def along(
 # --- ways of training ---------------------------------------------------------------------------
 
 
+@drawn
 def by_method(table: pd.DataFrame, labels: Mapping[str, str]) -> Figure:
     """The `value` of each `measure` and `model`, a row per `method`, with 95 % intervals; `labels`
     has the titles of measures. The first method is drawn as a line as well.
     """
     models, methods = dict(list(table.groupby("model", sort=False))), table["method"].unique()
-    colours = [METHODS.get(method, ("", OWN))[1] for method in methods]
+    colours = [METHODS[method][1] if method in METHODS else OWN for method in methods]
     size = (max(4.8, 2.05 * len(labels) + 1.2), (0.7 + 0.27 * len(methods)) * len(models) + 0.6)
     figure, grid = panels.panels(len(models), len(labels), size, sharey=True)
     for row, (model, part) in zip(grid, models.items(), strict=True):
@@ -300,6 +354,7 @@ def by_method(table: pd.DataFrame, labels: Mapping[str, str]) -> Figure:
     return figure
 
 
+@drawn
 def over_training(
     table: pd.DataFrame,
     x: str,
@@ -317,7 +372,8 @@ def over_training(
     models = dict(list(table.groupby("model", sort=False)))
     size = (max(4.8, 2.5 * len(models) + 0.6), 0.8 + 2.2 * len(titles))
     figure, grid = panels.panels(len(titles), len(models), size, sharex="col")
-    style = {"marker": "o" if table[x].nunique() < 20 else "", "shade": True} | style
+    lines = {"marker": ""} if table[x].nunique() >= 20 else {}
+    style = lines | {"shade": True} | style
     for column, (model, rows) in zip(grid.T, models.items(), strict=True):
         column[0].set_title(model)
         for axes, (value, title) in zip(column, titles.items(), strict=True):

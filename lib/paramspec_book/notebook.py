@@ -16,8 +16,7 @@ from paramspec.plain import read_yaml
 from paramspec.stats.estimates import with_interval
 from paramspec.studies.chapters import CHAPTERS, Experiment
 from paramspec.studies.sweep import Study, measure_pss
-from paramspec_book import figures
-from paramspec_book.parameters import find_root
+from paramspec_book import figures, kept
 
 
 def begin(chapter: str, parameters: Mapping[str, Any]) -> list[Experiment]:
@@ -37,8 +36,8 @@ def begin(chapter: str, parameters: Mapping[str, Any]) -> list[Experiment]:
 
 
 def claims() -> dict[str, dict[str, Any]]:
-    """`claims()["C1"]["numbers"]["pearson"]`: the paper's claims, from `book/claims.yaml`."""
-    path = find_root() / "book" / "claims.yaml"
+    """`claims()["C1"]["numbers"]["pearson"]`: the paper's claims, from `claims.yaml`."""
+    path = Path(__file__).with_name("claims.yaml")
     return read_yaml(path.read_text("utf-8"), path.name)
 
 
@@ -54,9 +53,10 @@ def keep(**tables: pd.DataFrame) -> None:
     """`keep(answers=study.details)`: what the verdict rests on, for `paramspec verdicts`, in the
     folder `NAME.data/` next to the executed copy; by hand, nowhere.
     """
-    folder = Path(os.environ.get("PARAMSPEC_DATA", os.devnull))
-    for name, table in tables.items() if folder.suffix == ".data" else ():
-        folder.mkdir(exist_ok=True)
+    folder = kept.folder()
+    if folder is None:
+        return
+    for name, table in tables.items():
         slim = table.drop(columns=["option_logprobs", "option_tokens"], errors="ignore")
         slim.to_parquet(folder / f"{name}.parquet", index=False)
 

@@ -12,43 +12,48 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-COLOURS = sns.color_palette("colorblind")
-OWN, GENERAL, OTHER, NULL = COLOURS[3], COLOURS[0], "0.2", "0.55"
+# One colour has one meaning through the book, and within a figure no two are alike to a reader who
+# is colour-blind.
+OWN, GENERAL, OTHER, NULL = "#d55e00", "#4477aa", "#333333", "#8a8a8a"
 # A line to compare with
 DASHED: dict[str, Any] = {"color": "0.5", "linestyle": "--", "linewidth": 1}
-Names = Mapping[Any, tuple[str, object]]  # the title and the colour of each group of rows
+Names = Mapping[Any, tuple[str, Any, str]]  # of each group of rows: its title, colour and marker
 
-# A mask, a family and a method keep their colours through the book.
 MASKS: Names = {
-    "concept": ("the concept's own vectors", OWN),
-    "other": ("another concept's vectors", COLOURS[1]),
-    "magnitude": ("equally active vectors", COLOURS[2]),
-    "random": ("random vectors", COLOURS[7]),
+    "concept": ("the concept's own vectors", OWN, "o"),
+    "other": ("another concept's vectors", "#8c4a00", "s"),
+    "magnitude": ("equally active vectors", "#004488", "^"),
+    "random": ("random vectors", NULL, "D"),
 }
 FAMILIES: Names = {
-    "llama": ("Llama", COLOURS[0]),
-    "qwen": ("Qwen", COLOURS[1]),
-    "mistral": ("Mistral", COLOURS[2]),
-    "gemma": ("Gemma", COLOURS[4]),
-    "olmo": ("OLMo", COLOURS[5]),
+    "llama": ("Llama", "#332288", "o"),
+    "qwen": ("Qwen", "#b8860b", "s"),
+    "mistral": ("Mistral", "#aa4499", "^"),
+    "gemma": ("Gemma", "#117733", "v"),
+    "olmo": ("OLMo", "#882255", "P"),
 }
 METHODS: Names = {
-    "original": ("original", "0.35"),
-    "FT-FV": ("FT-FV, all vectors", COLOURS[0]),
-    "FT-PV": ("FT-PV, the concept's own", OWN),
-    "FT-CV": ("FT-CV, all but those", COLOURS[2]),
-    "FT-RV": ("FT-RV, random", COLOURS[7]),
+    "original": ("original", OTHER, "x"),
+    "FT-FV": ("FT-FV, all vectors", GENERAL, "s"),
+    "FT-PV": ("FT-PV, the concept's own", OWN, "o"),
+    "FT-CV": ("FT-CV, all but those", "#b0307a", "^"),
+    "FT-RV": ("FT-RV, random", NULL, "D"),
 }
+MARKERS = ("o", "s", "^", "v", "D", "P", "X")
 
 
 def run_names(table: pd.DataFrame) -> Names:
-    """Return the title and the colour of each run: its family's, or one of its own."""
-    runs = dict.fromkeys(table["run"])
-    colours = dict(zip(runs, sns.color_palette("colorblind", len(runs)), strict=True))
+    """Return how each run is drawn: as its family is, or in a way of its own."""
+    runs = list(dict.fromkeys(table["run"]))
     if "family" in table:
-        families = zip(table["run"], table["family"], strict=True)
-        colours = {run: FAMILIES.get(family, ("", OTHER))[1] for run, family in families}
-    return {run: (FAMILIES.get(run, (run,))[0], colours[run]) for run in runs}
+        families = dict(zip(table["run"], table["family"], strict=True))
+        looks = {run: FAMILIES.get(families[run], ("", OTHER, "x")) for run in runs}
+        return {run: (FAMILIES.get(run, (run,))[0], *looks[run][1:]) for run in runs}
+    colours = sns.color_palette("colorblind", len(runs))
+    return {
+        run: (run, colour, MARKERS[number % len(MARKERS)])
+        for number, (run, colour) in enumerate(zip(runs, colours, strict=True))
+    }
 
 
 def panels(
@@ -89,13 +94,13 @@ def groups(
     **style: Any,
 ) -> None:
     """Draw each named group that has rows, at a distance of `apart` from the next one."""
-    for number, (name, (title, colour)) in enumerate(names.items()):
+    for number, (name, (title, colour, marker)) in enumerate(names.items()):
         part = table[table[by] == name].dropna(subset=[value]).sort_values(x)
         if len(part):
             part = part.assign(**{x: part[x] + apart * (number - (len(names) - 1) / 2)})
             # A label that begins with an underscore would be left out of a legend.
             label = f"\u200a{title}" if title.startswith("_") else title
-            draw(axes, part, x, value, color=colour, label=label, **style)
+            draw(axes, part, x, value, **({"marker": marker} | style), color=colour, label=label)
 
 
 def rows(

@@ -79,8 +79,9 @@ def add_note(app: Sphinx, doctree: nodes.document) -> None:
     if record is None:
         return
     commit: nodes.Node = nodes.Text(_commit(record))
-    if record["commit"]:
-        url = f"{app.config.html_theme_options['repository_url']}/tree/{record['commit']}"
+    address = app.config.html_theme_options["repository_url"]
+    if record["commit"] and address:
+        url = f"{address}/tree/{record['commit']}"
         commit = nodes.reference("", _commit(record), refuri=url, internal=False)
     title = f"Last executed {record['executed']}, profile {record['profile']} ({_commit(record)})"
     note = nodes.admonition("", nodes.title("", title), classes=["dropdown", "last-executed"])
@@ -96,7 +97,26 @@ def add_note(app: Sphinx, doctree: nodes.document) -> None:
         body = nodes.field_body("", nodes.paragraph("", "", shown))
         fields += nodes.field("", nodes.field_name("", name), body)
     note += fields
+    note += _notebook(app, env.docname)
     next(doctree.findall(nodes.section), doctree).insert(1, note)  # below the title
+
+
+def _notebook(app: Sphinx, docname: str) -> nodes.paragraph:
+    """Links to the chapter as a notebook: itself, and where it can be run."""
+    file = f"{docname}.ipynb"
+    links = {"Download this notebook": f"{docname.rpartition('/')[2]}.ipynb"}
+    found = re.fullmatch(
+        r"https://github\.com/(.+)", app.config.html_theme_options["repository_url"]
+    )
+    if found:  # the branch that `.github/workflows/site.yml` pushes
+        at = f"{found[1]}/blob/notebooks/{file}"
+        links["Open in Colab"] = f"https://colab.research.google.com/github/{at}"
+        links["Open in Binder"] = f"https://mybinder.org/v2/gh/{found[1]}/notebooks?filepath={file}"
+    line = nodes.paragraph()
+    for title, address in links.items():
+        line += [nodes.reference("", title, refuri=address, internal=False), nodes.Text(" · ")]
+    line.pop()
+    return line
 
 
 class ExecutedChapters(SphinxDirective):

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from paramspec_book import panels
+from paramspec_book.figures import drawn
 
 CONTENDER_TITLES = {
     "paramspec": "this book",
@@ -27,6 +28,7 @@ GROWTH_TITLES = {
 }
 
 
+@drawn
 def times_as_long(table: pd.DataFrame) -> Figure:
     """How many times as long as the engine each other row of the benchmark's table takes."""
     parts = dict(list(table.groupby(["work", "dtype"], sort=False)))
@@ -47,6 +49,7 @@ def times_as_long(table: pd.DataFrame) -> Figure:
     return figure
 
 
+@drawn
 def growth(table: pd.DataFrame) -> Figure:
     """Seconds along each axis, a panel per axis, beside what the needed operations would take."""
     parts = list(table.groupby("axis", sort=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import re
 import shutil
@@ -14,7 +15,9 @@ from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 import nbformat
+import pandas as pd
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
 
 from checkout import REPOSITORY
@@ -24,6 +27,8 @@ from paramspec_book.parameters import toc_pages
 pytestmark = pytest.mark.slow
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 PAGES = [p.relative_to(REPOSITORY).with_suffix(".html").as_posix() for p in toc_pages(REPOSITORY)]
+ORIGIN = "https://github.com/example/book.git"  # of the checkout whose site is read
+COMMIT = ["-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "-qm", "all"]
 WIDTHS = (1280, 390)  # a laptop's and a phone's, in px
 PATIENCE = 600_000  # ms, on a machine that has other things to do
 
@@ -40,6 +45,10 @@ BROKEN = """[
       || m.querySelector('[data-mjx-error], merror'))
     .map(m => m.textContent.slice(0, 60)),
 ]"""
+# Tables that are wider than their column, and are not folded
+WIDE = """Array.from(document.querySelectorAll('.book-scroll > table'))
+  .filter(t => t.getBoundingClientRect().width > t.parentElement.clientWidth + 1)
+  .map(t => t.innerText.slice(0, 80))"""
 OVERFLOW = "document.documentElement.scrollWidth - window.innerWidth"  # scrolled sideways, px
 
 
@@ -48,12 +57,14 @@ def built(tmp_path_factory):
     """The folder of a build, of a copy of the checkout so that nothing is left in it."""
     root = tmp_path_factory.mktemp("site") / "checkout"
     # The appendix on speed runs a benchmark.
-    patterns = ("book/**/*", "tests/benchmarks/*.py", "tests/oracles.py", "_*.yml", "*.lock")
+    patterns = ("book/**/*", "tests/benchmarks/*.py", "tests/oracles.py", "_*.yml", "*.lock", "*.cff")
     for path in (path for pattern in patterns for path in REPOSITORY.glob(pattern)):
         place = root / path.relative_to(REPOSITORY)
         if path.is_file() and "_executed" not in path.parts:
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, place)
+    for line in (["init", "-q"], ["remote", "add", "origin", ORIGIN], ["add", "-A"], COMMIT):
+        subprocess.run(["git", *line], cwd=root, check=True)
     line = [sys.executable, "-m", "paramspec", "build", "--profile", "smoke", "--out", "out"]
     done = subprocess.run(line, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -105,6 +116,13 @@ def visit(browser, site, page, scheme):
     return tab, wrong
 
 
+def severe_violations(tab):
+    """What axe-core calls serious or critical, and where."""
+    found = Axe().run(tab).response["violations"]
+    severe = [one for one in found if one["impact"] in ("serious", "critical")]
+    return [(one["id"], one["nodes"][0]["html"][:200]) for one in severe]
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_is_whole_without_network(browser, site, page):
     colours = {}
@@ -116,6 +134,8 @@ def test_a_page_is_whole_without_network(browser, site, page):
             tab.set_viewport_size({"width": width, "height": 900})
             assert tab.evaluate(BROKEN) == [], here
             assert tab.evaluate(OVERFLOW) <= 0, here
+            assert tab.evaluate(WIDE) == [], here
+            assert severe_violations(tab) == [], here
         assert wrong == [], f"{page}, {scheme}"
         colours[scheme] = tab.evaluate("getComputedStyle(document.body).backgroundColor")
         tab.context.close()
@@ -145,14 +165,113 @@ def test_every_link_within_the_site_leads_somewhere(browser, site):
     assert any(target.endswith(".md") and "/_sources/" in target for target in seen)
 
 
+def weight(tab, page):
+    """The bytes of a page and of all that it loads, scripts left out."""
+    sizes = []
+    tab.on("response", lambda r: sizes.append((r.request.resource_type, len(r.body()))))
+    tab.goto(page, wait_until="networkidle")
+    return sum(size for kind, size in sizes if kind != "script")
+
+
+def test_no_page_is_heavy(browser, site):
+    tab, _ = visit(browser, site, PAGES[0], "light")
+    for page in PAGES:
+        assert weight(tab, urljoin(site, page)) < 1_500_000, page
+    tab.context.close()
+
+
+def test_a_card_leads_to_its_chapter(browser, site):
+    tab, _ = visit(browser, site, "book/index.html", "light")
+    tab.locator(".claims .sd-card", has_text="C6").click()
+    tab.wait_for_url("**/7-pretraining.html")
+    tab.context.close()
+
+
+def test_a_chapter_hands_over_its_numbers_and_its_notebook(browser, site, built):
+    tab, _ = visit(browser, site, "book/3-masking.html", "light")
+    figure = tab.locator("figure", has=tab.locator("img")).first
+    assert "paramspec run 3-masking --profile smoke" in figure.inner_text()
+    address = tab.evaluate("a => a.href", figure.get_by_text("data (CSV)").element_handle())
+    numbers = pd.read_csv(io.StringIO(tab.request.get(address).text()))
+    assert {"mask", "ratio", "did", "did_low"} <= set(numbers.columns)
+    table = tab.locator(".book-scroll + .reproduce a, .cell_output .reproduce a").first
+    address = tab.evaluate("a => a.href", table.element_handle())
+    assert len(pd.read_csv(io.StringIO(tab.request.get(address).text()))) > 0
+    address = tab.evaluate("a => a.href", tab.get_by_text("Download this notebook").element_handle())
+    notebook = nbformat.reads(tab.request.get(address).text(), as_version=4)
+    assert "%pip install" in notebook.cells[0].source
+    links = tab.evaluate("Array.from(document.querySelectorAll('.last-executed a'), a => a.href)")
+    assert [link for link in links if "colab" in link or "mybinder" in link]
+    assert all(link.endswith(".ipynb") for link in links if "colab" in link or "mybinder" in link)
+    tab.context.close()
+
+
+def test_an_interactive_figure_answers_its_menu(browser, site):
+    tab, wrong = visit(browser, site, "book/4-twenty-models.html", "light")
+    place = tab.locator(".interactive").first
+    place.locator("svg").wait_for()
+    before = place.locator("svg").inner_html()
+    place.locator("select").select_option(index=1)
+    tab.wait_for_function("([p, old]) => p.innerHTML !== old", arg=[
+        place.locator("svg").element_handle(), before])  # fmt: skip
+    assert wrong == []
+    tab.context.close()
+
+
+def test_without_scripts_a_figure_is_a_picture(browser, site):
+    context = browser.new_context(java_script_enabled=False)
+    tab = context.new_page()
+    tab.goto(urljoin(site, "book/4-twenty-models.html"))
+    assert tab.locator("figure img").first.is_visible()
+    context.close()
+
+
+def test_the_citation_is_copied(browser, site):
+    tab, _ = visit(browser, site, "book/index.html", "light")
+    tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    block = tab.locator(".highlight-bibtex").first
+    block.hover()
+    block.locator("button.copybtn").click()
+    tab.wait_for_function("navigator.clipboard.readText().then(text => text.startsWith('@software'))")
+    tab.context.close()
+
+
+@pytest.mark.parametrize(
+    ("asked", "page"), [("PSS", "glossary"), ("0.92", "index"), ("scheduler", "3-masking")]
+)
+def test_search_finds_where_it_is_explained(browser, site, asked, page):
+    tab, _ = visit(browser, site, f"search.html?q={asked}", "light")
+    tab.locator("#search-results li a").first.wait_for()
+    tab.wait_for_function("!document.querySelector('#search-progress')?.innerText.endsWith('.')")
+    found = tab.evaluate("Array.from(document.querySelectorAll('#search-results li a'), a => a.href)")
+    assert any(f"/{page}.html" in address for address in found), found
+    tab.context.close()
+
+
+def test_a_page_is_found_and_cited(browser, site):
+    tab, _ = visit(browser, site, "book/3-masking.html", "light")
+    named = tab.evaluate("""Object.fromEntries(Array.from(
+      document.querySelectorAll('meta[property], meta[name]'),
+      m => [m.getAttribute('property') ?? m.name, m.content]))""")
+    for name in ("og:title", "og:url", "og:image", "twitter:card", "citation_title", "description"):
+        assert named[name], name
+    for file in ("sitemap.xml", "404.html"):
+        assert tab.request.get(urljoin(site, file)).ok, file
+    root = tab.request.get(site).text()
+    assert "<title>Parameter specialization" in root
+    assert 'href="book/index.html"' in root
+    tab.context.close()
+
+
 def test_every_verdict_is_found_again_from_the_answers(built):
     found = recheck(built / "_executed")
     assert list(found["claim"]) == [f"C{number}" for number in range(1, 10)]
     assert set(found["agrees"]) == {"yes"}, found
 
 
-NUMBER = r"([-+]?[\d.,]+)%?"
-INTERVAL = re.compile(rf"{NUMBER}\u00a0\[{NUMBER},\u00a0{NUMBER}\]")
+NUMBER = r"([-+\u2212]?[\d.,]+)%?"
+SMALL = '(?:<small class="interval">)?'
+INTERVAL = re.compile(rf"{NUMBER}{SMALL}\u00a0\[{NUMBER},\u00a0{NUMBER}\]")
 
 
 def intervals_of(path):
@@ -168,7 +287,7 @@ def intervals_of(path):
                 glued[name] = value
     ends = [name for name in glued if {f"{name}-low", f"{name}-high"} <= set(glued)]
     found += [(glued[name], glued[f"{name}-low"], glued[f"{name}-high"]) for name in ends]
-    known = str.maketrans({",": "", "'": "", "?": "nan"})
+    known = str.maketrans({",": "", "'": "", "?": "nan", "\u2212": "-"})
     return [tuple(float(number.translate(known)) for number in one) for one in found]
 
 

@@ -1,0 +1,258 @@
+"""Sphinx extension: what the pages of the site have in common.
+
+Below each figure and table are its numbers and how to make it again; next to each chapter, its
+notebook. Links to the repository come from the setting `repository: url` of `_config.yml`, else from
+the checkout's `origin`, where that is a public host; else there are none. A role `{verdict}` shows
+the verdict on a claim, a directive `{claims-forest}` the estimates of all; `{rerun}` says how the
+site is made, and `{cite-this}` what to cite.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective, SphinxRole
+
+from paramspec.plain import read_yaml
+from paramspec_book.book import executed_folder
+from paramspec_book.keys import read_record
+from paramspec_book.notebook import claims
+from paramspec_book.parameters import chapters
+from paramspec_book.tables import with_minus
+
+HOSTS = r"(?:\w+://)?(?:[^@/]*@)?(github\.com|gitlab\.com|codeberg\.org)[:/](.+?)(?:\.git)?/?"
+BADGES = {"consistent": "success", "opposite": "danger", "cannot tell": "warning"}
+FOREST = "claims.svg"
+SCRIPTS = ("vega/vega.min.js", "vega/vega-lite.min.js", "vega/vega-embed.min.js", "interactive.js")
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    settings = app.config.overrides  # Jupyter Book's, from _config.yml
+    root = Path(app.srcdir)
+    address = settings["html_theme_options"].get("repository_url") or public_address(root)
+    base = settings.get("html_baseurl") or (address and pages_address(address))
+    app.connect("config-inited", lambda _, config: add_addresses(root, config, address, base))
+    if base:  # which both need
+        app.setup_extension("sphinxext.opengraph")
+        app.setup_extension("sphinx_sitemap")
+    app.connect("doctree-resolved", finish_page)
+    app.connect("html-page-context", add_citation)
+    app.connect("build-finished", publish)
+    app.add_role("verdict", Verdict())
+    app.add_directive("claims-forest", ClaimsForest)
+    app.add_directive("rerun", Rerun)
+    app.add_directive("cite-this", CiteThis)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+def public_address(root: Path) -> str:
+    """Return the web address of the checkout's `origin`, or "" if no public host has it."""
+    line = ["git", "-C", str(root), "remote", "get-url", "origin"]
+    try:
+        origin = subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    found = re.fullmatch(HOSTS, origin)
+    return f"https://{found[1]}/{found[2]}" if found else ""
+
+
+def pages_address(address: str) -> str:
+    """Return where a host publishes the pages of a repository, or "" if that is not known."""
+    found = re.fullmatch(r"https://(github|gitlab)\.com/([^/]+)/(.+)", address)
+    return f"https://{found[2].lower()}.{found[1]}.io/{found[3]}/" if found else ""
+
+
+def add_addresses(root: Path, config: Any, address: str, base: str) -> None:
+    """Settings of the theme and of extensions that hang on where the book is published."""
+    about = citation(root)
+    options = config.html_theme_options
+    for name in ("repository", "edit_page", "issues", "source"):
+        options[f"use_{name}_button"] = bool(address)
+    options["repository_url"] = address
+    licence = "code MIT, text and data CC BY 4.0"
+    options["extra_footer"] = f"<p>Version {about['version']}; {licence}.</p>"
+    config.html_baseurl = config.ogp_site_url = base
+    config.ogp_site_name = about["title"]
+    config.ogp_custom_meta_tags = ['<meta name="twitter:card" content="summary_large_image" />']
+    config.notfound_urls_prefix = "/" + "/".join(base.split("/")[3:]) if base else "/"
+
+
+def citation(root: Path) -> dict[str, Any]:
+    return read_yaml((root / "CITATION.cff").read_text("utf-8"), "CITATION.cff")
+
+
+def glued(copy: Path) -> dict[str, str]:
+    """Return what an executed copy handed to the prose, by name, as text."""
+    found = {}
+    cells = json.loads(copy.read_text("utf-8"))["cells"] if copy.is_file() else []
+    for output in (output for cell in cells for output in cell.get("outputs", [])):
+        if name := output.get("metadata", {}).get("scrapbook", {}).get("name"):
+            texts = [text for kind, text in output["data"].items() if kind.endswith("text/plain")]
+            found[name] = "".join(texts[0] if texts else "").strip("'\"")
+    return found
+
+
+def verdict_of(claim: str, root: Path) -> str:
+    copy = executed_folder(root) / f"{claims()[claim]['chapter']}.ipynb"
+    return glued(copy).get(f"{claim.lower()}-verdict", "not run")
+
+
+class Verdict(SphinxRole):
+    """`{verdict}`C1``: the verdict of the run as a badge; of `all`, how many claims have each."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        root = Path(self.env.srcdir)
+        if self.text == "all":
+            counts = Counter(verdict_of(claim, root) for claim in claims())
+            words = [
+                f"{count} {'is' if count == 1 else 'are'} {name}" for name, count in counts.items()
+            ]
+            return [nodes.Text(", ".join(words))], []
+        verdict = verdict_of(self.text, root)
+        look = BADGES.get(verdict, "secondary")
+        classes = ["sd-badge", f"sd-bg-{look}", f"sd-bg-text-{look}", "verdict"]
+        return [nodes.inline("", verdict, classes=classes)], []
+
+
+class ClaimsForest(SphinxDirective):
+    """`{claims-forest}`: each claim's estimate with its interval, and the paper's value."""
+
+    def run(self) -> list[nodes.Node]:
+        from paramspec_book import figures
+
+        root, rows = Path(self.env.srcdir), []
+        for name, one in claims().items():
+            texts = glued(executed_folder(root) / f"{one['chapter']}.ipynb")
+            for effect in one.get("effects", []):
+                ends = [
+                    texts.get(f"{effect['glued']}{end}", "nan") for end in ("", "-low", "-high")
+                ]
+                value, low, high = (float(end.replace("?", "nan")) for end in ends)
+                row = {"title": f"{name}  {effect['title']}", "value": value}
+                rows.append(row | {"low": low, "high": high, "paper": effect.get("paper")})
+        place = Path(self.env.app.outdir) / "_images" / FOREST
+        place.parent.mkdir(parents=True, exist_ok=True)
+        figures.claims_forest(rows, place)
+        alt = "A row for each estimate: this book's value with its interval, and the paper's value."
+        image = f'<img src="../_images/{FOREST}" alt="{alt}">'
+        return [nodes.raw("", image, format="html")]
+
+
+class Rerun(SphinxDirective):
+    """`{rerun}`: what to type to make this site from nothing."""
+
+    def run(self) -> list[nodes.Node]:
+        address = self.env.config.html_theme_options["repository_url"]
+        name = address.rpartition("/")[2]
+        lines = [f"git clone {address}.git", f"cd {name}"] if address else ["# in the checkout"]
+        text = "\n".join([*lines, "make book", "open _build/html/index.html"])
+        return [nodes.literal_block(text, text, language="bash")]
+
+
+class CiteThis(SphinxDirective):
+    """`{cite-this}`: BibTeX of the book and of the paper."""
+
+    def run(self) -> list[nodes.Node]:
+        root = Path(self.env.srcdir)
+        about = citation(root)
+        authors = " and ".join(f"{{{author['name']}}}" for author in about["authors"])
+        year, where = str(about["date-released"])[:4], self.env.config.html_baseurl
+        fields = {"title": f"{{{about['title']}}}", "author": authors, "year": year}
+        fields |= {"version": about["version"]} | ({"url": where} if where else {})
+        lines = "".join(f",\n  {name} = {{{value}}}" for name, value in fields.items())
+        paper = (root / "book" / "references.bib").read_text("utf-8")
+        entry = re.search(r"@\w+\{hong2025rise,.*?\n\}", paper, re.DOTALL)
+        texts = [f"@software{{paramspec{year}{lines}\n}}", entry[0] if entry else ""]
+        return [nodes.literal_block(text, text, language="bibtex") for text in texts]
+
+
+def finish_page(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """Put minus signs for hyphens, and below figures and tables how to have them oneself."""
+    for text in [*doctree.findall(nodes.Text)]:
+        plain = not isinstance(text.parent, nodes.literal | nodes.literal_block | nodes.raw)
+        if plain and (signed := with_minus(str(text))) != text:
+            text.parent.replace(text, nodes.Text(signed))
+    record = getattr(app.env, "executed_records", {}).get(docname)
+    if record is None:
+        return
+    name = Path(docname).name
+    profile = "" if record["profile"] == "default" else f" --profile {record['profile']}"
+    command = f"paramspec run {name}{profile}"
+    for number, figure in enumerate(doctree.findall(nodes.figure), 1):
+        line = nodes.paragraph(classes=["reproduce"])
+        line += [nodes.Text("Reproduce: "), nodes.literal("", command), nodes.Text(" · ")]
+        for title, file in {
+            "data (CSV)": f"{name}/figure-{number}.csv",
+            "code": f"{name}.ipynb",
+        }.items():
+            line += [nodes.reference("", title, refuri=file, internal=False), nodes.Text(" · ")]
+        line.pop()
+        figure += nodes.legend("", line)
+    for raw in doctree.findall(nodes.raw):
+        if found := re.search(r'data-table="(table-\d+)"', raw.astext()):
+            link = f'<p class="reproduce"><a href="{name}/{found[1]}.csv">data (CSV)</a></p>'
+            raw.children = [nodes.Text(raw.astext() + link)]
+            raw.rawsource = raw.astext()
+
+
+def add_citation(app: Sphinx, page: str, template: str, context: Any, doctree: Any) -> None:
+    """Tags by which reference managers know the book."""
+    about = citation(Path(app.srcdir))
+    tags = {"citation_title": about["title"], "citation_publication_date": about["date-released"]}
+    tags |= {"citation_author": about["authors"][0]["name"], "citation_language": "en"}
+    lines = [f'<meta name="{name}" content="{value}" />' for name, value in tags.items()]
+    context["metatags"] = context.get("metatags", "") + "\n".join(lines)
+    # The list of works has the role `list`, so its entries need that of items.
+    body = context.get("body", "")
+    context["body"] = body.replace('role="doc-biblioentry"', 'role="listitem"')
+    if 'class="interactive"' in body:
+        for script in SCRIPTS:
+            app.add_js_file(script, loading_method="defer")
+
+
+def publish(app: Sphinx, exception: Exception | None) -> None:
+    """Put each chapter's notebook and numbers next to its page."""
+    if exception or app.builder.format != "html":
+        return
+    root, front = Path(app.srcdir), app.config.root_doc + ".html"
+    (Path(app.outdir) / "index.html").write_text(
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{app.config.html_title}</title>'
+        f'<meta http-equiv="refresh" content="0; url={front}">'
+        f'<link rel="canonical" href="{front}"><a href="{front}">{app.config.html_title}</a></html>\n',
+        "utf-8",
+    )
+    for chapter in chapters(root):
+        copy = executed_folder(root) / f"{chapter.stem}.ipynb"
+        if (record := read_record(copy)) is None:
+            continue
+        place = Path(app.outdir) / "book"
+        address = app.config.html_theme_options["repository_url"]
+        text = installing(copy.read_text("utf-8"), address, record["commit"])
+        (place / copy.name).write_text(text, "utf-8")
+        (place / copy.stem).mkdir(exist_ok=True)
+        for table in copy.with_suffix(".data").glob("*-*.csv"):
+            shutil.copy(table, place / copy.stem)
+
+
+def installing(notebook: str, address: str, commit: str | None) -> str:
+    """Return a notebook that begins with the installation of this package at a commit."""
+    whole = json.loads(notebook)
+    at = f"@{commit}" if commit else ""
+    lines = ["# Installs what this notebook needs, where it is not installed yet.\n"]
+    lines += [f'%pip install -q "paramspec[book] @ git+{address}{at}"'] if address else []
+    cell: dict[str, Any] = {
+        "cell_type": "code",
+        "execution_count": None,
+        "id": "install",
+        "outputs": [],
+    }
+    whole["cells"].insert(0, cell | {"metadata": {}, "source": lines})
+    return json.dumps(whole, ensure_ascii=False, indent=1) + "\n"
