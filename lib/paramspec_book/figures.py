@@ -207,7 +207,7 @@ def claims_forest(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write the figure of all claims: of each a `title`, `value`, `low`, `high` and `paper`."""
     table = pd.DataFrame(rows)
     with sns.axes_style("ticks"), plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(6.6, 1.3 + 0.34 * len(table)))
+        figure, axes = plt.subplots(figsize=(5.6, 1.2 + 0.3 * len(table)))
         axes.axvline(0, **DASHED)
         label = "this book, 95 % interval"
         places = panels.rows(axes, table, "value", table["title"], GENERAL, label=label)

@@ -1,7 +1,7 @@
-"""The key figures once more, to be explored: hover tells what a point is, a menu switches the measure.
+"""The key figures once more, to be explored: hover says what a point is, a menu switches measures.
 
-Altair writes what is to be drawn; a page's script draws it in place of the static figure, which stays
-where there is no script. `chosen` maps the titles of the menu to columns that have intervals.
+Altair writes what is to be drawn; a page's script draws it in place of the static figure, which
+stays where there is no script. `chosen` maps the titles of the menu to columns, with intervals.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What an executed copy leaves behind, in the folder `NAME.data/` next to it: its figures' and tables'
-numbers as `figure-1.csv` and `table-1.csv`, and the answers that a verdict rests on.
+"""What an executed copy leaves behind, in the folder `NAME.data/` next to it: the numbers of its
+figures and tables, as `figure-1.csv` and `table-1.csv`, and the answers that a verdict rests on.
 """
 
 from __future__ import annotations

