@@ -1,11 +1,4 @@
-// Draws the interactive figures of a page, in place of their static pictures.
+// Draws the figures of a page that can be explored, below the pictures of the same.
 for (const place of document.querySelectorAll(".interactive")) {
-  const before = (image) => image.compareDocumentPosition(place) & Node.DOCUMENT_POSITION_FOLLOWING;
-  const picture = [...document.querySelectorAll("figure img")].filter(before).pop();
-  vegaEmbed(place, JSON.parse(place.dataset.spec), { actions: false, renderer: "svg" }).then(() => {
-    if (picture) {
-      picture.replaceWith(place);
-      window.dispatchEvent(new Event("resize")); // the width of its container is known now
-    }
-  });
+  vegaEmbed(place, JSON.parse(place.dataset.spec), { actions: false, renderer: "svg" });
 }

@@ -1,7 +1,7 @@
 """The key figures once more, to be explored: hover says what a point is, a menu switches measures.
 
-Altair writes what is to be drawn; a page's script draws it in place of the static figure, which
-stays where there is no script. `chosen` maps the titles of the menu to columns, with intervals.
+Altair writes what is to be drawn; a page's script draws it, below the static figure. `chosen` maps
+the titles of the menu to columns that have intervals.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from paramspec_book.panels import FAMILIES, GENERAL, OTHER
+from paramspec_book.panels import FAMILIES, GENERAL, NULL, OTHER
 
 SHAPES = ("circle", "square", "triangle-up", "triangle-down", "cross")  # as in `FAMILIES`
 
@@ -38,12 +38,13 @@ def models(
     """Models of `trends.model_table` over a column: points with intervals, in the look of their
     `family`, and a line for each `run` if the table has runs.
     """
-    looks = dict.fromkeys(table["family"], (OTHER, "diamond"))
-    looks |= {
-        name: (look[1], shape)
-        for (name, look), shape in zip(FAMILIES.items(), SHAPES, strict=True)
-        if name in looks
+    titles = {name: look[0] for name, look in FAMILIES.items()}
+    table = table.assign(family=table["family"].map(lambda name: titles.get(name, str(name))))
+    known = {
+        title: (colour, shape)
+        for (title, colour, _), shape in zip(FAMILIES.values(), SHAPES, strict=True)
     }
+    looks = {name: known.get(name, (OTHER, "diamond")) for name in table["family"]}
     scale: Any = {"domain": list(looks)}
     colour = alt.Color("family:N", title=None)
     colour = colour.scale(**scale, range=[colour for colour, _ in looks.values()])
@@ -57,7 +58,8 @@ def models(
     points = base.mark_point(filled=True, size=70)
     points = points.encode(y="value:Q", shape=shape, tooltip=[*told, *_numbers()])
     lines = [base.mark_line(opacity=0.6).encode(y="value:Q", detail="run:N")] if runs else []
-    return Interactive(320, shown, *lines, bars, points)
+    null = base.mark_point(shape="diamond", size=25).encode(y="null:Q", color=alt.value(NULL))
+    return Interactive(320, shown, null, *lines, bars, points)
 
 
 def readings(table: pd.DataFrame, chosen: Mapping[str, str]) -> Interactive:

@@ -124,9 +124,7 @@ class Verdict(SphinxRole):
 
 
 class ClaimsForest(SphinxDirective):
-    """`{claims-forest}`: each claim's estimate with its interval, and the paper's value; its content
-    is the caption.
-    """
+    """`{claims-forest}`: each claim's estimate and the paper's; its content is the caption."""
 
     has_content = True
 
@@ -234,13 +232,11 @@ def publish(app: Sphinx, exception: Exception | None) -> None:
     """Put each chapter's notebook and numbers next to its page."""
     if exception or app.builder.format != "html":
         return
-    root, front = Path(app.srcdir), app.config.root_doc + ".html"
-    (Path(app.outdir) / "index.html").write_text(
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{app.config.html_title}</title>'
-        f'<meta http-equiv="refresh" content="0; url={front}">'
-        f'<link rel="canonical" href="{front}"><a href="{front}">{app.config.html_title}</a></html>\n',
-        "utf-8",
-    )
+    root, front, title = Path(app.srcdir), f"{app.config.root_doc}.html", app.config.html_title
+    page = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>\n'
+    page += f'<meta http-equiv="refresh" content="0; url={front}">\n'
+    page += f'<link rel="canonical" href="{front}"><a href="{front}">{title}</a></html>\n'
+    (Path(app.outdir) / "index.html").write_text(page, "utf-8")
     for chapter in chapters(root):
         copy = executed_folder(root) / f"{chapter.stem}.ipynb"
         if (record := read_record(copy)) is None:

@@ -10,7 +10,7 @@ import pytest
 
 from paramspec.errors import InputError
 from paramspec.stats import recheck
-from paramspec.stats.estimates import over_seeds, pooled, stack
+from paramspec.stats.estimates import over_seeds, stack
 from paramspec.stats.methods import run_means
 from paramspec.stats.summary import general_change
 from paramspec.stats.trends import contrast, delay, measure_models, trend
@@ -96,7 +96,10 @@ def test_tiers_are_compared_on_the_concepts_of_each(details):
 def test_ways_of_training_are_compared_over_concepts_and_seeds():
     draw, rows = np.random.default_rng(0), []
     for model, method, seed in (
-        (m, k, s) for m in "ab" for k in ("FT-PV", "FT-FV", "FT-CV", "FT-RV") for s in range(3)
+        (m, k, s)
+        for m, seeds in {"a": 3, "b": 2, "c": 1}.items()
+        for k in ("FT-PV", "FT-FV", "FT-CV", "FT-RV")
+        for s in range(seeds)
     ):
         right = draw.random((12, 6)) < (0.7 if method == "FT-PV" else 0.5)
         rows += [
@@ -110,9 +113,9 @@ def test_ways_of_training_are_compared_over_concepts_and_seeds():
     each = []
     for _, part in table.groupby("model"):
         runs = run_means(part, "correct_norm")
-        gaps = [runs[f"FT-PV/{seed}"] - runs[f"FT-RV/{seed}"] for seed in range(3)]
-        each.append(over_seeds(stack(gaps)))
-    alike(found["minus FT-RV"], pooled(each))
+        gaps = [runs[f"FT-PV/{s}"] - runs[f"FT-RV/{s}"] for s in sorted(set(part["seed"]))]
+        each.append(stack(gaps))
+    alike(found["minus FT-RV"], over_seeds(*each))
 
 
 def test_both_paths_say_the_same_of_the_same_intervals():

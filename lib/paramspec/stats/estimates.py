@@ -219,24 +219,28 @@ def difference(one: Mapping[str, float], other: Mapping[str, float]) -> Interval
     return _interval(value, value - below, value + above)
 
 
-def over_seeds(estimates: Estimates) -> Interval:
-    """`over_seeds(runs)`: the mean of [seeds] runs on the same concepts, as a sample of seeds, too.
+def over_seeds(*models: Estimates) -> Interval:
+    """`over_seeds(runs)`: the mean of [seeds] runs on the same concepts, as a sample of seeds.
 
-    Its variance is that over concepts plus that over seeds, with Satterthwaite's degrees of
-    freedom. With one seed, the interval leaves out the variance of seeds.
+    Of several models, each with its own runs, it is the mean of their means. Its variance is made of
+    those over concepts and over seeds of each model, with Satterthwaite's degrees of freedom. With
+    one seed, the interval leaves out the variance of seeds.
     """
-    mean, seeds = estimates.mean(), len(estimates.values)
-    if seeds == 1:
-        return mean.interval()
-    parts = np.array([mean.errors() ** 2, estimates.values.var(ddof=1) / seeds])
-    parts = np.nan_to_num(parts)  # no variation over concepts, or a single one
-    if not parts.any():
-        return _interval(mean.values, np.nan, np.nan)
-    freedom = parts.sum() ** 2 / (parts**2 / [max(mean.count - 1, 1), seeds - 1]).sum()
+    means, parts, freedoms = [runs.mean() for runs in models], [], []
+    for runs, mean in zip(models, means, strict=True):
+        parts.append(float(np.nan_to_num(mean.errors() ** 2)))  # without variation over concepts, 0
+        freedoms.append(max(mean.count - 1, 1))
+        if (seeds := len(runs.values)) > 1:
+            parts.append(runs.values.var(ddof=1) / seeds)
+            freedoms.append(seeds - 1)
+    value, total = np.mean([mean.values for mean in means]), sum(parts)
+    if not total > 0:
+        return _interval(value, np.nan, np.nan)
+    freedom = total**2 / (np.square(parts) / freedoms).sum()
     from scipy import stats  # takes half a second, and workers do without it
 
-    reach = stats.t.isf(TAIL, freedom) * math.sqrt(parts.sum())
-    return _interval(mean.values, mean.values - reach, mean.values + reach)
+    reach = stats.t.isf(TAIL, freedom) * math.sqrt(total) / len(models)
+    return _interval(value, value - reach, value + reach)
 
 
 def with_interval(row: Mapping[str, float], measure: str = "value", form: str = ".2f") -> str:

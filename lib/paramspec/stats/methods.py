@@ -82,15 +82,24 @@ def measure_methods(
         The measures of `MEASURES` that the study has: means over seeds. Intervals are over concepts
         (or texts) and seeds, see `estimates.over_seeds`; of a peak, over concepts.
     """
-    runs_of: dict[str, list[str]] = {}
-    for run, method in study.runs.set_index("run")["method"].items():
-        if run in set(names):
-            runs_of.setdefault(method, []).append(run)
-    rows = []
+    runs_of, rows = _runs_of(study, names), []
     for measure, found in _measures(study, names).items():
         for method, interval in _by_method(found, runs_of, minuend).items():
             rows.append({"measure": measure, "method": method, **interval})
     return pd.DataFrame(rows, columns=["measure", "method", "value", "low", "high"])
+
+
+def ahead_over_models(
+    studies: Mapping[str, tuple[Any, Sequence[str]]], measure: str, minuend: str
+) -> dict[str, Interval]:
+    """`ahead_over_models({"zoo-llama-3": (study, names)}, "multiple choice", "FT-PV")["FT-RV"]`: how
+    far a method is above each other one, in the mean over models and seeds.
+    """
+    gaps = [
+        _seeds(_measures(study, names)[measure], _runs_of(study, names), minuend)
+        for study, names in studies.values()
+    ]
+    return {method: over_seeds(*(each[method] for each in gaps)) for method in gaps[0]}
 
 
 Found = Mapping[str, Estimates] | Mapping[str, Interval]  # by run
@@ -119,18 +128,32 @@ def _measures(study: Any, names: Sequence[str]) -> dict[str, Found]:
     return found
 
 
+def _runs_of(study: Any, names: Sequence[str]) -> dict[str, list[str]]:
+    """The runs of each method among these."""
+    runs_of: dict[str, list[str]] = {}
+    for run, method in study.runs.set_index("run")["method"].items():
+        if run in set(names):
+            runs_of.setdefault(method, []).append(run)
+    return runs_of
+
+
 def _by_method(
     found: Found, runs_of: Mapping[str, Sequence[str]], minuend: str | None
 ) -> dict[str, Interval]:
     """The mean over seeds of each method, or of what `minuend` is above it at each seed."""
-    seeds: dict[str, list[Any]] = {
-        method: [found[run] for run in runs] for method, runs in runs_of.items()
-    }
     if not isinstance(next(iter(found.values())), Estimates):
+        seeds: dict[str, list[Any]] = {
+            method: [found[run] for run in runs] for method, runs in runs_of.items()
+        }
         return {} if minuend else {method: mean_of(each) for method, each in seeds.items()}
-    each = {method: stack(runs) for method, runs in seeds.items()}
+    return {method: over_seeds(one) for method, one in _seeds(found, runs_of, minuend).items()}
+
+
+def _seeds(
+    found: Mapping[str, Any], runs_of: Mapping[str, Sequence[str]], minuend: str | None
+) -> dict[str, Estimates]:
+    """[seeds] of each method, or of what `minuend` is above it."""
+    each = {method: stack([found[run] for run in runs]) for method, runs in runs_of.items()}
     if minuend is None:
-        return {method: over_seeds(one) for method, one in each.items()}
-    return {
-        method: over_seeds(each[minuend] - one) for method, one in each.items() if method != minuend
-    }
+        return each
+    return {method: each[minuend] - one for method, one in each.items() if method != minuend}

@@ -218,22 +218,25 @@ def _c8(tables: Mapping[str, pd.DataFrame]) -> Found:
     effects: Effects = {}
     for other in ("FT-FV", "FT-CV", "FT-RV"):
         gaps = [accuracy.loc["FT-PV"] - accuracy.loc[other] for accuracy in by_run.values()]
-        effects[f"minus {other}"] = _pooled([_over_seeds(gap) for gap in gaps])
+        effects[f"minus {other}"] = _over_seeds(gaps)
     return effects
 
 
-def _over_seeds(gap: pd.DataFrame) -> tuple[float, float]:
-    """The mean over seeds, and how far its interval reaches, over concepts and seeds."""
-    values, mean = gap[0], gap.mean()
-    low, high = _interval(mean)
-    if len(values) == 1 or np.isnan(low):
-        return mean[0], (high - low) / 2
-    concepts = len(mean) - 1
-    parts = np.array(
-        [((high - low) / 2 / stats.t.isf(0.025, concepts - 1)) ** 2, values.var() / len(values)]
-    )
-    freedom = parts.sum() ** 2 / (parts**2 / [concepts - 1, len(values) - 1]).sum()
-    return mean[0], stats.t.isf(0.025, freedom) * np.sqrt(parts.sum())
+def _over_seeds(gaps: list[pd.DataFrame]) -> Interval:
+    """The mean over models and seeds, from a row per seed of each model."""
+    value, parts = np.mean([gap[0].mean() for gap in gaps]), []
+    for gap in gaps:
+        (low, high), freedom = _interval(gap.mean()), gap.shape[1] - 2  # concepts, but one
+        error = (high - low) / 2 / stats.t.isf(0.025, freedom)
+        parts.append((np.nan_to_num(error**2), freedom))
+        if len(gap) > 1:
+            parts.append((gap[0].var() / len(gap), len(gap) - 1))
+    variances, freedoms = np.array(parts).T
+    if not variances.any():
+        return np.nan, np.nan
+    freedom = variances.sum() ** 2 / (variances**2 / freedoms).sum()
+    reach = stats.t.isf(0.025, freedom) * np.sqrt(variances.sum()) / len(gaps)
+    return value - reach, value + reach
 
 
 def _pooled(parts: list[tuple[float, float]]) -> Interval:
