@@ -54,11 +54,17 @@ def models(
     across = alt.X(f"{x}:Q", title=title).scale(type="log" if log else "linear", zero=False)
     base = base.encode(x=across, color=colour)
     told = ["model:N", alt.Tooltip(f"{x}:Q", title=title, format="," if log else ".2f")]
-    bars = base.mark_rule(opacity=0.5).encode(y=alt.Y("low:Q", title=None), y2="high:Q")
+    bars = base.mark_rule(opacity=0.5, aria=False).encode(y=alt.Y("low:Q", title=None), y2="high:Q")
     points = base.mark_point(filled=True, size=70)
     points = points.encode(y="value:Q", shape=shape, tooltip=[*told, *_numbers()])
-    lines = [base.mark_line(opacity=0.6).encode(y="value:Q", detail="run:N")] if runs else []
-    null = base.mark_point(shape="diamond", size=25).encode(y="null:Q", color=alt.value(NULL))
+    lines = (
+        [base.mark_line(opacity=0.6, aria=False).encode(y="value:Q", detail="run:N")]
+        if runs
+        else []
+    )
+    null = base.mark_point(shape="diamond", size=25, aria=False).encode(
+        y="null:Q", color=alt.value(NULL)
+    )
     return Interactive(320, shown, null, *lines, bars, points)
 
 
@@ -67,7 +73,7 @@ def readings(table: pd.DataFrame, chosen: Mapping[str, str]) -> Interactive:
     base, shown = _base(table, ["reading"], chosen)
     rows = alt.Y("reading:N", title=None, sort=list(table["reading"])).axis(labelLimit=320)
     base = base.encode(y=rows)
-    bars = base.mark_rule(strokeWidth=2, color=GENERAL)
+    bars = base.mark_rule(strokeWidth=2, color=GENERAL, aria=False)
     bars = bars.encode(x=alt.X("low:Q", title=None), x2="high:Q")
     points = base.mark_point(filled=True, size=60, color=GENERAL)
     points = points.encode(x="value:Q", tooltip=["reading:N", *_numbers()])

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
@@ -45,7 +46,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
         app.setup_extension("sphinxext.opengraph")
         app.setup_extension("sphinx_sitemap")
     app.connect("doctree-resolved", finish_page)
-    app.connect("html-page-context", add_citation)
+    app.connect("html-page-context", finish_html)
     app.connect("build-finished", publish)
     app.add_role("verdict", Verdict())
     app.add_directive("claims-forest", ClaimsForest)
@@ -82,6 +83,7 @@ def add_addresses(root: Path, config: Any, address: str, base: str) -> None:
     options["extra_footer"] = f"<p>Version {about['version']}; {licence}.</p>"
     config.html_baseurl = config.ogp_site_url = base
     config.ogp_site_name = about["title"]
+    config.ogp_social_cards = {"image": "book/_assets/result.png"}  # its own logo is no SVG
     config.ogp_custom_meta_tags = ['<meta name="twitter:card" content="summary_large_image" />']
     config.notfound_urls_prefix = "/" + "/".join(base.split("/")[3:]) if base else "/"
 
@@ -120,7 +122,14 @@ class Verdict(SphinxRole):
         verdict = verdict_of(self.text, root)
         look = BADGES.get(verdict, "secondary")
         classes = ["sd-badge", f"sd-bg-{look}", f"sd-bg-text-{look}", "verdict"]
-        return [nodes.inline("", verdict, classes=classes)], []
+        return [*self._found_by(), nodes.inline("", verdict, classes=classes)], []
+
+    def _found_by(self) -> list[nodes.Node]:
+        """The paper's numbers as entries of the index: the search skips plain numbers."""
+        one, place = claims()[self.text], f"claim-{self.env.new_serialno('claim')}"
+        numbers = set(re.findall(r"\d+\.\d+", one["published"].format(**one["numbers"])))
+        entries = [("single", number, place, "", None) for number in sorted(numbers)]
+        return [addnodes.index(entries=entries), nodes.target("", "", ids=[place])]
 
 
 class ClaimsForest(SphinxDirective):
@@ -213,16 +222,19 @@ def finish_page(app: Sphinx, doctree: nodes.document, docname: str) -> None:
             raw.rawsource = raw.astext()
 
 
-def add_citation(app: Sphinx, page: str, template: str, context: Any, doctree: Any) -> None:
-    """Tags by which reference managers know the book."""
+def finish_html(app: Sphinx, page: str, template: str, context: Any, doctree: Any) -> None:
+    """Add tags by which reference managers know the book, and what a page's keyboard and scripts
+    need.
+    """
     about = citation(Path(app.srcdir))
     tags = {"citation_title": about["title"], "citation_publication_date": about["date-released"]}
     tags |= {"citation_author": about["authors"][0]["name"], "citation_language": "en"}
     lines = [f'<meta name="{name}" content="{value}" />' for name, value in tags.items()]
     context["metatags"] = context.get("metatags", "") + "\n".join(lines)
-    # The list of works has the role `list`, so its entries need that of items.
-    body = context.get("body", "")
-    context["body"] = body.replace('role="doc-biblioentry"', 'role="listitem"')
+    # The list of works has the role `list`, so its entries need that of items; and a figure that is
+    # wider than a phone is scrolled.
+    body = context.get("body", "").replace('role="doc-biblioentry"', 'role="listitem"')
+    context["body"] = body.replace("<figure ", '<figure tabindex="0" ')
     if 'class="interactive"' in body:
         for script in SCRIPTS:
             app.add_js_file(script, loading_method="defer")

@@ -195,6 +195,8 @@ def test_intervals_of_independent_values_add_in_quadrature():
 def test_a_value_is_told_with_its_interval_and_never_broken():
     row = {"value": 0.1, "did": 3.0, "did_low": -2.0, "did_high": 1234.5}
     assert with_interval(row, "did", "+,.1f") == "+3.0\u00a0[-2.0,\u00a0+1,234.5]"
+    far = {"value": 2.0, "low": -3e9, "high": 4e6}
+    assert with_interval(far) == "2.00\u00a0[-3.0e+09,\u00a04.0e+06]"
     assert (
         with_interval({"value": 0.1, "low": np.nan, "high": 1.0}) == "0.10\u00a0[no\u00a0interval]"
     )

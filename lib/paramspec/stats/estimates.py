@@ -27,6 +27,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 TAIL = 0.025  # of a 95 % interval
+LONG = 1e6  # numbers from here on are told by their power of ten
 Interval = dict[str, float]
 
 
@@ -220,11 +221,11 @@ def difference(one: Mapping[str, float], other: Mapping[str, float]) -> Interval
 
 
 def over_seeds(*models: Estimates) -> Interval:
-    """`over_seeds(runs)`: the mean of [seeds] runs on the same concepts, as a sample of seeds.
+    """`over_seeds(runs)`: the mean of [seeds] runs on the same concepts, a sample of seeds.
 
-    Of several models, each with its own runs, it is the mean of their means. Its variance is made of
-    those over concepts and over seeds of each model, with Satterthwaite's degrees of freedom. With
-    one seed, the interval leaves out the variance of seeds.
+    Of several models, each with its own runs, it is the mean of their means. Its variance is made
+    of those over concepts and over seeds of each model, with Satterthwaite's degrees of freedom.
+    With one seed, the interval leaves out the variance of seeds.
     """
     means, parts, freedoms = [runs.mean() for runs in models], [], []
     for runs, mean in zip(models, means, strict=True):
@@ -254,7 +255,9 @@ def with_interval(row: Mapping[str, float], measure: str = "value", form: str = 
         form: of each number.
     """
     bounds = ("low", "high") if measure == "value" else (f"{measure}_low", f"{measure}_high")
-    value, low, high = (format(row[key], form) for key in (measure, *bounds))
+    value, low, high = (
+        format(row[key], form if abs(row[key]) < LONG else ".1e") for key in (measure, *bounds)
+    )
     if np.isnan([row[key] for key in bounds]).any():
         return value if math.isnan(row[measure]) else f"{value}\u00a0[no\u00a0interval]"
     return f"{value}\u00a0[{low},\u00a0{high}]"

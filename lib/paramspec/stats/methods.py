@@ -92,8 +92,8 @@ def measure_methods(
 def ahead_over_models(
     studies: Mapping[str, tuple[Any, Sequence[str]]], measure: str, minuend: str
 ) -> dict[str, Interval]:
-    """`ahead_over_models({"zoo-llama-3": (study, names)}, "multiple choice", "FT-PV")["FT-RV"]`: how
-    far a method is above each other one, in the mean over models and seeds.
+    """`ahead_over_models({"a": (study, names)}, "multiple choice", "FT-PV")["FT-RV"]`: how far a
+    method is above each other one, in the mean over models and seeds.
     """
     gaps = [
         _seeds(_measures(study, names)[measure], _runs_of(study, names), minuend)
