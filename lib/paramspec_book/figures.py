@@ -327,6 +327,23 @@ def along(
     return figure
 
 
+@drawn
+def sizes(table: pd.DataFrame, published: pd.DataFrame) -> Figure:
+    """Peak PSS over the `parameters` of models of `trends.model_table`, by `run`, and of the paper,
+    by `family`.
+    """
+    figure, axes = plt.subplots(figsize=(6.8, 3.6))
+    panels.groups(axes, table, "parameters", "peak_pss", "run", panels.run_names(table))
+    panels.null_band(axes, table, "parameters", "peak_pss")
+    for (family, part), marker in zip(published.groupby("family"), panels.MARKERS, strict=False):
+        look: dict[str, Any] = {"color": OWN, "linestyle": ":", "marker": marker}
+        axes.plot(part["parameters"], part["PSS"], label=f"the paper: {family}", **look)
+    axes.set(xscale="log", xlabel="parameters", ylabel=MEASURES["peak_pss"], ylim=(0, None))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    panels.legend_below(figure)
+    return figure
+
+
 # --- ways of training ---------------------------------------------------------------------------
 
 
