@@ -106,6 +106,7 @@ def test_run_json_says_what_was_measured_on_what(first, place):
         "spared": 0.0,
         "ablation": "zero",
         "general": 10,
+        "general_by": "question",
         "seed": 0,
         "row_tokens": 160,
         "batch_tokens": 1024,

@@ -73,6 +73,7 @@ def test_a_notebook_runs_in_a_fresh_environment(name, smaller, published, python
     (tmp_path / f"{name}.ipynb").write_text(text, "utf-8")
     # The index need not be reached: what builds the package is there.
     environment = os.environ | told | {"PIP_NO_BUILD_ISOLATION": "0", "PIP_NO_INDEX": "1"}
+    environment.pop("PYTHONPATH", None)
     environment["PATH"] = f"{python.parent}{os.pathsep}{environment['PATH']}"
     line = [python, "-c", RUN, f"{name}.ipynb"]
     done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)

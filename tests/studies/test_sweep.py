@@ -72,6 +72,7 @@ CHANGED = {
     "controls": 2,
     "nulls": ("random",),
     "general": 4,
+    "general_by": "concept",
     "seed": 1,
     "row_tokens": 60,
     "batch_tokens": 600,
