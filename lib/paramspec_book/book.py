@@ -189,17 +189,17 @@ def _execute(
     return result
 
 
-def _circumstances(root: Path) -> dict[str, Any]:
-
-    def git(*arguments: str) -> str:
-        line = ["git", "-C", str(root), *arguments]
+def git(root: Path, *arguments: str) -> str:
+    """Return what git says of the checkout, or "" outside of one."""
+    line = ["git", "-C", str(root), *arguments]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip()
+    return ""
 
-    commit = dirty = None
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # outside git
-        commit = git("rev-parse", "HEAD")
-        dirty = bool(git("status", "--porcelain"))
-    here = computed()
+
+def _circumstances(root: Path) -> dict[str, Any]:
+    here, commit = computed(), git(root, "rev-parse", "HEAD") or None
+    dirty = bool(git(root, "status", "--porcelain")) if commit else None
     about = {"versions": here["versions"], "machine": machine(here["hardware"])}
     return about | {"commit": commit, "dirty": dirty}
 

@@ -98,8 +98,9 @@ def add_note(app: Sphinx, doctree: nodes.document) -> None:
         body = nodes.field_body("", nodes.paragraph("", "", shown))
         fields += nodes.field("", nodes.field_name("", name), body)
     note += fields
-    note += _notebook(app, env.docname)
-    next(doctree.findall(nodes.section), doctree).insert(1, note)  # below the title
+    place = next(doctree.findall(nodes.section), doctree)
+    place.insert(1, _notebook(app, env.docname))  # below the title
+    place.insert(1, note)
 
 
 def _notebook(app: Sphinx, docname: str) -> nodes.paragraph:
@@ -113,7 +114,7 @@ def _notebook(app: Sphinx, docname: str) -> nodes.paragraph:
         at = f"{found[1]}/blob/notebooks/{file}"
         links["Open in Colab"] = f"https://colab.research.google.com/github/{at}"
         links["Open in Binder"] = f"https://mybinder.org/v2/gh/{found[1]}/notebooks?filepath={file}"
-    line = nodes.paragraph()
+    line = nodes.paragraph(classes=["notebook-links"])
     for title, address in links.items():
         line += [nodes.reference("", title, refuri=address, internal=False), nodes.Text(" · ")]
     line.pop()

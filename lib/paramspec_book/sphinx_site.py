@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 from paramspec.plain import read_yaml
-from paramspec_book.book import executed_folder
+from paramspec_book.book import executed_folder, git
 from paramspec_book.keys import read_record
 from paramspec_book.notebook import claims
 from paramspec_book.parameters import chapters
@@ -57,12 +56,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
 
 def public_address(root: Path) -> str:
     """Return the web address of the checkout's `origin`, or "" if no public host has it."""
-    line = ["git", "-C", str(root), "remote", "get-url", "origin"]
-    try:
-        origin = subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    found = re.fullmatch(HOSTS, origin)
+    found = re.fullmatch(HOSTS, git(root, "remote", "get-url", "origin"))
     return f"https://{found[1]}/{found[2]}" if found else ""
 
 
@@ -80,7 +74,9 @@ def add_addresses(root: Path, config: Any, address: str, base: str) -> None:
         options[f"use_{name}_button"] = bool(address)
     options["repository_url"] = address
     licence = "code MIT, text and data CC BY 4.0"
-    options["extra_footer"] = f"<p>Version {about['version']}; {licence}.</p>"
+    commit = git(root, "rev-parse", "--short=10", "HEAD")
+    built = f"Version {about['version']}" + (f", commit {commit}" if commit else "")
+    options["extra_footer"] = f"<p>{built}; {licence}.</p>"
     config.html_baseurl = config.ogp_site_url = base
     config.ogp_site_name = about["title"]
     config.ogp_social_cards = {"image": "book/_assets/result.png"}  # its own logo is no SVG

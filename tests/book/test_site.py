@@ -204,7 +204,7 @@ def test_a_chapter_hands_over_its_numbers_and_its_notebook(browser, site, built)
     address = tab.evaluate("a => a.href", tab.get_by_text("Download this notebook").element_handle())
     notebook = nbformat.reads(tab.request.get(address).text(), as_version=4)
     assert "%pip install" in notebook.cells[0].source
-    links = tab.evaluate("Array.from(document.querySelectorAll('.last-executed a'), a => a.href)")
+    links = tab.evaluate("Array.from(document.querySelectorAll('.notebook-links a'), a => a.href)")
     assert [link for link in links if "colab" in link or "mybinder" in link]
     assert all(link.endswith(".ipynb") for link in links if "colab" in link or "mybinder" in link)
     tab.context.close()
