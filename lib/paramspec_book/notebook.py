@@ -13,7 +13,7 @@ from myst_nb import glue
 
 from paramspec.execution.parallel import workers
 from paramspec.plain import read_yaml
-from paramspec.stats.estimates import with_interval
+from paramspec.stats.estimates import interval_of, told, with_interval
 from paramspec.studies.chapters import CHAPTERS, Experiment
 from paramspec.studies.sweep import Study, measure_pss
 from paramspec_book import figures, kept
@@ -70,8 +70,7 @@ def glue_all(**values: object) -> None:
 
 def glue_interval(name: str, row: Mapping[str, float], key: str = "value") -> None:
     """`glue_interval("peak", row, "peak_pooled")`: as `peak`, `peak-low` and `peak-high`."""
-    low, high = ("low", "high") if key == "value" else (f"{key}_low", f"{key}_high")
-    glue_all(**{name: row[key], f"{name}-low": row[low], f"{name}-high": row[high]})
+    glue_all(**told(name, interval_of(row, key)))
 
 
 def shown(table: pd.DataFrame, titles: Mapping[str, str], form: str = ".2f") -> pd.DataFrame:

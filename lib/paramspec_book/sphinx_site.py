@@ -140,12 +140,10 @@ class ClaimsForest(SphinxDirective):
         for name, one in claims().items():
             texts = glued(executed_folder(root) / f"{one['chapter']}.ipynb")
             for effect in one.get("effects", []):
-                ends = [
-                    texts.get(f"{effect['glued']}{end}", "nan") for end in ("", "-low", "-high")
-                ]
-                value, low, high = (float(end.replace("?", "nan")) for end in ends)
-                row = {"title": f"{name}  {effect['title']}", "value": value}
-                rows.append(row | {"low": low, "high": high, "paper": effect.get("paper")})
+                row = {"title": f"{name}  {effect['title']}", "paper": effect.get("paper")}
+                for key, end in {"value": "", "low": "-low", "high": "-high"}.items():
+                    row[key] = float(texts.get(f"{effect['glued']}{end}", "nan"))
+                rows.append(row)
         place = Path(self.env.app.outdir) / "_images" / FOREST
         place.parent.mkdir(parents=True, exist_ok=True)
         figures.claims_forest(rows, place)

@@ -244,6 +244,21 @@ def over_seeds(*models: Estimates) -> Interval:
     return _interval(value, value - reach, value + reach)
 
 
+def told(name: str, interval: Interval) -> dict[str, float]:
+    """`told("did", interval)`: its numbers as the columns `did`, `did_low` and `did_high`."""
+    return {
+        name: interval["value"],
+        f"{name}_low": interval["low"],
+        f"{name}_high": interval["high"],
+    }
+
+
+def interval_of(row: Mapping[str, float], name: str = "value") -> Interval:
+    """`interval_of(row, "did")`: back from such columns, or from `value`, `low` and `high`."""
+    before = "" if name == "value" else f"{name}_"
+    return _interval(row[name], row[f"{before}low"], row[f"{before}high"])
+
+
 def with_interval(row: Mapping[str, float], measure: str = "value", form: str = ".2f") -> str:
     """A value with its interval, as `+0.12 [+0.03, +0.20]`, with no-break spaces.
 
@@ -254,12 +269,10 @@ def with_interval(row: Mapping[str, float], measure: str = "value", form: str = 
         row: `measure`, `measure_low` and `measure_high`; or `value`, `low` and `high`.
         form: of each number.
     """
-    bounds = ("low", "high") if measure == "value" else (f"{measure}_low", f"{measure}_high")
-    value, low, high = (
-        format(row[key], form if abs(row[key]) < LONG else ".1e") for key in (measure, *bounds)
-    )
-    if np.isnan([row[key] for key in bounds]).any():
-        return value if math.isnan(row[measure]) else f"{value}\u00a0[no\u00a0interval]"
+    numbers = interval_of(row, measure).values()
+    value, low, high = (format(one, form if abs(one) < LONG else ".1e") for one in numbers)
+    if "nan" in (low, high):
+        return value if value == "nan" else f"{value}\u00a0[no\u00a0interval]"
     return f"{value}\u00a0[{low},\u00a0{high}]"
 
 

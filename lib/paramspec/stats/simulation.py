@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from paramspec.stats.estimates import Estimates, over_seeds, share
+from paramspec.stats.estimates import Estimates, interval_of, over_seeds, share
 from paramspec.stats.summary import BARE, Cell, Cells
 from paramspec.stats.trends import CHANCE, contrast, delay, lateness, measures_of, trend
 
@@ -189,8 +189,7 @@ def _of_trend(
     for kind, truth in truths.items():
         if kind == "r" and np.ptp(y) < 1e-9:
             continue  # there is nothing to correlate
-        one = {"value": found[kind], "low": found[f"{kind}_low"], "high": found[f"{kind}_high"]}
-        yield f"{kind}{what}", float(truth), one
+        yield f"{kind}{what}", float(truth), interval_of(found, kind)
 
 
 def _of_checkpoints(truth: Mapping[str, np.ndarray], cells: Cells) -> Iterator[Found]:

@@ -17,7 +17,7 @@ import pandas as pd
 
 from paramspec.errors import InputError
 from paramspec.stats import estimates
-from paramspec.stats.estimates import Estimates, Interval, means, share, stack
+from paramspec.stats.estimates import Estimates, Interval, means, share, stack, told
 from paramspec.tables import MASKS, TIERS
 
 Cell = tuple[str, float]  # a mask and its ratio
@@ -116,15 +116,6 @@ def general_change(details: pd.DataFrame, ratios: Sequence[float]) -> Interval:
     cells = Cells.of(details)
     each = [cells.general["concept", ratio].mean() for ratio in ratios]
     return (stack(each).mean() - cells.bare[1]).interval()
-
-
-def told(name: str, interval: Interval) -> dict[str, float]:
-    """`told("did", interval)`: its numbers as the columns `did`, `did_low` and `did_high`."""
-    return {
-        name: interval["value"],
-        f"{name}_low": interval["low"],
-        f"{name}_high": interval["high"],
-    }
 
 
 @dataclass(frozen=True)

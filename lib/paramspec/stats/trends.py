@@ -29,8 +29,9 @@ from paramspec.stats.estimates import (
     quantile,
     share,
     stack,
+    told,
 )
-from paramspec.stats.summary import BARE, Cells, told
+from paramspec.stats.summary import BARE, Cells
 from paramspec.tables import TIERS
 
 CHANCE = 0.25
