@@ -8,6 +8,7 @@ PROFILE ?= default
 # An index with the build of torch for your machine, e.g. https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 CHROMIUM ?= chromium
+ONE := _build/pdf/_build/singlehtml
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q \
@@ -32,9 +33,11 @@ book: .venv/installed  ## run every chapter, then build the site: _build/html/in
 
 pdf: book  ## print the site into one file, _build/book.pdf (with Chromium: CHROMIUM=/path)
 	$(BIN)/jupyter-book build . --builder singlehtml --path-output _build/pdf -q
+	@# Sphinx writes it into a folder, with addresses as from outside of it.
+	sed 's|\.\./_images|_images|' $(ONE)/book/index.html > $(ONE)/print.html
 	$(CHROMIUM) --headless --no-sandbox --disable-gpu --disable-background-networking \
 	  --no-pdf-header-footer --virtual-time-budget=60000 \
-	  --print-to-pdf=_build/book.pdf _build/pdf/_build/singlehtml/index.html
+	  --print-to-pdf=_build/book.pdf $(ONE)/print.html
 
 static: .venv/installed
 	$(BIN)/ruff format --check

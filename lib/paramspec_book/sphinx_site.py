@@ -236,7 +236,7 @@ def finish_html(app: Sphinx, page: str, template: str, context: Any, doctree: An
 
 def publish(app: Sphinx, exception: Exception | None) -> None:
     """Put each chapter's notebook and numbers next to its page."""
-    if exception or app.builder.format != "html":
+    if exception or app.builder.name != "html":
         return
     root, front, title = Path(app.srcdir), f"{app.config.root_doc}.html", app.config.html_title
     page = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>\n'
