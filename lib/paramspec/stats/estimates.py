@@ -27,7 +27,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 TAIL = 0.025  # of a 95 % interval
-LONG = 1e6  # numbers from here on are told by their power of ten
+LONG = 1e6  # numbers from here on are written with their power of ten
 Interval = dict[str, float]
 
 
