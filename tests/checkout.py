@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+# Words for git, where nobody has told it who commits
+COMMIT = ["-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "-qm", "all"]
 HEADER = """\
 ---
 jupytext:

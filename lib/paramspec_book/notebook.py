@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ def begin(chapter: str, parameters: Mapping[str, Any]) -> list[Experiment]:
     return CHAPTERS[chapter](parameters) if chapter in CHAPTERS else []
 
 
+@functools.cache
 def claims() -> dict[str, dict[str, Any]]:
     """`claims()["C1"]["numbers"]["pearson"]`: the paper's claims, from `claims.yaml`."""
     path = Path(__file__).with_name("claims.yaml")

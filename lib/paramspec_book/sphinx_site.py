@@ -9,6 +9,7 @@ the site is made, and `{cite-this}` what to cite.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -88,6 +89,7 @@ def citation(root: Path) -> dict[str, Any]:
     return read_yaml((root / "CITATION.cff").read_text("utf-8"), "CITATION.cff")
 
 
+@functools.cache  # a build asks for the same copy again and again
 def glued(copy: Path) -> dict[str, str]:
     """Return what an executed copy handed to the prose, by name, as text."""
     found = {}

@@ -11,13 +11,12 @@ import sysconfig
 import nbformat
 import pytest
 
-from checkout import REPOSITORY
+from checkout import COMMIT, REPOSITORY
 from paramspec_book.parameters import find_chapter, read_notebook
 from paramspec_book.sphinx_site import installing
 
 pytestmark = pytest.mark.slow
 ADDRESS = "https://github.com/example/book"
-COMMIT = ["-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "-qm", "all"]
 RUN = """
 import sys, nbclient, nbformat
 notebook = nbformat.read(sys.argv[1], as_version=4)

@@ -20,7 +20,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
 
-from checkout import REPOSITORY
+from checkout import COMMIT, REPOSITORY
 from paramspec.stats.recheck import recheck
 from paramspec_book.parameters import toc_pages
 
@@ -28,7 +28,6 @@ pytestmark = pytest.mark.slow
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 PAGES = [p.relative_to(REPOSITORY).with_suffix(".html").as_posix() for p in toc_pages(REPOSITORY)]
 ORIGIN = "https://github.com/example/book.git"  # of the checkout whose site is read
-COMMIT = ["-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "-qm", "all"]
 WIDTHS = (1280, 390)  # a laptop's and a phone's, in px
 PATIENCE = 600_000  # ms, on a machine that has other things to do
 
