@@ -25,6 +25,7 @@ from paramspec.errors import InputError, naming
 from paramspec.execution.limits import release_memory
 from paramspec.execution.provenance import read_computed
 from paramspec.execution.store import Computed, Store
+from paramspec.method import masks
 from paramspec.method.hooks import replace_value_vectors
 from paramspec.models.describe import folds_asked, require_taught
 from paramspec.seeds import by_hash
@@ -226,20 +227,24 @@ def _trained(
     ready: runner.Ready, questions: Sequence[Question], training: Training, store: Store
 ) -> Path:
     loaded, view = ready.loaded, ready.view
-    key = {
-        "unit": "finetune",
+    basis = {
         "model": loaded.digest,
         "dtype": str(loaded.dtype),
         "device": loaded.device.type,
+        "finetune_version": FINETUNE_VERSION,
+    }
+    key = basis | {
+        "unit": "finetune",
         "training": training.model_dump(mode="json"),
         "texts": texts_digest(training_texts(questions, training)),
-        "finetune_version": FINETUNE_VERSION,
     }
     if training.rule in ("score", "other"):  # which look at other concepts' statements
         key["questions"] = questions_digest(questions)
 
     def train() -> Computed:
-        with tune(view, loaded.tokenizer, questions, training) as (vectors, trained, facts):
+        kept = partial(_coefficients, store, basis, runner.unit_record(loaded))
+        tuned = tune(view, loaded.tokenizer, questions, training, coefficients=kept)
+        with tuned as (vectors, trained, facts):
             values = torch.empty(len(vectors), view.hidden, dtype=view.modules[0].weight.dtype)
             for layer, chosen in trained.chosen.items():
                 moved = view.vectors(layer)[chosen].float() + trained.offsets[str(layer)].detach()
@@ -252,6 +257,19 @@ def _trained(
         return write, runner.unit_record(loaded)
 
     return store.find(key, train)
+
+
+def _coefficients(
+    store: Store, basis: dict[str, Any], record: dict[str, Any], *over: Any
+) -> Tensor:
+    """`masks.mean_coefficients`, kept: of the same texts for every seed and learning rate."""
+
+    def compute() -> Computed:
+        means = masks.mean_coefficients(*over)
+        return lambda folder: save_file({"means": means}, folder / TRAINED), record
+
+    key = basis | {"unit": "coefficients", "texts": texts_digest(over[-1])}
+    return load_file(store.find(key, compute) / TRAINED)["means"]
 
 
 def _collect(runs: Sequence[Run], paths: Sequence[Path]) -> CausalStudy:

@@ -25,13 +25,14 @@ from transformers import PreTrainedTokenizerBase
 from paramspec.errors import InputError
 from paramspec.execution.files import PARTIAL, atomic, require_writable, writing_to
 from paramspec.execution.provenance import computed, number_versions
-from paramspec.method import hooks
+from paramspec.method import hooks, masks
 from paramspec.models import zoo_training
 from paramspec.models.libraries import quiet_transformers
 from paramspec.models.load import LoadedModel, load_model
 from paramspec.specwiki import Question
 from paramspec.studies.runner import unit_record
 from paramspec.studies.training import (
+    Coefficients,
     Training,
     choose_vectors,
     encode_texts,
@@ -90,19 +91,20 @@ def tune(
     questions: Sequence[Question],
     training: Training,
     *,
+    coefficients: Coefficients = masks.mean_coefficients,
     state: Path | None = None,
     save_every: int = 50,
     title: str | None = None,
 ) -> Iterator[tuple[Tensor, hooks.TrainedVectors, dict[str, Any]]]:
     """`with tune(view, tokenizer, questions, training) as (vectors, trained, facts): ...`
 
-    Vectors are chosen and trained; without a merge within the block, they are undone at its end.
-    `facts` go to the record; its `losses`, in nats per token, are of each step's batch, before the
-    step. A killed run continues from the file `state`, if given, to the same weights. With a
-    `title`, there is a progress bar.
+    Vectors are chosen (by `coefficients`, see `choose_vectors`) and trained; without a merge within
+    the block, they are undone at its end. `facts` go to the record; its `losses`, in nats per
+    token, are of each step's batch, before the step. A killed run continues from the file `state`,
+    if given, to the same weights. With a `title`, there is a progress bar.
     """
     rows = encode_texts(view, tokenizer, training_texts(questions, training))
-    vectors = choose_vectors(view, tokenizer, questions, training)
+    vectors = choose_vectors(view, tokenizer, questions, training, coefficients)
     batches = [[rows[n] for n in part] for part in batches_of([len(r) for r in rows], training)]
     limits = (len(batches), math.log(len(view.embedding)), training.learning_rate)
     began = time.perf_counter()

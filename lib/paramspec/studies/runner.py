@@ -38,7 +38,7 @@ from paramspec.models.registry import require_distinct
 from paramspec.models.tokens import tokenizer_facts
 from paramspec.specwiki import Question, questions_digest
 
-CHUNKS = 4  # of a worker, at least, where models are large: so all end at about the same time
+CHUNKS = 8  # of a worker, at least, where models are large: so all end at about the same time
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ batches: they are fields of `Training`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal, get_args
 
 import torch
@@ -26,6 +26,8 @@ from paramspec.specwiki import Question
 Method = Literal["FT-FV", "FT-PV", "FT-CV", "FT-RV"]
 METHODS: tuple[Method, ...] = get_args(Method)
 Rule = Literal["coefficient", "score", "gradient", "magnitude", "other"]
+# Mean absolute coefficients over texts, `[layers, width]`.
+Coefficients = Callable[[ValueVectorView, PreTrainedTokenizerBase, Sequence[str]], Tensor]
 
 
 class Training(Checked):
@@ -162,11 +164,12 @@ def choose_vectors(
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     training: Training,
+    coefficients: Coefficients = masks.mean_coefficients,
 ) -> Tensor:
     """The vectors that a method trains: int32 `[n, 2]` of (layer, value vector), sorted.
 
     FT-PV and FT-RV of one share choose as many in every layer; FT-PV and FT-CV of one rule and
-    seed share none and together are all.
+    seed share none and together are all. `coefficients` are of texts, recorded or kept.
     """
     layers = list(range(view.layers) if training.layers is None else training.layers)
     if max(layers) >= view.layers:
@@ -180,7 +183,7 @@ def choose_vectors(
         like = masks.top_vectors(torch.zeros(view.layers, view.width), training.share)
         chosen = masks.random_vectors(like, view.layers, view.width, draw)
     else:
-        chosen = _by_rule(view, tokenizer, questions, training)
+        chosen = _by_rule(view, tokenizer, questions, training, coefficients)
     rest = masks.keep_tensor(chosen, view.layers, view.width)
     trained = (allowed & (rest if training.method == "FT-CV" else ~rest)).nonzero().int()
     if len(trained) == 0:
@@ -195,21 +198,22 @@ def _by_rule(
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     training: Training,
+    coefficients: Coefficients,
 ) -> Tensor:
     """The vectors that FT-PV trains, and FT-CV does not, if all layers are allowed."""
 
-    def coefficients(concepts: Sequence[str]) -> Tensor:
+    def on(concepts: Sequence[str]) -> Tensor:
         on_these = training.model_copy(update={"concepts": concepts})
-        return masks.mean_coefficients(view, tokenizer, training_texts(questions, on_these))
+        return coefficients(view, tokenizer, training_texts(questions, on_these))
 
     if training.rule == "gradient":
         scores = gradient_norms(view, tokenizer, training_texts(questions, training))
     elif training.rule == "other":
-        scores = coefficients(other_concepts(questions, training))
+        scores = on(other_concepts(questions, training))
     else:
-        scores = coefficients(training.concepts)
+        scores = on(training.concepts)
     if training.rule == "score":
-        scores = scores - coefficients(other_concepts(questions, training))
+        scores = scores - on(other_concepts(questions, training))
     chosen = masks.top_vectors(scores, training.share)
     if training.rule != "magnitude":
         return chosen
