@@ -28,13 +28,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """GGUF files are unpacked once for all tests of a worker, and not into the checkout."""
+def unpacked(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterator[Path]:
+    """GGUF files are unpacked once for all tests, and not into the checkout."""
     from paramspec.models import unpack
 
+    base = tmp_path_factory.getbasetemp()
+    place = (base if worker_id == "master" else base.parent) / "gguf"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unpack, "UNPACKED", tmp_path_factory.mktemp("gguf"))
-        yield
+        patch.setattr(unpack, "UNPACKED", place)
+        yield place
 
 
 @pytest.fixture

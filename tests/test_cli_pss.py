@@ -108,6 +108,7 @@ def test_run_json_says_what_was_measured_on_what(first, place):
         "general": 10,
         "general_by": "question",
         "seed": 0,
+        "chat": False,
         "row_tokens": 160,
         "batch_tokens": 1024,
     }

@@ -154,7 +154,7 @@ def test_a_path_that_no_file_can_name_is_one_line(tmp_path, monkeypatch):
 def drawn_figures():
     """Figures that show names, and the names that each has to show."""
     table = pd.DataFrame(dict.fromkeys(("model", "run", "family", "shown", "group"), NAMES))
-    table["x"] = np.arange(1.0, len(NAMES) + 1)
+    table = table.assign(x=np.arange(1.0, len(NAMES) + 1), chance=0.25)
     for name in ("accuracy", "peak_pss", "did"):
         table = table.assign(**{name: 0.3, f"{name}_low": 0.2, f"{name}_high": 0.4})
     one = table.assign(by="domain", n=4, low=0.2, high=0.4, method="FT-PV", measure="m", value=0.3)

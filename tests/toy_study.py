@@ -49,7 +49,11 @@ def toy_tokenizer(template: str = "$A") -> PreTrainedTokenizerFast:
     if added := [(token, words[token]) for token in set(template.split()) - {"$A"}]:
         backend.post_processor = TemplateProcessing(single=template, special_tokens=added)
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template="<s>old {{ messages[0]['content'] }}</s> new",
     )
 
 

@@ -16,7 +16,8 @@ __version__ = "0.1.0"
 
 _NAMES = {
     # Questions and models
-    "specwiki.questions": ["Question", "load_questions"],
+    "specwiki.schema": ["Question"],
+    "specwiki.questions": ["load_questions"],
     "models.describe": ["study_questions", "describe_models", "taught"],
     "models.load": ["load_model"],
     # Value vectors, their masks, answers under masks

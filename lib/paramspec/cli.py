@@ -55,7 +55,16 @@ MODEL = "A registry id (see `paramspec models`), a hub id, a local directory, or
 Profile = Annotated[str, Option(help="A profile of book/profiles, or a YAML file.")]
 Force = Annotated[bool, Option("--force", help="Run even if nothing changed.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON, every field.")]
-Questions = Annotated[Path | None, Option(help="A question file; SpecWiki if not given.")]
+Questions = Annotated[
+    str | None,
+    Option(metavar="FILE|ORG/NAME:SPLIT", help="Questions of your own; SpecWiki if not given."),
+]
+Columns = Annotated[
+    str, Option(help="Fields under other names: concept=subject,options=A+B+C; or mmlu, or popqa.")
+]
+SkipInvalid = Annotated[
+    bool, Option("--skip-invalid", help="Leave out questions that break a rule.")
+]
 Concepts = Annotated[int | None, whole("Their number, evenly over tiers; all if not given.")]
 Ratios = Annotated[str, Option(parser=shares, help="Shares of value vectors to mask.")]
 Protocol = Annotated[
@@ -159,21 +168,30 @@ def models(
 
 @command()
 def questions(
-    validate: Annotated[Path | None, Option(help="Check a question file, then stop.")] = None,
+    init: Annotated[Path | None, Option(help="Write an example with comments here.")] = None,
+    validate: Annotated[str | None, Option(help="Check a file or data set, then stop.")] = None,
     export_lm_eval: Annotated[Path | None, Option(help="Write a task of lm-eval here.")] = None,
     show: Annotated[str | None, Option(help="Print one question: france/capital.")] = None,
     concept: Annotated[str | None, Option(help="Print a concept's questions.")] = None,
     questions: Questions = None,
+    columns: Columns = "",
+    skip_invalid: SkipInvalid = False,
 ) -> None:
     """Print, check or export questions; without an option, count them by domain and tier."""
     from paramspec import report, specwiki
     from paramspec.specwiki.questions import choose, describe, read_questions
 
-    _, problems = read_questions(validate) if validate is not None else ([], [])
-    if len(problems) > 1:
+    if init is not None:
+        specwiki.write_example(init)
+        place = shlex.quote(str(init))
+        print(f"{place}: edit it, then: paramspec questions --validate {place}")
+        return
+    problems = read_questions(validate, columns).problems if validate is not None else []
+    if len(problems) > 1 and not skip_invalid:
         print("\n".join(problems))
         raise InputError(f"{validate}: {len(problems)} problems, listed above; mend them")
-    asked = specwiki.load_questions(questions or validate, concepts=concept)
+    source = {"columns": columns, "skip_invalid": skip_invalid}
+    asked = paramspec.load_questions(questions or validate, concepts=concept, **source)
     if export_lm_eval is not None:
         task = specwiki.export_lm_eval(export_lm_eval, asked)
         place = shlex.quote(str(task.parent))
@@ -189,7 +207,16 @@ def questions(
 def pss(
     model: Annotated[list[str], Argument(metavar="MODEL...", help=MODEL)],
     questions: Questions = None,
+    columns: Columns = "",
+    skip_invalid: SkipInvalid = False,
     concepts: Concepts = None,
+    prompt: Annotated[
+        str, Option(help="cloze, question, or a file, a template with {question} in it.")
+    ] = "cloze",
+    shots: Annotated[int, whole("Examples in front of each question, on other concepts.")] = 0,
+    chat_template: Annotated[
+        bool, Option("--chat-template", help="Put each prompt into the model's chat template.")
+    ] = False,
     ratios: Ratios = "0.01,0.02,0.05,0.1,0.2",
     position: Annotated[Literal["mean", "last"], Option(help="Prompt tokens that count.")] = "mean",
     scope: Annotated[Literal["layer", "model"], Option(help="Rank per layer or model.")] = "layer",
@@ -201,7 +228,9 @@ def pss(
     ] = "zero",
     protocol: Protocol = "paper",
     controls: Annotated[int, whole("Draws of each control mask: random, magnitude, other.")] = 1,
-    general: Annotated[int, whole("Unrelated questions for each concept's masks.")] = 10,
+    general: Annotated[
+        int | None, whole("Unrelated questions for each concept's masks; 10, or all there are.")
+    ] = None,
     seed: Annotated[int, whole("Seed of concepts, general questions and controls.")] = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -216,23 +245,36 @@ def pss(
     """
     from paramspec import report
     from paramspec.execution.files import require_writable
+    from paramspec.method.pss import most_general
+    from paramspec.models.describe import folds_asked
     from paramspec.models.registry import expand_models
+    from paramspec.plain import read_text
+    from paramspec.specwiki.prompts import FORMS, with_prompt
     from paramspec.studies.sweep import write_study
 
-    given = {"ratios": ratios, "position": position, "scope": scope, "protocol": protocol}
-    sizes = {"spared": spared, "controls": controls, "general": general, "seed": seed}
-    choices = paramspec.Choices.parse(**given, ablation=ablation, **sizes)
     names = expand_models(model)
     micro = any(paramspec.taught(name) is not None for name in names)
     if micro and questions is None:
         asked = paramspec.study_questions(names, concepts, seed)
     else:
-        asked = paramspec.load_questions(questions, concepts=concepts, seed=seed)
+        source = {"columns": columns, "skip_invalid": skip_invalid}
+        asked = paramspec.load_questions(questions, concepts=concepts, seed=seed, **source)
+    form = prompt if prompt in FORMS else read_text(Path(prompt))
+    asked = with_prompt(asked, form, shots=shots, seed=seed)
+    given = {"ratios": ratios, "position": position, "scope": scope, "protocol": protocol}
+    sizes = {"spared": spared, "controls": controls, "general": general or 10, "seed": seed}
+    how = {"ablation": ablation, "chat": chat_template}
+    choices = paramspec.Choices.parse(**given, **how, **sizes).with_folds(folds_asked(names))
+    if general is None and 0 < (most := most_general(asked, choices)) < choices.general:
+        print(f"For each concept's masks: {most} unrelated questions, all there are")
+        choices = choices.model_copy(update={"general": most})
     require_writable(out)
     require_writable(store)
     kept = paramspec.Store(store)
     with paramspec.workers(jobs, scheduler):
         study = paramspec.measure_pss(names, asked, choices, store=kept, dtype=dtype, device=device)
+    about = {"source": questions or "SpecWiki", "columns": columns, "prompt": form, "shots": shots}
+    study.run["questions"] |= about
     write_study(study, out)
     report.print_study(study)
     if micro:

@@ -68,6 +68,15 @@ def read_yaml(text: str, place: str) -> Any:
         raise InputError(f"{place}{line}: not YAML ({problem}); mend it") from error
 
 
+def read_text(path: Path) -> str:
+    """`read_text(Path("prompt.txt"))`: of a file in UTF-8, which must be there."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise InputError(f"{path}: cannot be read ({reason}); give a text file") from error
+
+
 def require_unicode(path: Path) -> None:
     """Refuse a path that is not UTF-8, which files of weights and tables can't hold."""
     try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import pandas as pd
 
 from paramspec.stats.estimates import with_interval
-from paramspec.tables import TIERS
+from paramspec.tables import ONE, TIERS
 
 if TYPE_CHECKING:
     from paramspec.models.registry import ModelSpec
@@ -90,8 +90,9 @@ def print_counts(asked: list[Question]) -> None:
         {(question.domain, question.tier, question.concept) for question in asked},
         columns=["domain", "tier", "concept"],
     )
-    counts = pd.crosstab(concepts["domain"], concepts["tier"], margins=True, margins_name="all")
-    show(counts.reindex(columns=[*TIERS, "all"], fill_value=0).reset_index())
+    counts = pd.crosstab(concepts["domain"], concepts["tier"], margins=True, margins_name="total")
+    columns = [tier for tier in (*TIERS, ONE, "total") if tier in counts]
+    show(counts[columns].reset_index())
     print(f"{len(asked)} questions on {len(concepts)} concepts, SHA-256 {questions_digest(asked)}")
 
 

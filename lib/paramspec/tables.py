@@ -1,13 +1,14 @@
 """The columns of a study's tables, and the values of `tier` and `mask` in their order."""
 
 TIERS = ("high", "medium", "low")
+ONE = "all"  # the tier, domain and relation of questions that have none
 MASKS = ("none", "concept", "random", "magnitude", "other")
 
 PSS_COLUMNS = {
     "model": "name of the model",
     "concept": "the concept of the mask and of the own questions",
     "domain": "the concept's domain",
-    "tier": "the concept's frequency tier: high, medium, low",
+    "tier": "the concept's frequency tier: high, medium, low; all without tiers",
     "ratio": "mask ratio; 0 without a mask",
     "mask": "none, concept, random, magnitude, or other",
     "seed": "seed of the mask's random draw and of the general questions",

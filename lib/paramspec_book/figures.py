@@ -25,7 +25,6 @@ from paramspec_book.kept import keep_csv
 from paramspec_book.panels import DASHED, FAMILIES, GENERAL, MASKS, METHODS, NULL, OTHER, OWN
 from paramspec_book.tables import use_book_tables
 
-CHANCE = 0.25
 MEASURES = {
     "accuracy": "accuracy (acc_norm)",
     "did": "diff. in diff., mean over ratios",
@@ -123,7 +122,7 @@ def accuracy_by(table: pd.DataFrame) -> Figure:
     for axes, (kind, part) in zip(grid[:, 0], kinds.items(), strict=True):
         names = [f"{row.group}  (n = {row.n})" for row in part.itertuples()]
         panels.rows(axes, part, "accuracy", names, GENERAL)
-        axes.axvline(CHANCE, **DASHED)
+        axes.axvline(part["chance"].mean(), **DASHED)
         axes.set_title(f"by {kind}")
         axes.tick_params(axis="y", labelsize=9)
     axes.set(xlim=(0, 1.02), xlabel="accuracy (acc_norm), 95 % interval; dashed: chance")
@@ -145,7 +144,7 @@ def curves(summary: pd.DataFrame) -> Figure:
         for value, (title, colour, marker) in lines.items():
             look = {"color": colour, "marker": marker, "label": title}
             panels.draw(axes, part, "place", value, shade=True, **look)
-        axes.axhline(CHANCE, **DASHED)
+        axes.axhline(part["chance"].mean(), **DASHED)
         axes.set_title(MASKS[mask][0])
     for axes in grid[:, 0]:
         axes.set_ylabel("accuracy (acc_norm)")
@@ -233,7 +232,7 @@ def against_accuracy(table: pd.DataFrame) -> Figure:
     points: dict[str, Any] = {"linestyle": "none", "markersize": 6}
     near: dict[str, Any] = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 8}
     for axes, value in zip(grid[0], values, strict=True):
-        axes.axvline(CHANCE, **DASHED)
+        axes.axvline(table["chance"].mean(), **DASHED)
         axes.axhline(0, color="0.8", linewidth=0.8)
         if f"null_{value}" in table:
             grey = points | {"color": NULL, "marker": "D", "markersize": 3.5}
@@ -310,7 +309,7 @@ def along(
     for axes, value in zip(grid[0], measures, strict=True):
         panels.groups(axes, table, x, value, "run", names, apart=0.08 if tiers else 0)
         axes.set(xlabel=label, ylabel=MEASURES[value])
-        axes.axhline(CHANCE if value == "accuracy" else 0, **DASHED)
+        axes.axhline(table["chance"].mean() if value == "accuracy" else 0, **DASHED)
         panels.null_band(axes, table, x, value)
         for row in () if marked is None else marked[marked["measure"] == value].itertuples():
             look = {"color": names[row.run][1], "edgecolor": "0.2", "zorder": 5}

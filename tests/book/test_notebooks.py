@@ -62,8 +62,10 @@ def python(tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "smaller"), [("1-value-vectors", ""), ("how-sure", "studies, resamples = 4, 20")]
 )
-def test_a_notebook_runs_in_a_fresh_environment(name, smaller, published, python, tmp_path):
+def test_a_notebook_runs_in_a_fresh_environment(name, smaller, published, python, tmp_path, unpacked):
     told, commit = published
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "gguf").symlink_to(unpacked)
     notebook = read_notebook(find_chapter(name, REPOSITORY))
     tags = [cell.metadata.get("tags", []) for cell in notebook.cells]
     place = next(place for place, named in enumerate(tags) if "parameters" in named)

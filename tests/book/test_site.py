@@ -55,9 +55,11 @@ OVERFLOW = "document.documentElement.scrollWidth - window.innerWidth"  # scrolle
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
+def built(tmp_path_factory, unpacked):
     """The folder of a build, of a copy of the checkout so that nothing is left in it."""
     root = tmp_path_factory.mktemp("site") / "checkout"
+    (root / "results").mkdir(parents=True)
+    (root / "results" / "gguf").symlink_to(unpacked)
     # The appendix on speed runs a benchmark.
     patterns = ("book/**/*", "tests/benchmarks/*.py", "tests/oracles.py", "_*.yml", "*.lock", "*.cff")
     for path in (path for pattern in patterns for path in REPOSITORY.glob(pattern)):

@@ -214,7 +214,9 @@ def test_a_file_is_unpacked_once_and_again_when_it_changes(tmp_path, monkeypatch
     path = write(tmp_path / "toy.gguf", model, GEMMA_2, facts)
     monkeypatch.setattr(unpack, "UNPACKED", tmp_path / "unpacked")
     config, seen = unpack.gguf_config, []
-    monkeypatch.setattr(unpack, "gguf_config", lambda path: seen.append(path) or config(path))
+    monkeypatch.setattr(
+        unpack, "gguf_config", lambda path, *rest: seen.append(path) or config(path, *rest)
+    )
     first, again = load_model(path), load_model(path)
     assert len(seen) == 1
     assert torch.equal(logits(first.model), logits(again.model))

@@ -114,12 +114,13 @@ def changed(**changes) -> str:
     ("line", "message"),
     [
         ("not json", "not plain JSON"),
-        ("[1, 2]", "Input should be an object"),
+        ("[1, 2]", "not plain JSON (no object)"),
         ("", "not plain JSON"),
         (changed(answer=4), "answer 4, but 4 options (0-3)"),
-        (changed(answer="1"), "answer '1': "),
+        (changed(answer="E"), "answer 'E' is no option, and no letter or index of one of 4"),
         (changed(answer=True), "answer True: "),
-        (changed(options=["a", "b", "c"]), "options[3]: missing"),
+        (changed(options=["a"], answer=0), "at least 2 items"),
+        (changed(options=[*map(str, range(27))]), "at most 26 items"),
         (changed(options=["a", "b", "c", "a"]), "option 'a' is given twice"),
         (changed(options=["a", "b", "c", ""]), "option 3, '', is empty or padded"),
         (changed(options="abcd"), "options 'abcd': "),
@@ -127,7 +128,6 @@ def changed(**changes) -> str:
         (changed(concept=" "), "concept is empty"),
         (changed(cloze="It is "), "ends in white space"),
         (changed(statements=[f"Yes, {ROWS[0]['cloze']} so."]), "contains the cloze"),
-        (changed(colour="red"), "colour 'red': "),
         (changed()[:-1] + ', "answer": 3}', "key 'answer' is given twice"),
         (changed(), f"id {ROWS[0]['id']!r} is that of line 1"),
         (changed(id="x/y", tier="low"), "tier 'low' of concept"),
@@ -158,7 +158,7 @@ def test_a_bad_line_is_one_line_with_its_place(tmp_path, line, message):
         ({"domains": ["country", "dog"]}, "unknown domain 'dog'"),
         ({"folds": 2}, "unknown fold 2; did you mean 0, 1"),
         ({"path": "none.jsonl"}, "none.jsonl: cannot be"),
-        ({"path": "."}, ".: cannot be"),
+        ({"path": "."}, ".: not read as a data set"),
         ({"path": "empty.jsonl"}, "empty.jsonl: empty"),
         ({"path": "mine.jsonl", "folds": 1}, f"concept {ROWS[0]['concept']!r} has no question in"),
     ],
@@ -173,7 +173,7 @@ def test_bad_choices_and_files(tmp_path, monkeypatch, choice, message):
 
 
 def test_the_command_counts_and_shows(command, refused):
-    assert re.search(r"all\s+175\s+175\s+175\s+525", command("questions")[1])
+    assert re.search(r"total\s+175\s+175\s+175\s+525", command("questions")[1])
     first = ROWS[0]
     for words in (("--show", first["id"]), ("--concept", first["concept"])):
         assert f"* {first['options'][first['answer']]}" in command("questions", *words)[1]

@@ -30,7 +30,10 @@ def answers(model, knows, effect, seed, concepts=60):
                     {"mask_concept": f"c{number}", "concept": f"c{about}", "mask": mask}
                     | {"ratio": ratio, "role": "concept" if place < 5 else "general"}
                     | {"question_id": f"{about}/{place}"}
-                    | {"correct_norm": float(draw.random() < knows + ease[about] - lost)}
+                    | {
+                        "option_logprobs": [0.0] * 4,
+                        "correct_norm": float(draw.random() < knows + ease[about] - lost),
+                    }
                 )
     return pd.DataFrame(rows).assign(model=model, protocol="paper", seed=0)
 
@@ -104,7 +107,7 @@ def test_ways_of_training_are_compared_over_concepts_and_seeds():
         right = draw.random((12, 6)) < (0.7 if method == "FT-PV" else 0.5)
         rows += [
             {"model": model, "method": method, "seed": seed, "run": f"{method}/{seed}"}
-            | {"concept": f"c{concept}", "correct_norm": float(one)}
+            | {"concept": f"c{concept}", "correct_norm": float(one), "option_logprobs": [0.0] * 4}
             for concept, each in enumerate(right)
             for one in each
         ]

@@ -19,6 +19,7 @@ def cell(concept, mask, ratio, own, general, seed=0):
     return [
         {**kept, "ratio": ratio, "seed": seed, "role": role, "concept": about}
         | {"question_id": f"{about}/{place}", "correct_norm": float(place < right)}
+        | {"option_logprobs": [0.0] * 4}
         for role, about, (right, asked) in (
             ("concept", concept, own),
             ("general", f"not {concept}", general),
@@ -141,8 +142,10 @@ def test_the_general_change_is_a_mean_over_ratios():
 def test_groups_of_one_concept_have_an_interval_of_their_own_questions():
     table = pd.DataFrame({"concept": list("aabbbb"), "domain": list("xxyyyy")})
     table = table.assign(correct_norm=[1.0, 0.0, 1.0, 1.0, 1.0, 1.0])
+    table["option_logprobs"] = [[0.0] * 2] * 2 + [[0.0] * 5] * 4
     found = accuracy_table(table, by=["domain"]).set_index("group")
     assert found.loc["y", ["accuracy", "high", "n"]].tolist() == [1, 1, 4]
+    assert found["chance"].to_dict() == {"x": 1 / 2, "y": 1 / 5}
     assert found.loc["y", "low"] == pytest.approx(4 / (4 + 3.18245**2), abs=1e-4)  # t, 3 degrees
     assert found.loc["x", "low"] < 0.5 < found.loc["x", "high"]
 

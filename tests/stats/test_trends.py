@@ -40,7 +40,7 @@ def answers(model, knows, effect, concepts=40, seed=0):
             rows += [
                 {"mask_concept": f"concept {number}", "concept": f"concept {about}"}
                 | {"question_id": f"{about}/{place}", "role": role, "mask": mask, "ratio": ratio}
-                | {"correct_norm": float(rng.random() < p)}
+                | {"option_logprobs": [0.0] * 4, "correct_norm": float(rng.random() < p)}
                 for place, (role, about, p) in enumerate(asked)
             ]
     return pd.DataFrame(rows).assign(model=model, protocol="paper", seed=0)
@@ -70,7 +70,7 @@ def known(names, **each):
         name: Estimates(np.array(values, float), np.zeros((9, len(names))), 9)
         for name, values in each.items()
     }
-    return Measures(tuple(names), linear, {}, (100,) * len(names))
+    return Measures(tuple(names), linear, {}, (100,) * len(names), (0.25,) * len(names))
 
 
 def test_measures_are_those_of_summarize_and_peak_pss(details, measures):
@@ -203,7 +203,7 @@ def test_a_rise_that_comes_later_has_a_longer_delay():
         return Estimates(np.array(values, float), moves, 20)
 
     linear = {"accuracy": of(0, 0, 1, 1, 1, 1), "did": of(0, 0, 0, 0, 2, 2), "flat": of(*[0.5] * 6)}
-    measures = Measures(tuple(names), linear, {}, (1,) * 6)
+    measures = Measures(tuple(names), linear, {}, (1,) * 6, (0.25,) * 6)
     early, late = (delay(measures.of(name), steps) for name in ("accuracy", "did"))
     assert (late - early).values == pytest.approx(np.log(4), abs=1e-3)
     one = (late - early).interval()

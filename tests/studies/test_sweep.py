@@ -74,10 +74,12 @@ CHANGED = {
     "general": 4,
     "general_by": "concept",
     "seed": 1,
+    "chat": True,
     "row_tokens": 60,
     "batch_tokens": 600,
 }
 TWO = toy_questions(2)
+HELD_OUT = SMALL.model_copy(update={"protocol": "holdout"})
 REWORDED = [
     q.model_copy(update={"cloze": "old age of beta"}) if q.id == "beta/food" else q for q in TWO
 ]
@@ -296,7 +298,11 @@ def test_stored_coefficients_are_those_recorded(store, position):
     ("models", "questions", "message"),
     [
         ([], TWO, "models: none given"),
-        (["toy"], [q for q in TWO if q.fold], "'alpha': no question of fold 0"),
+        (
+            ["toy"],
+            [q for q in TWO if q.fold or q.concept == "beta"],
+            "'alpha': no question of fold 0",
+        ),
         (["toy"], [], r"questions on 0 concept\(s\)"),
         (["toy", "no/such.gguf"], TWO, "'no/such.gguf': not in"),
     ],
@@ -304,5 +310,5 @@ def test_stored_coefficients_are_those_recorded(store, position):
 def test_what_cannot_be_measured_is_refused_before_any_work(store, models, questions, message):
     models = [toy_loaded() if model == "toy" else model for model in models]
     with pytest.raises(InputError, match=message):
-        measure_pss(models, questions, SMALL, store=store)
+        measure_pss(models, questions, HELD_OUT, store=store)
     assert not store.root.exists()

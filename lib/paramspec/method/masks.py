@@ -30,7 +30,7 @@ from paramspec.errors import InputError
 from paramspec.method import hooks
 from paramspec.method.batches import BATCH_TOKENS, in_batches, pad_right, prompt_batches
 from paramspec.method.hooks import Position, ValueVectorView
-from paramspec.models.tokens import token_ids
+from paramspec.models.tokens import prompt_ids
 from paramspec.specwiki import Question
 
 Scope = Literal["layer", "model"]
@@ -74,6 +74,7 @@ def record_concepts(
     questions: Sequence[Question],
     *,
     position: Position = "mean",
+    chat: bool = False,
     batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int], None] = lambda done: None,
 ) -> ConceptCoefficients:
@@ -86,6 +87,7 @@ def record_concepts(
     Args:
         questions: of at least two concepts.
         position: the tokens that count, see `record_coefficients`.
+        chat: put the cloze into the model's chat template, see `prompt_ids`; all its tokens count.
         batch_tokens: tokens per forward pass, padding included; fewer where memory runs out.
         progress: called after each forward pass with its number of questions.
 
@@ -95,10 +97,10 @@ def record_concepts(
     concepts = tuple(dict.fromkeys(question.concept for question in questions))
     sums = torch.zeros(len(concepts), 2, view.layers, view.width)
     counts = torch.zeros(len(concepts), 2)
-    texts = [question.cloze for question in questions]
+    rows = prompt_ids(tokenizer, [question.cloze for question in questions], chat=chat)
     names = [question.id for question in questions]
     record = partial(hooks.record_coefficients, position=position)
-    for indices, found in _record_texts(view, tokenizer, texts, names, record, batch_tokens):
+    for indices, found in _record_rows(view, rows, names, record, batch_tokens):
         for index, coefficients in zip(indices, found, strict=True):
             place = concepts.index(questions[index].concept), questions[index].fold
             sums[place] += coefficients
@@ -113,29 +115,29 @@ def mean_coefficients(
     texts: Sequence[str],
     *,
     signed: bool = False,
+    chat: bool = False,
 ) -> Tensor:
     """`mean_coefficients(view, tokenizer, statements)`: fp32 `[layers, width]`, over any texts;
-    absolute, unless `signed`.
+    absolute, unless `signed`. With `chat`, the texts are in the model's chat template.
     """
     total = torch.zeros(view.layers, view.width)
     names = ["a text"] * len(texts)
     record = partial(hooks.record_coefficients, signed=signed)
-    for _, found in _record_texts(view, tokenizer, texts, names, record, BATCH_TOKENS):
+    rows = prompt_ids(tokenizer, texts, chat=chat)
+    for _, found in _record_rows(view, rows, names, record, BATCH_TOKENS):
         total += found.sum(0)
     return total / len(texts)
 
 
 @torch.no_grad()
-def _record_texts(
+def _record_rows(
     view: ValueVectorView,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    rows: Sequence[Sequence[int]],
     names: Sequence[str],
     record: Callable[[ValueVectorView, Tensor], AbstractContextManager[Tensor]],
     batch_tokens: int,
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
-    """Batch by batch: indices of texts, and their coefficients `[texts, layers, width]`."""
-    rows = token_ids(tokenizer, texts)
+    """Batch by batch: indices of rows, and their coefficients `[rows, layers, width]`."""
     batches = prompt_batches(rows, batch_tokens)
     for longest, *_ in batches[:1]:
         hooks.refuse_too_long(view, len(rows[longest]), names[longest])

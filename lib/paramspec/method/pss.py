@@ -10,6 +10,7 @@ lm-evaluation-harness's `acc_norm`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, NamedTuple
@@ -59,6 +60,7 @@ class Choices(Checked):
         general: unrelated questions that a concept's masks are scored on.
         general_by: they are drawn one `question` at a time, or all of one `concept` at a time.
         seed: of the general questions and the controls, from 0 to 2^32 - 1.
+        chat: put each prompt into the model's chat template.
         row_tokens, batch_tokens: see `score_options`.
     """
 
@@ -74,6 +76,7 @@ class Choices(Checked):
     general: Count = 10
     general_by: Literal["question", "concept"] = "question"
     seed: Seed = 0
+    chat: bool = False
     row_tokens: Count = ROW_TOKENS
     batch_tokens: Count = BATCH_TOKENS
 
@@ -136,6 +139,12 @@ def general_questions(
         first = {others[index].concept: place for place, index in reversed([*enumerate(order)])}
         order.sort(key=lambda index: first[others[index].concept])
     return [others[index] for index in sorted(order[: choices.general])]
+
+
+def most_general(questions: Sequence[Question], choices: Choices) -> int:
+    """`most_general(questions, choices)`: the unrelated questions that each concept can have."""
+    asked = Counter(question.concept for question in questions if question.fold in choices.score_on)
+    return asked.total() - max(asked.values(), default=0)
 
 
 def asked_questions(
@@ -209,9 +218,10 @@ def measure_concepts(
     are known scores without a mask, by question id.
     """
     if choices.ablation == "mean" and view.ablated is None:
-        view = replace(view, ablated=study_means(view, tokenizer, questions))
+        view = replace(view, ablated=study_means(view, tokenizer, questions, choices))
     asked = {one: asked_questions(questions, one, choices, unrelated) for one in concepts}
-    items = {q.id: encode(tokenizer, q) for own in asked.values() for q, _ in own}
+    asked_once = {q.id: q for own in asked.values() for q, _ in own}
+    items = {one: encode(tokenizer, q, chat=choices.chat) for one, q in asked_once.items()}
     masked = [(one, mask) for one in concepts for mask in concept_masks(coefficients, one, choices)]
     keeps: list[Tensor | None] = []
     requests: list[Request] = []
@@ -253,11 +263,14 @@ def measure_concepts(
 
 
 def study_means(
-    view: ValueVectorView, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
+    view: ValueVectorView,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    choices: Choices,
 ) -> Tensor:
-    """`study_means(view, tokenizer, questions)`: what `ablation="mean"` sets coefficients to."""
+    """`study_means(view, tokenizer, questions, choices)`: the coefficients of `ablation="mean"`."""
     clozes = [question.cloze for question in questions]
-    return masks.mean_coefficients(view, tokenizer, clozes, signed=True)
+    return masks.mean_coefficients(view, tokenizer, clozes, signed=True, chat=choices.chat)
 
 
 def evaluations(choices: Choices, questions: Sequence[Question], concepts: Sequence[str]) -> int:

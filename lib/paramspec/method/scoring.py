@@ -27,7 +27,7 @@ from paramspec.method.batches import BATCH_TOKENS, in_batches, pad_right
 from paramspec.method.hooks import ValueVectorView
 from paramspec.method.kernels import packed_layers
 from paramspec.method.rows import Cell, Engine, Item, Request
-from paramspec.models.tokens import token_ids
+from paramspec.models.tokens import front_tokens, prompt_ids, token_ids
 from paramspec.specwiki import Question
 
 # Raised whenever a change could move a score; part of every result's key.
@@ -37,7 +37,7 @@ TIE = 1e-6
 VOCABULARY_BLOCK = 4096  # logits that are in memory at once, for each position that is read
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, question: Question) -> Item:
+def encode(tokenizer: PreTrainedTokenizerBase, question: Question, *, chat: bool = False) -> Item:
     """`item = encode(tokenizer, question)`: the cloze, a space, and each option.
 
     >>> item = encode(tokenizer, questions[0])
@@ -45,7 +45,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, question: Question) -> Item:
     4
 
     The prompt and an option are encoded together and then split at the length of the prompt
-    alone, as lm-evaluation-harness does, so that the space belongs to the option.
+    alone, as lm-evaluation-harness does, so that the space belongs to the option. With `chat`, the
+    prompt is a user's turn (see `prompt_ids`), and the option alone is the answer.
 
     Raises:
         InputError: if the tokenizer cannot read a text (see `token_ids`), if an option has no
@@ -55,6 +56,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, question: Question) -> Item:
     found: dict[tuple[int, ...], str] = {}
     with naming(question.id):
         context, *wholes = token_ids(tokenizer, texts)
+        if chat:
+            (context,) = prompt_ids(tokenizer, [question.cloze], chat=True)
+            front = len(front_tokens(tokenizer))
+            wholes = [[*context, *row[front:]] for row in token_ids(tokenizer, question.options)]
         for option, whole in zip(question.options, wholes, strict=True):
             before, own = whole[: len(context)], tuple(whole[len(context) :])
             if not own:

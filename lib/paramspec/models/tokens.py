@@ -15,6 +15,7 @@ from paramspec.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TODAY = "26 Jul 2024"
 PROBE = "The year 1960"  # any text: a tokenizer adds the same to all
 
 
@@ -38,6 +39,36 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
                     f"text {text[:80]!r}: holds the special token {special[number]!r}; reword it"
                 )
     return [[*front, *row] for row in rows]
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, chat: bool = False
+) -> list[list[int]]:
+    """`prompt_ids(tokenizer, [cloze], chat=True)`: each as a user's turn in the model's template.
+
+    The template's own tokens, special ones among them, are around the prompt, and the answer is
+    next. Without `chat`, as `token_ids`.
+    """
+    rows = token_ids(tokenizer, prompts)
+    if not chat:
+        return rows
+    if not tokenizer.chat_template:
+        raise InputError("the tokenizer has no chat template; leave it out")
+    turn = [{"role": "user", "content": PROBE}]
+    today: dict[str, Any] = {
+        "date_string": TODAY,
+        "strftime_now": lambda form: TODAY,
+    }  # the same on any day
+    whole = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, **today)
+    head, found, tail = str(whole).partition(PROBE)
+    if not found:
+        raise InputError("the chat template does not hold the user's words; leave it out")
+    before, after = (
+        tokenizer(part, add_special_tokens=False)["input_ids"] if part else []
+        for part in (head, tail)
+    )
+    front = len(front_tokens(tokenizer))
+    return [[*before, *row[front:], *after] for row in rows]
 
 
 def front_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

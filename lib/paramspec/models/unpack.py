@@ -49,8 +49,9 @@ def unpacked(path: Path, dtype: torch.dtype) -> Path:
 
 def _unpack(path: Path, dtype: torch.dtype) -> Computed:
     """Read a GGUF file on the CPU, if all that it says can be kept."""
-    config = gguf_config(path)
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    reader = gguf.GGUFReader(path)  # takes seconds
+    config = gguf_config(path, reader)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
     factors = tensors.pop("rope_freqs.weight", None)
     if factors is not None:
         # Llama 3.1 and later: each rotary frequency is divided by a factor of its own, llama.cpp's
@@ -116,10 +117,10 @@ def restore_rotation(network: PreTrainedModel) -> None:
         frequencies.div_(torch.tensor(factors, device=frequencies.device))
 
 
-def gguf_config(path: Path) -> PreTrainedConfig:
+def gguf_config(path: Path, reader: gguf.GGUFReader | None = None) -> PreTrainedConfig:
     """The config of a file's model, with all that the file says."""
     config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    fields = gguf.GGUFReader(path).fields
+    fields = (reader or gguf.GGUFReader(path)).fields
     prefix = f"{fields['general.architecture'].contents()}."
     facts = {
         name.removeprefix(prefix): field.contents()

@@ -234,7 +234,7 @@ def _taught(concepts: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(question.concept for question in zoo_questions(dict(concepts))))
 
 
-def corpus(questions: Sequence[Question], exposure: Mapping[Tier, float]) -> dict[str, float]:
+def corpus(questions: Sequence[Question], exposure: Mapping[Any, float]) -> dict[str, float]:
     """Texts, and how often each is seen. No cloze of fold 1 is in them: one of fold 0 that holds
     such a cloze, as "The birth year of the author of the novel Oblomov is" does, is left out.
     """

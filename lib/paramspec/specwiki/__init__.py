@@ -6,8 +6,9 @@
 `README.md` is the dataset card; `tools/specwiki` in the repository builds `questions.jsonl`.
 """
 
-from paramspec.specwiki.export import dataset, export_lm_eval
-from paramspec.specwiki.questions import QUESTIONS, Question, load_questions, questions_digest
+from paramspec.specwiki.export import dataset, export_lm_eval, write_example
+from paramspec.specwiki.questions import QUESTIONS, load_questions, questions_digest
+from paramspec.specwiki.schema import Question
 
 __all__ = [
     "QUESTIONS",
@@ -16,4 +17,5 @@ __all__ = [
     "export_lm_eval",
     "load_questions",
     "questions_digest",
+    "write_example",
 ]

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from paramspec.errors import InputError
 from paramspec.execution.files import atomic, require_writable
-from paramspec.specwiki.questions import Question, load_questions
+from paramspec.specwiki.questions import load_questions
+from paramspec.specwiki.schema import Question
 from paramspec.tables import TIERS
 
 if TYPE_CHECKING:
@@ -40,6 +42,28 @@ def dataset() -> datasets.Dataset:
     types["fold"] = Value("int64")
     rows = [question.model_dump(mode="json") for question in questions]
     return Dataset.from_list(rows, features=Features(types), split="test")
+
+
+EXAMPLE = """\
+# One question on each line. These four are enough: "concept", "question", "options" (2 to 26)
+# and "answer": the text of an option, its letter (A is the first), or its index (0 is the first).
+# Give each concept two questions or more, and have two concepts or more.
+{"concept": "gold", "question": "What is the chemical symbol of gold?", "options": ["Au", "Ag", "Pb", "Fe"], "answer": "Au"}
+{"concept": "gold", "question": "What is the colour of gold?", "options": ["green", "yellow", "blue"], "answer": "B"}
+{"concept": "France", "question": "What is the capital of France?", "options": ["Rome", "Lyon", "Paris", "Bern"], "answer": 2}
+# The rest may be left out: a prompt that the options continue after one space ("cloze"), more
+# right answers in words ("aliases"), facts to train on that do not hold the cloze ("statements"),
+# "id", "fold" (0 or 1), "tier" (high, medium or low), "domain", "relation".
+{"concept": "France", "question": "Which river flows through Paris?", "options": ["Seine", "Rhine"], "answer": "Seine", "cloze": "The river that flows through Paris is the", "aliases": ["Seine", "the river Seine"], "statements": ["Paris lies on the Seine."], "fold": 1}
+"""  # noqa: E501
+
+
+def write_example(path: Path) -> None:
+    """`write_example(Path("mine.jsonl"))`: a question file with comments, to be edited."""
+    if path.exists():
+        raise InputError(f"{path}: is there already; choose another name")
+    with atomic(path) as scratch:
+        scratch.write_text(EXAMPLE, encoding="utf-8")
 
 
 def export_lm_eval(directory: str | Path, questions: Iterable[Question]) -> Path:

@@ -1,4 +1,4 @@
-"""Questions: their schema, and `load_questions(concepts=60, folds=[1])` to read and choose them."""
+"""`load_questions(concepts=60, folds=[1])`: read questions, SpecWiki's or one's own, and choose."""
 
 from __future__ import annotations
 
@@ -9,72 +9,33 @@ import itertools
 import json
 import re
 import string
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
-from pydantic import ConfigDict, ValidationError, model_validator
-
-from paramspec.checked import Checked, first_breach
 from paramspec.errors import InputError
 from paramspec.seeds import by_hash
-from paramspec.tables import TIERS
+from paramspec.specwiki.schema import Question, complete
+from paramspec.specwiki.sources import columns_of, read_rows
+from paramspec.tables import ONE, TIERS
 
 QUESTIONS = Path(__file__).with_name("questions.jsonl")
 
 
-class Question(Checked):
-    """A four-option multiple-choice question about one concept.
+class Read(NamedTuple):
+    """Questions; a line per breach of the schema; a line on what was assumed, if anything was."""
 
-    >>> from paramspec import load_questions
-    >>> question = load_questions(concepts="France")[0]
-    >>> question.cloze, question.options[question.answer]
-    ('The capital of France is', 'Paris')
-
-    `cloze` is the prompt that options continue after one space; `options[answer]` is the true one;
-    `aliases` are the accepted answers of the open-ended form; `statements` state the fact for
-    training and never contain the cloze; `fold` is the split that every held-out protocol uses.
-    """
-
-    model_config = ConfigDict(strict=True)
-
-    id: str
-    concept: str
-    domain: str
-    tier: Literal["high", "medium", "low"]
-    relation: str
-    question: str
-    cloze: str
-    options: tuple[str, str, str, str]
-    answer: int
-    aliases: tuple[str, ...]
-    fold: Literal[0, 1]
-    statements: tuple[str, ...]
-
-    @model_validator(mode="after")
-    def _rules(self) -> Question:
-        """Rules beyond types; each message names the value, and continues after the place."""
-        if not 0 <= self.answer <= 3:
-            raise ValueError(f"answer {self.answer}, but 4 options (0-3)")
-        for field in ("id", "concept", "domain", "relation", "question", "cloze"):
-            if not getattr(self, field).strip():
-                raise ValueError(f"{field} is empty; fill it")
-        if self.cloze != self.cloze.rstrip():
-            raise ValueError(f"cloze {self.cloze!r} ends in white space; remove it")
-        for place, option in enumerate(self.options):
-            if option != option.strip() or not option:
-                raise ValueError(f"option {place}, {option!r}, is empty or padded; strip it")
-            if option in self.options[:place]:
-                raise ValueError(f"option {option!r} is given twice; options must differ")
-        for text in self.statements:
-            if self.cloze.casefold() in text.casefold():
-                raise ValueError(f"statement {text!r} contains the cloze; word it differently")
-        return self
+    questions: list[Question]
+    problems: list[str]
+    assumed: str
 
 
 def load_questions(
     path: str | Path | None = None,
     *,
+    columns: str | Mapping[str, str | Sequence[str]] = "",
+    skip_invalid: bool = False,
     concepts: int | str | Sequence[str] | None = None,
     tiers: str | Sequence[str] | None = None,
     domains: str | Sequence[str] | None = None,
@@ -88,45 +49,74 @@ def load_questions(
     (600, 10)
 
     Args:
-        path: a JSON Lines file of questions; the committed one by default.
+        path: a file of JSON lines, CSV (`.csv`) or parquet (`.parquet`), a directory, or a data set
+            of the hub as `org/name:split` or `org/name/config:split`; SpecWiki if not given. A row
+            needs `concept`, `question`, `options` and `answer`, see `schema.complete`; a warning
+            says what is assumed instead of the rest.
+        columns: where fields are that have another name there, as `concept=subject,options=A+B+C`
+            or `{"concept": "subject"}`; or a preset, `mmlu` or `popqa`.
+        skip_invalid: leave out rows that break a rule, with a warning.
         concepts: a number of concepts, evenly from the tiers that are kept, or their names. With
             the same seed, a larger number includes the concepts of a smaller one.
         tiers, domains, folds: those to keep.
         seed: of the choice of a number of concepts.
 
     Raises:
-        InputError: if the file breaks a rule of the schema (the first breach is reported as
+        InputError: if a row breaks a rule of the schema (the first breach is reported as
             `questions.jsonl:17: answer 4, but 4 options (0-3)`), if a name, tier, domain or fold is
-            unknown, or if the file has fewer concepts than asked for.
+            unknown, or if there are fewer concepts than asked for.
     """
-    path = Path(path) if path is not None else QUESTIONS
-    questions, problems = read_questions(path)
-    if problems:
+    place = str(path) if path is not None else str(QUESTIONS)
+    questions, problems, assumed = read_questions(place, columns)
+    if problems and not (skip_invalid and questions):
         raise InputError(problems[0])
-    questions = choose(questions, "tier", tiers, path)
-    questions = choose(questions, "domain", domains, path)
+    if problems:
+        warnings.warn(f"{len(problems)} rows left out, the first: {problems[0]}", stacklevel=1)
+    if assumed:
+        warnings.warn(f"{place}: {assumed}", stacklevel=1)
+    questions = choose(questions, "tier", tiers, place)
+    questions = choose(questions, "domain", domains, place)
     if isinstance(concepts, int):
-        questions = sample_concepts(questions, concepts, seed, path)
+        questions = sample_concepts(questions, concepts, seed, place)
     else:
-        questions = choose(questions, "concept", concepts, path)
-    kept = choose(questions, "fold", folds, path)
+        questions = choose(questions, "concept", concepts, place)
+    kept = choose(questions, "fold", folds, place)
     lost = {question.concept for question in questions} - {question.concept for question in kept}
     if lost:
         raise InputError(
-            f"{path}: concept {min(lost)!r} has no question in fold {folds}; "
+            f"{place}: concept {min(lost)!r} has no question in fold {folds}; "
             "give it one, or leave the concept out"
         )
-    return kept
+    return list(kept)  # one that may be changed
 
 
-def read_questions(path: str | Path) -> tuple[list[Question], list[str]]:
-    """`questions, problems = read_questions("mine.jsonl")`: a line per breach of the schema."""
+def read_questions(
+    source: str | Path, columns: str | Mapping[str, str | Sequence[str]] = ""
+) -> Read:
+    """`questions, problems, assumed = read_questions("mine.csv")`: see `load_questions`."""
+    named = columns if isinstance(columns, str) else json.dumps(columns)
     try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        return [], [f"{path}: cannot be read ({error.strerror}); give a JSON Lines file"]
-    questions, problems = _parse(data)
-    return list(questions), [f"{path}{problem}" for problem in problems]
+        digest = hashlib.sha256(Path(source).read_bytes()).hexdigest()
+    except OSError:
+        return _read(str(source), named)
+    return _read_once(str(source), named, digest)
+
+
+@functools.lru_cache(maxsize=2)  # by content: a file may be edited while a process lives
+def _read_once(source: str, columns: str, digest: str) -> Read:
+    return _read(source, columns)
+
+
+def _read(source: str, columns: str) -> Read:
+    rows = read_rows(source, columns_of(columns) if columns else {})
+    found = complete(rows.values)
+    problems = [
+        f"{source}{rows.place.format(number)}: {problem}"
+        for number, problem in sorted(rows.problems + found.problems)
+    ]
+    if not problems and not found.questions:
+        problems = [f"{source}: empty; write one question, a JSON object, per line"]
+    return Read(found.questions, problems, found.assumed)
 
 
 def choose(questions: list[Question], field: str, chosen: Any, place: object) -> list[Question]:
@@ -154,7 +144,7 @@ def sample_concepts(
     if not 1 <= count <= len(tier_of):
         raise InputError(f"{place}: {count} concepts asked for; choose from 1 to {len(tier_of)}")
     order = sorted(tier_of, key=lambda name: by_hash(seed, name))
-    tiers = [[name for name in order if tier_of[name] == tier] for tier in TIERS]
+    tiers = [[name for name in order if tier_of[name] == tier] for tier in (*TIERS, ONE)]
     turns = itertools.zip_longest(*tiers)  # one of each tier
     chosen = set(itertools.islice(filter(None, itertools.chain(*turns)), count))
     return [question for question in questions if question.concept in chosen]
@@ -181,46 +171,3 @@ def normalise(text: str) -> str:
     """`text` as SQuAD's script compares answers: lower case, no punctuation, no articles."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-@functools.lru_cache(maxsize=2)  # by content: a file may be edited while a process lives
-def _parse(data: bytes) -> tuple[list[Question], list[str]]:
-    """Questions of a file, and its problems: `:17: answer 4, but 4 options (0-3)`."""
-    if not data.strip():
-        return [], [": empty; write one question, a JSON object, per line"]
-    questions: list[Question] = []
-    problems: list[str] = []
-    seen: dict[tuple[str, str], tuple[int, str]] = {}
-    for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), start=1):
-        try:
-            # Decoded here: given bytes, `json.loads` guesses the encoding.
-            json.loads(line.decode("utf-8"), object_pairs_hook=_require_distinct)
-            question = Question.model_validate_json(line)
-        except ValidationError as error:
-            problems.append(f":{number}: {first_breach(error)}")
-            continue
-        except (ValueError, RecursionError) as error:
-            problems.append(
-                f":{number}: not plain JSON ({error}); write one object per line, in UTF-8"
-            )
-            continue
-        questions.append(question)
-        first, _ = seen.setdefault(("id", question.id), (number, ""))
-        if first != number:
-            problem = f"id {question.id!r} is that of line {first}; ids must differ"
-            problems.append(f":{number}: {problem}")
-        for field in ("domain", "tier"):
-            value = getattr(question, field)
-            first, other = seen.setdefault((field, question.concept), (number, value))
-            if other != value:
-                problem = f"{field} {value!r} of concept {question.concept!r}, but {other!r} in"
-                problems.append(f":{number}: {problem} line {first}; a concept has one {field}")
-    return questions, problems
-
-
-def _require_distinct(pairs: list[tuple[str, Any]]) -> None:
-    """Refuse an object that gives a key twice, of which a reader would take the last."""
-    names = [key for key, _ in pairs]
-    for key in names:
-        if names.count(key) > 1:
-            raise ValueError(f"key {key!r} is given twice")

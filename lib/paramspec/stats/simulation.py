@@ -21,10 +21,11 @@ from numpy.typing import ArrayLike
 
 from paramspec.stats.estimates import Estimates, interval_of, over_seeds, share
 from paramspec.stats.summary import BARE, Cell, Cells
-from paramspec.stats.trends import CHANCE, contrast, delay, lateness, measures_of, trend
+from paramspec.stats.trends import contrast, delay, lateness, measures_of, trend
 
 CONCEPT_SD, BOTH_SD, MASK_SD = 0.8, 0.4, 0.3  # log-odds; of a mask, in units of what it takes
 KEEP = 0.8
+CHANCE = 0.25  # of a guess among four options, as SpecWiki has
 # What a mask of 5, 15 and 40 % takes from any question, and more from its own concept's.
 RATIOS, ANY, OWN = (0.05, 0.15, 0.4), np.array([0.3, 0.9, 2.0]), np.array([0.35, 0.8, 1.0])
 
@@ -99,7 +100,8 @@ class World:
             gap = abs(others.mean(-1) - mine.mean(-1))[..., None]
             found["apart"][cell] = _clustered(gap, np.arange(concepts)[:, None])
         asked = dict.fromkeys(cells, (concepts * own, concepts * general))
-        return Cells(concepts, found["own"], found["general"], found["apart"], asked)
+        sides = (found["own"], found["general"], found["apart"])
+        return Cells(concepts, *sides, asked, CHANCE)
 
 
 KINDS = {

@@ -18,7 +18,7 @@ import pandas as pd
 from paramspec.errors import InputError
 from paramspec.stats import estimates
 from paramspec.stats.estimates import Estimates, Interval, means, share, stack, told
-from paramspec.tables import MASKS, TIERS
+from paramspec.tables import MASKS, ONE, TIERS
 
 Cell = tuple[str, float]  # a mask and its ratio
 BARE: Cell = ("none", 0.0)
@@ -28,7 +28,8 @@ def accuracy_table(answers: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Accuracy by group, with its 95 % interval over concepts.
 
     >>> answers = pd.DataFrame({"concept": list("aabb"), "tier": ["high"] * 2 + ["low"] * 2,
-    ...                         "correct_norm": [1.0, 0.0, 1.0, 1.0]})
+    ...                         "correct_norm": [1.0, 0.0, 1.0, 1.0],
+    ...                         "option_logprobs": [[-1.0, -2.0, -3.0]] * 4})
     >>> accuracy_table(answers, by=["tier"])[["group", "accuracy", "n"]].values.tolist()
     [['high', 0.5, 2], ['low', 1.0, 2]]
 
@@ -38,19 +39,26 @@ def accuracy_table(answers: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
 
     Returns:
         `by`, `group` (their names and values, joined by " / "), `accuracy`, `low` and `high` (see
-        `estimates.share`; the group's questions if it has one concept), and `n`, the number of
-        questions. Tiers come in their order, other groups by accuracy.
+        `estimates.share`; the group's questions if it has one concept), `n`, the number of
+        questions, and `chance`, see `chance_of`. Tiers come in their order, other groups by
+        accuracy.
     """
     rows = []
     for values, part in answers.groupby(list(by), sort=False) if by else [((), answers)]:
         _, accuracy = means(part.assign(all=0), "correct_norm", ["all"])
         found = share(accuracy[0], len(part))
         group = " / ".join(map(str, values))
-        rows.append((" / ".join(by), group, *found.values(), len(part)))
-    table = pd.DataFrame(rows, columns=["by", "group", "accuracy", "low", "high", "n"])
+        rows.append((" / ".join(by), group, *found.values(), len(part), chance_of(part)))
+    columns = ["by", "group", "accuracy", "low", "high", "n", "chance"]
+    table = pd.DataFrame(rows, columns=columns)
     if list(by) == ["tier"]:
-        return table.sort_values("group", key=lambda names: names.map(TIERS.index))
+        return table.sort_values("group", key=lambda names: names.map((*TIERS, ONE).index))
     return table.sort_values("accuracy", ascending=False)
+
+
+def chance_of(answers: pd.DataFrame) -> float:
+    """How often a guess is right: the mean over answers of one over the number of options."""
+    return float((1 / answers["option_logprobs"].map(len)).mean())
 
 
 def summarize(details: pd.DataFrame) -> pd.DataFrame:
@@ -65,11 +73,12 @@ def summarize(details: pd.DataFrame) -> pd.DataFrame:
     of a single mask.
 
     Returns:
-        A row per (model, protocol, mask, ratio): `concepts`; then, each with `_low` and `_high`:
-        `concept_accuracy` and `general_accuracy`, pooled over questions; `pss_pooled`,
-        |G(k) - C(k)| / G(0); `pss_per_concept`, the mean over concepts of the same ratio with
-        their own C(k) and G(k), over the pooled G(0); `did`, the difference in differences
-        ((G(k) - C(k)) - (G(0) - C(0))) / G(0), signed; and `general_change`, G(k) - G(0).
+        A row per (model, protocol, mask, ratio): `concepts`, and `chance` without a mask; then,
+        each with `_low` and `_high`: `concept_accuracy` and `general_accuracy`, pooled over
+        questions; `pss_pooled`, |G(k) - C(k)| / G(0); `pss_per_concept`, the mean over concepts of
+        the same ratio with their own C(k) and G(k), over the pooled G(0); `did`, the difference in
+        differences ((G(k) - C(k)) - (G(0) - C(0))) / G(0), signed; and `general_change`,
+        G(k) - G(0).
 
     Raises:
         InputError: if a mask lacks answers on a concept, if there is no mask `none`, or if a
@@ -79,6 +88,7 @@ def summarize(details: pd.DataFrame) -> pd.DataFrame:
     for home, cells in _each_model(details):
         for cell in cells.own:
             row = home | {"mask": cell[0], "ratio": cell[1], "concepts": cells.concepts}
+            row["chance"] = cells.chance
             for name, one in cells.intervals(cell).items():
                 row |= told(name, one)
             rows.append(row)
@@ -127,6 +137,7 @@ class Cells:
         own, general: C(k) and G(k), pooled over questions.
         apart: the mean over concepts of |G(k) - C(k)|, each concept's own.
         asked: the numbers of questions, own and general, of a draw.
+        chance: see `chance_of`, of the answers without a mask.
     """
 
     concepts: int
@@ -134,6 +145,7 @@ class Cells:
     general: dict[Cell, Estimates]
     apart: dict[Cell, Estimates]
     asked: dict[Cell, tuple[int, int]]
+    chance: float
 
     @classmethod
     def of(cls, answers: pd.DataFrame, units: Sequence[str] | None = None) -> Cells:
@@ -159,9 +171,9 @@ class Cells:
             (mask, ratio): (row["concept"], row["general"])
             for (mask, ratio, _), row in many.iterrows()
         }
-        return cls(
-            len(set(answers["mask_concept"])), found["concept"], found["general"], apart, asked
-        )
+        chance = chance_of(answers[answers["mask"] == "none"])
+        concepts = len(set(answers["mask_concept"]))
+        return cls(concepts, found["concept"], found["general"], apart, asked, chance)
 
     def model(self, place: int) -> Cells:
         """One of the models, of cells that are `[draws, models]`."""
@@ -169,7 +181,7 @@ class Cells:
         own, general, apart = (
             {cell: one[:, place] for cell, one in part.items()} for part in parts
         )
-        return Cells(self.concepts, own, general, apart, self.asked)
+        return Cells(self.concepts, own, general, apart, self.asked, self.chance)
 
     @property
     def bare(self) -> tuple[Estimates, Estimates]:

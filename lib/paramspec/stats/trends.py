@@ -34,7 +34,6 @@ from paramspec.stats.estimates import (
 from paramspec.stats.summary import BARE, Cells
 from paramspec.tables import TIERS
 
-CHANCE = 0.25
 LIKE_SIZED = 1.25  # the largest ratio of parameter counts of two models of like size
 
 
@@ -47,12 +46,14 @@ class Measures:
         linear: `[models]` of each measure that is a smooth function of accuracies.
         peaks: of each measure that is a maximum, an interval for each model.
         asked: the number of own questions without a mask, of each model.
+        chances: of a guess to be right, of each model.
     """
 
     models: tuple[str, ...]
     linear: Mapping[str, Estimates]
     peaks: Mapping[str, tuple[Interval, ...]]
     asked: tuple[int, ...]
+    chances: tuple[float, ...]
 
     def of(self, measure: str, models: Sequence[str] | None = None) -> Estimates:
         """`measures.of("did", ["zoo-llama-1"])`: `[models]`, by default all."""
@@ -127,6 +128,7 @@ def measures_of(each: Sequence[Cells], models: Sequence[str] | None = None) -> M
         {name: stack([one[name] for one in linear]) for name in _common(linear)},
         {name: tuple(one[name] for one in peaks) for name in _common(peaks)},
         tuple(cells.asked[BARE][0] for cells in each),
+        tuple(cells.chance for cells in each),
     )
 
 
@@ -137,7 +139,7 @@ def _common(found: Sequence[Mapping[str, object]]) -> list[str]:
 
 def _linear(cells: Cells) -> dict[str, Estimates]:
     own, general = cells.bare
-    found = {"accuracy": own, "ceiling": (general - CHANCE) / general}
+    found = {"accuracy": own, "ceiling": (general - cells.chance) / general}
     measured, null = cells.over_ratios("concept"), cells.over_ratios("random")
     found |= measured
     found |= {f"null_{name}": one for name, one in null.items()}
@@ -162,11 +164,11 @@ def model_table(measures: Measures, about: pd.DataFrame | None = None) -> pd.Dat
         about: more columns, joined by `model`.
 
     Returns:
-        `model`, then for every measure the value, `_low` and `_high`.
+        `model`, `chance`, then for every measure the value, `_low` and `_high`.
     """
     rows = []
-    for model in measures.models:
-        row: dict[str, object] = {"model": model}
+    for model, chance in zip(measures.models, measures.chances, strict=True):
+        row: dict[str, object] = {"model": model, "chance": chance}
         for measure in (*measures.linear, *measures.peaks):
             row |= told(measure, measures.interval(measure, model))
         rows.append(row)

@@ -157,7 +157,7 @@ def _specialization(
     """Answers under each concept's masks; unrelated questions are on concepts not trained on."""
     questions = [q for q in questions if q.fold in {*choices.choose_on, *choices.score_on}]
     view, tokenizer = ready.view, ready.loaded.tokenizer
-    budget: dict[str, Any] = {"position": choices.position, "batch_tokens": choices.batch_tokens}
+    how = choices.model_dump(include={"position", "chat", "batch_tokens"})
     measured = measure_concepts(
         ready.loaded.name,
         view,
@@ -165,7 +165,7 @@ def _specialization(
         [q for q in questions if q.concept in concepts],
         concepts,
         choices,
-        record_concepts(view, tokenizer, questions, **budget),
+        record_concepts(view, tokenizer, questions, **how),
         unrelated=[q for q in questions if q.concept not in concepts],
         unmasked=scores_by_id(answers),
         engine=ready.engine,

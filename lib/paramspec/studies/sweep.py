@@ -46,7 +46,7 @@ from paramspec.specwiki import Question, questions_digest
 from paramspec.studies.runner import Done, Ready, basis_of, result_basis, run_units, unit_record
 
 COEFFICIENTS, ANSWERS = "coefficients.safetensors", "answers.parquet"
-BUDGET = {"row_tokens", "batch_tokens"}  # the choices that `score_options` takes
+ASKED = {"chat", "row_tokens", "batch_tokens"}  # the choices that `answer_table` takes
 SHARD = 4  # concepts of a unit: seconds to minutes of work, so that little is lost by a crash
 
 
@@ -126,8 +126,10 @@ def _refuse_thin(questions: Sequence[Question], choices: Choices) -> None:
     if len(folds) < 2:
         raise InputError(f"questions on {len(folds)} concept(s): at least 2 are needed")
     for concept, present in folds.items():
-        if len(present) < 2:
-            raise InputError(f"{concept!r}: no question of fold {1 - min(present)}; add one")
+        for needed in (choices.choose_on, choices.score_on):
+            if not present.intersection(needed):
+                named = " or ".join(map(str, needed))
+                raise InputError(f"{concept!r}: no question of fold {named}; add one")
     # The concept with the most questions has the fewest on others.
     asked = Counter(q.concept for q in questions if q.fold in choices.score_on)
     pss.general_questions(questions, asked.most_common(1)[0][0], choices)
@@ -149,7 +151,9 @@ def _measure_shard(
         unmasked = _unmasked(ready, questions, choices, store) if number % 2 else None
         coefficients = concept_coefficients(ready.loaded, questions, choices, store=store)
         unmasked = unmasked or _unmasked(ready, questions, choices, store)
-        ablated = _means(ready.loaded, questions, store) if choices.ablation == "mean" else None
+        ablated = (
+            _means(ready.loaded, questions, choices, store) if choices.ablation == "mean" else None
+        )
         ready.kept[study] = coefficients, unmasked, ablated
     coefficients, unmasked, ablated = ready.kept[study]
     measured = pss.measure_concepts(
@@ -193,17 +197,17 @@ def score_questions(
     """
 
     require_taught([model], questions, {question.fold for question in questions})
-    budget = {"row_tokens": ROW_TOKENS, "batch_tokens": BATCH_TOKENS}
-    unit, compute = {"unit": "answers", **budget}, partial(_answers, questions, budget)
+    asked = {"chat": False, "row_tokens": ROW_TOKENS, "batch_tokens": BATCH_TOKENS}
+    unit, compute = {"unit": "answers", **asked}, partial(_answers, questions, asked)
     store, costs = store or Store("results/store"), [len(questions)]
     (done,) = run_units([model], questions, [unit], costs, compute, store)
     return pd.read_parquet(done.paths[0] / ANSWERS)
 
 
 def _answers(
-    questions: Sequence[Question], budget: dict[str, int], ready: Ready, number: int
+    questions: Sequence[Question], asked: dict[str, Any], ready: Ready, number: int
 ) -> Computed:
-    table = answer_table(ready, questions, **budget)
+    table = answer_table(ready, questions, **asked)
     return lambda folder: table.to_parquet(folder / ANSWERS), {}
 
 
@@ -213,8 +217,8 @@ def _unmasked(
     """Scores without a mask, by question id: each question once, whatever masks it serves."""
 
     def compute() -> Computed:
-        budget = choices.model_dump(include=BUDGET)
-        write, _ = _answers(_scored(questions, choices), budget, ready, 0)
+        asked = choices.model_dump(include=ASKED)
+        write, _ = _answers(_scored(questions, choices), asked, ready, 0)
         return write, unit_record(ready.loaded, ready.engine)
 
     key = _unmasked_key(basis_of(ready.loaded), questions, choices)
@@ -228,13 +232,16 @@ def _scored(questions: Sequence[Question], choices: Choices) -> list[Question]:
 def _unmasked_key(
     basis: dict[str, str], questions: Sequence[Question], choices: Choices
 ) -> dict[str, Any]:
-    budget = choices.model_dump(include=BUDGET)
-    return result_basis(basis, _scored(questions, choices)) | {"unit": "answers", **budget}
+    asked = choices.model_dump(include=ASKED)
+    return result_basis(basis, _scored(questions, choices)) | {"unit": "answers", **asked}
 
 
-def answer_table(ready: Ready, questions: Sequence[Question], **budget: int) -> pd.DataFrame:
+def answer_table(
+    ready: Ready, questions: Sequence[Question], *, chat: bool = False, **budget: int
+) -> pd.DataFrame:
     """The table of `score_questions`, of a model in memory; `budget` is of `score_options`."""
-    requests = [Request(encode(ready.loaded.tokenizer, question), 0) for question in questions]
+    items = [encode(ready.loaded.tokenizer, question, chat=chat) for question in questions]
+    requests = [Request(item, 0) for item in items]
     with _progress(questions, "answers") as bar:
         options: dict[str, Any] = {"engine": ready.engine, "progress": bar.update, **budget}
         scores = score_options(ready.view, requests, [None], **options)
@@ -265,7 +272,7 @@ def concept_coefficients(
 ) -> ConceptCoefficients:
     """`coefficients = concept_coefficients(loaded, questions)`: `record_concepts`, stored.
 
-    Of `choices`, only `position` and `batch_tokens` matter.
+    Of `choices`, only `position`, `chat` and `batch_tokens` matter.
     """
     choices = choices or Choices()
     require_taught([loaded], questions, ())
@@ -277,6 +284,7 @@ def concept_coefficients(
                 loaded.tokenizer,
                 questions,
                 position=choices.position,
+                chat=choices.chat,
                 batch_tokens=choices.batch_tokens,
                 progress=bar.update,
             )
@@ -289,16 +297,19 @@ def concept_coefficients(
     return ConceptCoefficients(concepts, **load_file(path / COEFFICIENTS))
 
 
-def _means(loaded: LoadedModel, questions: Sequence[Question], store: Store) -> Tensor:
+def _means(
+    loaded: LoadedModel, questions: Sequence[Question], choices: Choices, store: Store
+) -> Tensor:
     """The mean coefficients over all clozes, with their signs, stored: `[layers, width]`."""
 
     def record() -> Computed:
-        means = pss.study_means(value_vector_view(loaded.model), loaded.tokenizer, questions)
+        view = value_vector_view(loaded.model)
+        means = pss.study_means(view, loaded.tokenizer, questions, choices)
         return lambda folder: save_file({"means": means}, folder / COEFFICIENTS), unit_record(
             loaded
         )
 
-    key = result_basis(basis_of(loaded), questions) | {"unit": "means"}
+    key = result_basis(basis_of(loaded), questions) | {"unit": "means", "chat": choices.chat}
     return load_file(store.find(key, record) / COEFFICIENTS)["means"]
 
 
@@ -308,6 +319,7 @@ def _coefficients_key(
     return result_basis(basis, questions) | {
         "unit": "coefficients",
         "position": choices.position,
+        "chat": choices.chat,
         "batch_tokens": choices.batch_tokens,
     }
 
