@@ -294,7 +294,7 @@ def test_the_example_is_a_question_file_that_says_what_is_assumed(tmp_path, comm
 
 
 def test_a_prompt_is_a_form_and_examples_of_other_concepts():
-    questions = load_questions(concepts=["gold", "France", "Italy", "Spain", "silver"])
+    questions = load_questions(concepts=["gold", "France", "Italy", "Spain", "helium"])
     plain = with_prompt(questions)
     assert plain == questions
     asked = with_prompt(questions, "Of {concept}: {question}\n{options}\nAnswer:\n", shots=2)
