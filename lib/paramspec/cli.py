@@ -82,11 +82,23 @@ Dtype = Annotated[
     Literal["auto", "float32", "bfloat16"], Option(help="auto: bfloat16 on a GPU that has it.")
 ]
 Device = Annotated[str, Option(help="auto, cpu, cuda, or cuda:1.")]
+DownProjection = Annotated[
+    str | None, Option(help="Where a layer has its down projection, if not found: mlp.down.")
+]
+PushToHub = Annotated[
+    str | None, Option(metavar="ORG/NAME", help="Also publish it, as a data set of the hub.")
+]
 Parameters = Annotated[
     list[str] | None,
     Option("-p", "--parameter", metavar="NAME VALUE", help="Of a chapter, as YAML; repeatable."),
 ]
 Gpu = Annotated[str, Option(help="A100 80GB, H100, H200, L40S, L4, RTX 4090, RTX 3090, or cpu.")]
+
+
+def name_down_projection(name: str | None) -> None:
+    """Workers of this command see it, too."""
+    if name is not None:
+        os.environ["PARAMSPEC_DOWN_PROJECTION"] = name
 
 
 class Command(TyperCommand):
@@ -152,12 +164,22 @@ def build(
 def models(
     chosen: Annotated[str | None, Option("--set", help="twenty, scale, zoo, ...; or all.")] = None,
     as_json: AsJson = False,
+    verify: Annotated[
+        str | None, Option(metavar="MODEL", help="Load a model, check its value vectors, and stop.")
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    down_projection: DownProjection = None,
 ) -> None:
-    """List the registry: the names of models, and whether they are on this disk."""
+    """List the registry: the names of models, and whether they are on this disk; or check one."""
     from paramspec import report
     from paramspec.models.checkpoints import is_on_disk
     from paramspec.models.registry import models_in
 
+    if verify is not None:
+        name_down_projection(down_projection)
+        report.print_verified(paramspec.load_model(verify, dtype=dtype, device=device))
+        return
     specs = models_in(chosen)
     if as_json:
         rows = [spec.model_dump(mode="json") | {"on_disk": is_on_disk(spec)} for spec in specs]
@@ -176,9 +198,11 @@ def questions(
     questions: Questions = None,
     columns: Columns = "",
     skip_invalid: SkipInvalid = False,
+    push_to_hub: PushToHub = None,
 ) -> None:
     """Print, check or export questions; without an option, count them by domain and tier."""
     from paramspec import report, specwiki
+    from paramspec.publish import publish_questions
     from paramspec.specwiki.questions import choose, describe, read_questions
 
     if init is not None:
@@ -192,7 +216,9 @@ def questions(
         raise InputError(f"{validate}: {len(problems)} problems, listed above; mend them")
     source = {"columns": columns, "skip_invalid": skip_invalid}
     asked = paramspec.load_questions(questions or validate, concepts=concept, **source)
-    if export_lm_eval is not None:
+    if push_to_hub is not None:
+        print(f"Published: {publish_questions(asked, push_to_hub)}")
+    elif export_lm_eval is not None:
         task = specwiki.export_lm_eval(export_lm_eval, asked)
         place = shlex.quote(str(task.parent))
         print(f"{task}: lm_eval --model hf --tasks specwiki --include_path {place} ...")
@@ -236,12 +262,15 @@ def pss(
     device: Device = "auto",
     jobs: Annotated[int, whole("Worker processes; 0: one per GPU, or else per core.")] = 1,
     scheduler: Annotated[str | None, Option(help="A Dask scheduler: tcp://host:8786.")] = None,
-    out: Annotated[Path, Option(help="A directory for the four files.")] = Path("results/pss"),
+    out: Annotated[Path, Option(help="A directory for the five files.")] = Path("results/pss"),
     store: Annotated[Path, Option(help="Finished work, for reruns.")] = Path("results/store"),
+    down_projection: DownProjection = None,
+    push_to_hub: PushToHub = None,
 ) -> None:
     """Measure the parameter specialization score (PSS) of models, with nulls and intervals.
 
-    Prints a table and writes pss.parquet, details.parquet, masks.safetensors and run.json.
+    Prints a table and writes pss.parquet, details.parquet, masks.safetensors, run.json and the
+    questions; `paramspec report` makes a page of them.
     """
     from paramspec import report
     from paramspec.execution.files import require_writable
@@ -249,9 +278,11 @@ def pss(
     from paramspec.models.describe import folds_asked
     from paramspec.models.registry import expand_models
     from paramspec.plain import read_text
+    from paramspec.publish import publish_run
     from paramspec.specwiki.prompts import FORMS, with_prompt
     from paramspec.studies.sweep import write_study
 
+    name_down_projection(down_projection)
     names = expand_models(model)
     micro = any(paramspec.taught(name) is not None for name in names)
     if micro and questions is None:
@@ -282,41 +313,102 @@ def pss(
             "Micro models among these: all models were asked about concepts that these were "
             "taught, and scored on fold 1, whose clozes they never read."
         )
-    print(f"Written to {out}/: pss.parquet, details.parquet, masks.safetensors, run.json")
+    if push_to_hub is not None:
+        print(f"Published: {publish_run(out, push_to_hub)}")
+    print(f"Written to {out}/. To look at it: paramspec report {shlex.quote(str(out))}")
+
+
+@command("report")
+def make_report(
+    folder: Annotated[Path, Argument(help="Of a run of pss or finetune.")] = Path("results/pss"),
+    out: Annotated[
+        Path | None, Option(help="The file to write; in the folder if not given.")
+    ] = None,
+) -> None:
+    """Make one HTML file of a run: what was found, in words, figures and tables."""
+    from paramspec_book import run_report
+
+    page = out or folder / "report.html"
+    run_report.use_report_style()
+    run_report.write_report(folder, page)
+    print(f"Written: {page}")
+
+
+@command()
+def compare(
+    first: Annotated[Path, Argument(help="The folder of a run of pss.")],
+    second: Annotated[Path, Argument(help="That of another, on the same questions.")],
+    out: Annotated[Path | None, Option(help="An HTML file of the comparison.")] = None,
+) -> None:
+    """Compare two runs of pss, paired by question: the second minus the first, with intervals."""
+    from paramspec import report
+    from paramspec_book import run_report
+
+    run_report.use_report_style()
+    for table in run_report.write_comparison(first, second, out):
+        report.print_comparison(table, first, second)
+    if out is not None:
+        print(f"Written: {out}")
 
 
 @command()
 def finetune(
     model: Annotated[str, Argument(help=MODEL)],
     method: Method,
-    concept: Annotated[list[str], Option(help="A concept to train on; repeatable.")],
     out: Annotated[Path, Option(help="The tuned model's directory: new, or of the same run.")],
+    concept: Annotated[
+        list[str] | None, Option(help="A concept to train on; repeatable. Needed without --texts.")
+    ] = None,
     questions: Questions = None,
+    columns: Columns = "",
+    texts: Annotated[
+        Path | None, Option(help="A folder of texts, CONCEPT.txt, to train on, not on statements.")
+    ] = None,
+    window: Annotated[
+        int | None, whole("Tokens of a part of a text; the context, or 1024.")
+    ] = None,
     share: Annotated[float, real("Share of a layer's value vectors that FT-PV trains.")] = 0.125,
     rule: Rule = "coefficient",
     layers: Annotated[str | None, Option(parser=ranges, help="Only these layers: 0,4-6.")] = None,
     statements: Annotated[int, whole("The first statements of each fact to train on.")] = 4,
     epochs: Annotated[int, whole("Passes over the statements.")] = 3,
-    batch: Annotated[int, whole("Statements per step.")] = 16,
+    batch: Annotated[int | None, whole("Statements per step; 16, or 2 parts of texts.")] = None,
     learning_rate: Annotated[float, real("Learning rate of AdamW, after a warm-up.")] = 1e-3,
     seed: Annotated[int, whole("Seed of random vectors and of the statements' order.")] = 0,
     save_every: Annotated[int, whole("Steps between states from which a rerun continues.")] = 50,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    down_projection: DownProjection = None,
 ) -> None:
-    """Fine-tune chosen value vectors on statements about concepts; other weights stay.
+    """Fine-tune chosen value vectors on statements or texts about concepts; other weights stay.
 
     The result is an ordinary transformers directory. A killed run continues when called again.
     """
     from paramspec import report
     from paramspec.studies import finetune as tuning
+    from paramspec.studies.texts import read_texts, warn_of_wordings
 
-    asked = paramspec.load_questions(questions)
+    name_down_projection(down_projection)
+    asked = paramspec.load_questions(questions, columns=columns)
+    read = read_texts(texts) if texts is not None else None
+    if read is not None:
+        warn_of_wordings({name: read[name] for name in concept or read if name in read}, asked)
     vectors = {"method": method, "share": share, "rule": rule, "layers": layers, "seed": seed}
-    steps = {"epochs": epochs, "batch": batch, "learning_rate": learning_rate}
-    training = paramspec.Training.parse(concepts=concept, statements=statements, **vectors, **steps)
+    steps = {"epochs": epochs, "batch": batch or (2 if read else 16)}
+    steps |= {"learning_rate": learning_rate}
+    training = paramspec.Training.parse(
+        concepts=concept or list(read or ()), statements=statements, **vectors, **steps
+    )
     record = tuning.finetune(
-        model, asked, training, out, dtype=dtype, device=device, save_every=save_every
+        model,
+        asked,
+        training,
+        out,
+        dtype=dtype,
+        device=device,
+        save_every=save_every,
+        texts=read,
+        window=window,
     )
     losses = record["losses"]
     print(

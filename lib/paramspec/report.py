@@ -12,6 +12,7 @@ from paramspec.stats.estimates import with_interval
 from paramspec.tables import ONE, TIERS
 
 if TYPE_CHECKING:
+    from paramspec.models.load import LoadedModel
     from paramspec.models.registry import ModelSpec
     from paramspec.specwiki import Question
     from paramspec.studies.cost import Plan
@@ -83,6 +84,29 @@ def print_models(specs: Sequence[ModelSpec]) -> None:
         print("gated: ask for access at https://huggingface.co/SOURCE, then run `hf auth login`")
 
 
+def print_verified(loaded: LoadedModel) -> None:
+    """What holds of a model, once its view is found and compared with a forward pass."""
+    from paramspec.method.hooks import value_vector_view
+    from paramspec.method.scoring import choose_engine
+    from paramspec.models.tokens import tokenizer_facts
+
+    view = value_vector_view(loaded.model)
+    engine, facts = choose_engine(view), tokenizer_facts(loaded.tokenizer)
+    added = ", ".join(token["token"] for token in facts["kept"]) or "nothing"
+    sums = "its output is the sum of coefficients times value vectors"
+    if not view.readable:
+        sums = "its value vectors cannot be read"
+    print(f"{loaded.name}: {type(loaded.model).__name__}, {loaded.dtype} on {loaded.device}")
+    print(f"  down projections: {view.names[0]} to {view.names[-1]}")
+    print(f"  value vectors: {view.layers} layers of {view.width}, each of {view.hidden} numbers")
+    print(f"  checked by a forward pass: each down projection runs once, {sums}")
+    if loaded.quantized:
+        print(f"  quantized by {loaded.quantized}: its value vectors are masked, and not trained")
+    print(f"  rows: {engine.name} ({engine.reason})")
+    chat = "a chat template" if loaded.tokenizer.chat_template else "no chat template"
+    print(f"  tokenizer: {facts['class']}, puts {added} in front of a text, {chat}")
+
+
 def print_counts(asked: list[Question]) -> None:
     from paramspec.specwiki import questions_digest
 
@@ -141,6 +165,15 @@ def print_study(study: Study) -> None:
             f"{row.model}, mask {row.mask}: difference in differences, mean over ratios "
             f"{did[row.Index]}; peak PSS {pooled[row.Index]} at ratio {row.ratio:g}"
         )
+
+
+def print_comparison(table: pd.DataFrame, first: object, second: object) -> None:
+    """The rows of `stats.compare.compare`."""
+    sides = {"first": str(first), "second": str(second), "difference": "difference"}
+    shown = {title: _intervals(table, side) for side, title in sides.items()}
+    asked, concepts = table.iloc[0][["questions", "concepts"]]
+    title = f"{asked} questions on {concepts} concepts, paired"
+    show(table[["measure"]].assign(**shown), title, "in brackets: 95 % intervals over concepts")
 
 
 def _intervals(rows: pd.DataFrame, name: str) -> list[str]:

@@ -254,8 +254,9 @@ def publish(app: Sphinx, exception: Exception | None) -> None:
         text = installing(copy.read_text("utf-8"), address, record["commit"], root)
         (place / copy.name).write_text(text, "utf-8")
         (place / copy.stem).mkdir(exist_ok=True)
-        for table in copy.with_suffix(".data").glob("*-*.csv"):
-            shutil.copy(table, place / copy.stem)
+        kept = copy.with_suffix(".data")
+        for file in (*kept.glob("*-*.csv"), *kept.glob("*.html")):
+            shutil.copy(file, place / copy.stem)
 
 
 def installing(notebook: str, address: str, commit: str | None, root: Path) -> str:

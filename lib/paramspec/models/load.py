@@ -6,6 +6,7 @@ loaded.model, loaded.tokenizer, loaded.digest
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ class LoadedModel:
         device: where token ids go; the first of them when the model is spread over several.
         commit: of the hub's repository, or None of a model that is not from there.
         taught: of a micro model, the concepts that it was taught; None of any other.
+        quantized: the method by which the weights are quantized (`compressed-tensors`, `gptq`,
+            `bitsandbytes`, ...), or None of plain weights.
     """
 
     model: PreTrainedModel
@@ -50,6 +53,7 @@ class LoadedModel:
     device: torch.device
     commit: str | None = None
     taught: tuple[str, ...] | None = None
+    quantized: str | None = None
 
 
 def load_model(
@@ -62,8 +66,9 @@ def load_model(
     ('my-checkpoint', torch.float32, 'LlamaForCausalLM')
 
     Args:
-        model: a registry id, a hub id (`org/name` or `org/name@revision`), a directory that holds
-            config.json, safetensors and a tokenizer, a GGUF file, or what `find_checkpoint` found.
+        model: a registry id, a hub id (`org/name`, `org/name@revision` or `org/name:file.gguf`), a
+            directory that holds config.json, safetensors and a tokenizer, or an adapter of PEFT, a
+            GGUF file, or what `find_checkpoint` found.
         dtype: `float32`, `bfloat16`, or `auto`: bfloat16 on a GPU that computes in it, otherwise
             float32, on every CPU, since float32 is what settles a close call.
         device: `cpu`, `cuda`, `cuda:1`, or `auto`: a GPU if there is one. A model that exceeds one
@@ -80,9 +85,16 @@ def load_model(
     path = checkpoint.path
     with quiet_transformers(), told_in_one_line(path):
         directory = unpacked(path, kind) if path.is_file() else path
-        needed = empty_model(_directory_config(directory)).num_parameters() * kind.itemsize
+        base = checkpoints.base_of(directory)
+        config = _directory_config(base or directory)
+        quantized = _quantization(config)
+        needed = empty_model(config).num_parameters() * kind.itemsize
+        if quantized:  # the files hold the weights as they are loaded
+            files = checkpoints.checkpoint_files(directory).values()
+            needed = sum(file.stat().st_size for file in files)
         tokenizer = load_tokenizer(directory)
-        network = _language_model(directory, dtype=kind, **device_map(needed, place))
+        network = _language_model(base or directory, dtype=kind, **device_map(needed, place))
+        network = _with_adapter(network, directory) if base else network
         restore_rotation(network)
         embedding: Any = network.get_input_embeddings().weight
         highest = max([tokenizer.vocab_size - 1, *front_tokens(tokenizer)])
@@ -101,6 +113,7 @@ def load_model(
         device=embedding.device,
         commit=checkpoint.commit,
         taught=record.concepts if record else None,
+        quantized=quantized,
     )
 
 
@@ -146,6 +159,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         if path.is_file():
             return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         if not any((path / name).is_file() for name in checkpoints.VOCABULARIES):
+            if base := checkpoints.base_of(path):
+                return load_tokenizer(base)
             raise InputError(f"{path}: no tokenizer; save it there with tokenizer.save_pretrained")
         return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
@@ -157,20 +172,42 @@ def check_checkpoint(path: Path) -> PreTrainedModel:
     with quiet_transformers(), told_in_one_line(path):
         if path.is_file():
             return empty_model(gguf_config(path))
-        network = _language_model(path, device_map={"": "meta"})
         load_tokenizer(path)
-        return network
+        path = checkpoints.base_of(path) or path
+        if _quantization(config := _directory_config(path)):
+            checkpoints.checkpoint_files(path)
+            return empty_model(config)
+        return _language_model(path, device_map={"": "meta"})
 
 
 def _directory_config(path: Path) -> PreTrainedConfig:
     """The config of a directory, if its weights are those of a plain model."""
-    if (path / "adapter_config.json").is_file():
-        raise InputError(f"{path}: an adapter; merge it into its base model (merge_and_unload)")
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-    for field in ("transformers_weights", "quantization_config"):
-        if getattr(config, field, None):
-            raise InputError(f"{path}: {field} in config.json; use plain weights, or a GGUF file")
+    if getattr(config, "transformers_weights", None):
+        raise InputError(
+            f"{path}: transformers_weights in config.json; use plain weights, or a GGUF file"
+        )
     return config
+
+
+def _quantization(config: PreTrainedConfig) -> str | None:
+    """The method by which a config says that weights are quantized."""
+    found: Any = getattr(config, "quantization_config", None)
+    if not found:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+    return str(getattr(method, "value", method))
+
+
+def _with_adapter(network: PreTrainedModel, path: Path) -> PreTrainedModel:
+    """The model with an adapter merged into its weights."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise InputError(f"{path}: an adapter; `pip install peft`, which merges it") from error
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys")
+        return PeftModel.from_pretrained(network, path).merge_and_unload()
 
 
 def _language_model(path: Path, **where: Any) -> PreTrainedModel:

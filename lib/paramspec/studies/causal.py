@@ -32,7 +32,7 @@ from paramspec.seeds import by_hash
 from paramspec.specwiki import Question, questions_digest
 from paramspec.studies import runner
 from paramspec.studies.evaluation import TABLES, Evaluation, evaluate
-from paramspec.studies.finetune import FINETUNE_VERSION, texts_digest, tune
+from paramspec.studies.finetune import FINETUNE_VERSION, refuse_quantized, texts_digest, tune
 from paramspec.studies.training import METHODS, Method, Training, last_statements, training_texts
 
 TRAINED = "vectors.safetensors"
@@ -227,6 +227,7 @@ def _trained(
     ready: runner.Ready, questions: Sequence[Question], training: Training, store: Store
 ) -> Path:
     loaded, view = ready.loaded, ready.view
+    refuse_quantized(loaded)
     basis = {
         "model": loaded.digest,
         "dtype": str(loaded.dtype),

@@ -14,6 +14,7 @@ from paramspec.method.pss import Choices
 from paramspec.models.describe import comparable_models, folds_asked, study_questions, taught
 from paramspec.models.registry import expand_models
 from paramspec.specwiki import Question, load_questions
+from paramspec.specwiki.prompts import with_prompt
 from paramspec.studies.causal import trained_concepts
 from paramspec.studies.training import Training
 
@@ -84,6 +85,33 @@ def _sensitivity(p: Mapping[str, Any]) -> list[Experiment]:
         own.changed(spared=0.02),
         own.changed(protocol="holdout"),
         own.changed(general_by="concept", general=_whole_concepts(own, 5)),
+        *_prompted(p),
+    ]
+
+
+# Forms of a prompt, with its examples, and whether it is in the model's chat template.
+PROMPTS = {
+    "cloze": ("cloze", 0, False),
+    "question": ("question", 0, False),
+    "question, after three examples": ("question", 3, False),
+    "question, in the chat template": ("{question}", 0, True),
+}
+
+
+def _prompted(p: Mapping[str, Any]) -> list[Experiment]:
+    """One model under each of `PROMPTS`, at the first ratio; none where no model is named."""
+    if not (name := p["prompted_model"]):
+        return []
+    questions = study_questions([name], p["prompted_concepts"], p["seed"])
+    given = {"ratios": p["ratios"][:1], "general": p["general"], "seed": p["seed"], "controls": 0}
+    choices = Choices.parse(**given, folds=folds_asked([name]))
+    return [
+        Experiment(
+            (name,),
+            tuple(with_prompt(questions, form, shots=shots, seed=p["seed"])),
+            choices.model_copy(update={"chat": chat}),
+        )
+        for form, shots, chat in PROMPTS.values()
     ]
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from paramspec.models.libraries import quiet_transformers
 from paramspec.models.load import LoadedModel, load_model
 from paramspec.specwiki import Question
 from paramspec.studies.runner import unit_record
+from paramspec.studies.texts import text_questions
 from paramspec.studies.training import (
     Coefficients,
     Training,
@@ -40,6 +41,7 @@ from paramspec.studies.training import (
     training_texts,
 )
 
+WINDOW = 1024  # tokens of a text, at most
 RECORD = "finetune.json"  # next to the weights: how they were trained
 FINETUNE_VERSION = 4  # raised whenever a change could move a trained weight
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
@@ -186,6 +188,8 @@ def finetune(
     dtype: str = "auto",
     device: str = "auto",
     save_every: int = 50,
+    texts: Mapping[str, str] | None = None,
+    window: int | None = None,
 ) -> dict[str, Any]:
     """`finetune("smollm2-135m", questions, training, Path("tuned"))`: a model on disk.
 
@@ -193,19 +197,28 @@ def finetune(
     `run` (all that the weights depend on), the facts of `tune`, and who `computed` it, see
     `provenance`. Killed and called again, it continues to the same weights; called once more, it
     finds them there. The weights of a model that is loaded already are trained in place.
+
+    With `texts`, by concept, the model is trained on these instead of statements, in windows of so
+    many tokens: up to its context, and 1,024 if not given.
     """
     if save_every < 1:
         raise InputError(f"save_every {save_every}: expected at least 1 step")
-    texts = training_texts(questions, training)
+    if texts is None:
+        training_texts(questions, training)  # refuses what cannot be trained on
     require_writable(out)
     loaded = load_model(model, dtype=dtype, device=device) if isinstance(model, str) else model
+    refuse_quantized(loaded)
+    if texts is not None:
+        config = loaded.model.config.get_text_config(decoder=True)
+        size = min(window or WINDOW, getattr(config, "max_position_embeddings", None) or WINDOW)
+        questions = text_questions(texts, loaded.tokenizer, size)
     run = {
         "finetune_version": FINETUNE_VERSION,
         "model": loaded.name,
         "digest": loaded.digest,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         **training.model_dump(mode="json"),
-        "texts": texts_digest(texts),
+        "texts": texts_digest(training_texts(questions, training)),
         **number_versions(),
     }
     state = out / f"unfinished-{hashlib.sha256(json.dumps(run).encode()).hexdigest()[:12]}"
@@ -222,6 +235,15 @@ def finetune(
         for left in (state, *out.glob(f"{PARTIAL}*")):
             left.unlink(missing_ok=True)
     return record
+
+
+def refuse_quantized(loaded: LoadedModel) -> None:
+    """Refuse to train what is not kept as it was trained."""
+    if loaded.quantized:
+        raise InputError(
+            f"{loaded.name}: quantized by {loaded.quantized}; its value vectors can be masked, and "
+            "not be trained: use the model's plain weights"
+        )
 
 
 def _finished(out: Path, run: dict[str, Any], state: Path) -> dict[str, Any] | None:

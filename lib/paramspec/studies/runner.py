@@ -28,7 +28,7 @@ from paramspec.execution.files import require_writable
 from paramspec.execution.limits import release_memory
 from paramspec.execution.parallel import hand_out, on_this_machine
 from paramspec.execution.store import Computed, Store
-from paramspec.method.hooks import ValueVectorView, unverified_view, value_vector_view
+from paramspec.method.hooks import OWN, ValueVectorView, unverified_view, value_vector_view
 from paramspec.method.kernels import arithmetic
 from paramspec.method.rows import Engine
 from paramspec.method.scoring import SCORING_VERSION, choose_engine
@@ -162,7 +162,8 @@ def basis_of(loaded: LoadedModel) -> dict[str, str]:
 
 def _way(place: torch.device, dtype: torch.dtype) -> dict[str, str]:
     kind = place.type
-    return {"dtype": str(dtype), "device": kind, "arithmetic": arithmetic(dtype, kind)}
+    way = {"dtype": str(dtype), "device": kind, "arithmetic": arithmetic(dtype, kind)}
+    return way | ({"down_projection": own} if (own := os.environ.get(OWN)) else {})
 
 
 def _choose(device: str, dtype: str) -> tuple[str, dict[str, str]]:
@@ -287,6 +288,7 @@ def unit_record(loaded: LoadedModel, engine: Engine | None = None) -> dict[str, 
         "commit": loaded.commit,
         "tokenizer": tokenizer_facts(loaded.tokenizer),
         "dtype": str(loaded.dtype).removeprefix("torch."),
+        "quantized": loaded.quantized,
         "device": str(loaded.device),
         "arithmetic": arithmetic(loaded.dtype, loaded.device.type),
         "engine": engine and {"name": engine.name, "reason": engine.reason},

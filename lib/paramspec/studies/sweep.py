@@ -52,12 +52,13 @@ SHARD = 4  # concepts of a unit: seconds to minutes of work, so that little is l
 
 @dataclass(frozen=True)
 class Study:
-    """The tables of `measure_pss`, masks by name, and the record of the run."""
+    """The tables of `measure_pss`, masks by name, the record of the run, and what was asked."""
 
     pss: pd.DataFrame
     details: pd.DataFrame
     masks: dict[str, Tensor]
     run: dict[str, Any]
+    questions: tuple[Question, ...]
 
 
 def measure_pss(
@@ -116,7 +117,7 @@ def measure_pss(
         runs.append(_run_record(done, sum(costs), others))
     about = {"digest": questions_digest(questions), "count": len(questions)}
     run = {"questions": about, **pss.method_key(choices), "models": runs}
-    return Study(accuracies, details, masks, run)
+    return Study(accuracies, details, masks, run, tuple(questions))
 
 
 def _refuse_thin(questions: Sequence[Question], choices: Choices) -> None:
@@ -336,7 +337,17 @@ def _run_record(done: Done, cost: int, others: list[Path | None]) -> dict[str, A
     records = [read_computed(path) for path in done.paths]
     # The directory of a micro model has the record of its training.
     others = [*others, model.path if isinstance(model, Checkpoint) else None]
-    alike = ("digest", "commit", "tokenizer", "dtype", "arithmetic", "engine", "layers", "width")
+    alike = (
+        "digest",
+        "commit",
+        "tokenizer",
+        "dtype",
+        "quantized",
+        "arithmetic",
+        "engine",
+        "layers",
+        "width",
+    )
     return {
         "name": model.name,
         **{name: records[0][name] for name in alike},
@@ -349,7 +360,7 @@ def _run_record(done: Done, cost: int, others: list[Path | None]) -> dict[str, A
 
 
 def write_study(study: Study, out: Path) -> None:
-    """Write the four files of the command `pss`.
+    """Write the five files of the command `pss`.
 
     `run.json` holds `questions` (digest and count), `choices`, `scoring_version`, and of each of
     `models` its `name`, fields of `runner.unit_record`, `evaluations`, `units` and, of these,
@@ -364,5 +375,7 @@ def write_study(study: Study, out: Path) -> None:
             _save(study, study.run, scratch)
             text = json.dumps(study.run, indent=2, ensure_ascii=False) + "\n"
             (scratch / "run.json").write_text(text, encoding="utf-8")
+            asked = "".join(f"{question.model_dump_json()}\n" for question in study.questions)
+            (scratch / "questions.jsonl").write_text(asked, encoding="utf-8")
             for file in list(scratch.iterdir()):
                 file.replace(out / file.name)
