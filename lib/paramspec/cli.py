@@ -210,12 +210,19 @@ def questions(
         place = shlex.quote(str(init))
         print(f"{place}: edit it, then: paramspec questions --validate {place}")
         return
-    problems = read_questions(validate, columns).problems if validate is not None else []
-    if len(problems) > 1 and not skip_invalid:
-        print("\n".join(problems))
-        raise InputError(f"{validate}: {len(problems)} problems, listed above; mend them")
-    source = {"columns": columns, "skip_invalid": skip_invalid}
-    asked = paramspec.load_questions(questions or validate, concepts=concept, **source)
+    if validate is not None:
+        read = read_questions(validate, columns)
+        if len(read.problems) > 1 or skip_invalid:
+            print("".join(f"{problem}\n" for problem in read.problems), end="")
+        if len(read.problems) > 1 and not skip_invalid:
+            raise InputError(f"{validate}: {len(read.problems)} problems, listed above; mend them")
+        if read.assumed:
+            print(f"{validate}: {read.assumed}")
+    with warnings.catch_warnings():
+        if validate is not None:
+            warnings.simplefilter("ignore")  # of what is printed above
+        source = {"columns": columns, "skip_invalid": skip_invalid}
+        asked = paramspec.load_questions(questions or validate, concepts=concept, **source)
     if push_to_hub is not None:
         print(f"Published: {publish_questions(asked, push_to_hub)}")
     elif export_lm_eval is not None:
@@ -394,8 +401,8 @@ def finetune(
     if read is not None:
         warn_of_wordings({name: read[name] for name in concept or read if name in read}, asked)
     vectors = {"method": method, "share": share, "rule": rule, "layers": layers, "seed": seed}
-    steps = {"epochs": epochs, "batch": batch or (2 if read else 16)}
-    steps |= {"learning_rate": learning_rate}
+    batch = batch or (2 if read else 16)
+    steps = {"epochs": epochs, "batch": batch, "learning_rate": learning_rate}
     training = paramspec.Training.parse(
         concepts=concept or list(read or ()), statements=statements, **vectors, **steps
     )

@@ -90,8 +90,7 @@ def _upload(repo: str, card: str, files: dict[str, Path]) -> str:
     added.append(CommitOperationAdd("README.md", card.encode()))
     try:
         api.create_repo(repo, repo_type="dataset", exist_ok=True)
-        about = {"repo_type": "dataset", "commit_message": "Results of paramspec"}
-        api.create_commit(repo, added, **about)
+        api.create_commit(repo, added, repo_type="dataset", commit_message="Results of paramspec")
     except Exception as error:  # of the network or the hub
         raise InputError(
             f"{repo}: not published ({type(error).__name__}: {line_of(error)}); run `hf auth "

@@ -47,7 +47,7 @@ def write_report(folder: Path, out: Path) -> None:
     Raises InputError if the folder holds no such run, or if the file cannot be written.
     """
     if (folder / "finetune.json").is_file():
-        content = {"tuned": _tuned(_json(folder / "finetune.json"))}
+        content: dict[str, Any] = {"tuned": _tuned(_json(folder / "finetune.json"))}
     else:
         run, details, questions = read_run(folder)
         content = {
@@ -65,13 +65,11 @@ def write_comparison(first: Path, second: Path, out: Path | None = None) -> list
     Raises InputError if a folder holds no run, or if the runs have no model or question in common.
     """
     (_, one, texts), (_, other, other_texts) = read_run(first), read_run(second)
-    same = [
-        name
-        for name, asked in texts.items()
-        if (found := other_texts.get(name))
-        and (found.question, found.options, found.answer)
-        == (asked.question, asked.options, asked.answer)
+    put = [
+        {q.id: (q.question, q.options, q.answer) for q in of.values()}
+        for of in (texts, other_texts)
     ]
+    same = [name for name, text in put[0].items() if put[1].get(name) == text]
     names, others = one["model"].unique().tolist(), other["model"].unique().tolist()
     pairs = [(name, name) for name in names if name in others]
     if len(names) == len(others) == 1:

@@ -95,9 +95,10 @@ class ValueVectorView:
 def _sizes(module: Any) -> tuple[int, int] | None:
     """The inputs and outputs of a linear layer, quantized or not; None of anything else."""
     if isinstance(module, Conv1D):
-        return tuple(module.weight.shape)
-    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    return None if None in sizes else sizes
+        inputs, outputs = module.weight.shape
+        return inputs, outputs
+    ends: list[Any] = [getattr(module, f"{end}_features", None) for end in ("in", "out")]
+    return None if None in ends else (ends[0], ends[1])
 
 
 def value_vector_view(model: PreTrainedModel) -> ValueVectorView:
@@ -127,7 +128,7 @@ def unverified_view(model: PreTrainedModel) -> ValueVectorView:
     """`unverified_view(model)`: found by name and shape alone, also without weights."""
     with naming(type(model).__name__):
         found = _find_down_projections(model)
-        shapes = set(map(_sizes, found.values()))
+        shapes = {sizes for module in found.values() if (sizes := _sizes(module))}
         if len(shapes) > 1:
             raise InputError(f"layers differ in width ({sorted(shapes)}); use a model of one width")
     (width, hidden), *_ = shapes

@@ -198,8 +198,8 @@ def _of_hub(source: HubSource, file: str | None, fetch: Sequence[str]) -> Path:
         (file,) = found
     folder = _hub_snapshot(source, [file] if fetch else ())
     if not (folder / file).is_file() and (whole or not fetch):
-        found = ", ".join(_gguf_files(source, folder)) or "no GGUF file"
-        raise InputError(f"{source.label}: no {file} there; it has {found}")
+        has = ", ".join(_gguf_files(source, folder)) or "no GGUF file"
+        raise InputError(f"{source.label}: no {file} there; it has {has}")
     return folder / file
 
 

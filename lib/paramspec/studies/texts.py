@@ -41,7 +41,7 @@ def text_questions(
             id=f"{concept}/{number}",
             concept=concept,
             domain=ONE,
-            tier=ONE,
+            tier="all",
             relation=ONE,
             question=f"Window {number} of a text",
             cloze=f"Window {number} of a text:",
