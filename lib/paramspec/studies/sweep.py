@@ -350,7 +350,7 @@ def _run_record(done: Done, cost: int, others: list[Path | None]) -> dict[str, A
     )
     return {
         "name": model.name,
-        **{name: records[0][name] for name in alike},
+        **{name: records[0].get(name) for name in alike},
         "evaluations": cost,
         "units": len(records),
         "units_from_store": len(records) - done.computed,
