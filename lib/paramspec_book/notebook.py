@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,28 @@ def measure(
     """`measure(experiments, jobs, scheduler)`: their studies, see `workers`."""
     with workers(jobs=jobs, scheduler=scheduler):
         return [measure_pss(one.models, one.questions, one.choices) for one in experiments]
+
+
+def use_plain_shell(columns: int) -> None:
+    """Cells that begin with `%%bash` print what commands say at their end, in so many columns, without
+    colours; `paramspec` is that of this Python.
+    """
+    from IPython.core.magic import register_cell_magic
+
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    plain = os.environ | {"PATH": path, "COLUMNS": str(columns)}
+    plain = {
+        name: value
+        for name, value in plain.items()
+        if name not in ("FORCE_COLOR", "CLICOLOR_FORCE")
+    }
+
+    @register_cell_magic
+    def bash(line: str, cell: str) -> None:
+        options: dict[str, Any] = {"env": plain, "text": True, "check": True}
+        print(
+            subprocess.run(["bash", "-ec", cell], stdout=subprocess.PIPE, **options).stdout, end=""
+        )
 
 
 def keep(**tables: pd.DataFrame) -> None:

@@ -28,16 +28,15 @@ from paramspec.stats.estimates import with_interval
 from paramspec.stats.summary import peak_pss, summarize
 from paramspec.stats.trends import measure_models, model_table
 from paramspec_book import figures, notebook
-from paramspec_book.tables import to_html
+from paramspec_book.tables import to_html, with_minus
 
 POINTS = Path("book/_executed/4-twenty-models.data/points.parquet")  # of the book's own models
 EXAMPLES, EXTREMES = 8, 5  # questions that are shown; concepts, at either end
 TITLES = {
     "concept_accuracy": "C(k)",
     "general_accuracy": "G(k)",
-    "pss_pooled": "PSS pooled",
     "did": "diff. in diff.",
-    "pss_per_concept": "PSS per concept",
+    "pss_pooled": "PSS pooled",
 }
 
 
@@ -212,11 +211,15 @@ def _picture(figure: Figure) -> str:
     return f"data:image/svg+xml;base64,{text}"
 
 
+def _interval(row: dict[str, Any], name: str, form: str = ".3f") -> str:
+    return with_minus(with_interval(row, name, form))
+
+
 def _write(out: Path, command: str, content: dict[str, Any]) -> None:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
     environment = jinja2.Environment(loader=loader, **options)
-    environment.filters["interval"] = lambda row, name, form=".3f": with_interval(row, name, form)
+    environment.filters["interval"] = _interval
     text = environment.get_template("run_report.html.j2").render(command=command, **content)
     with writing_to(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
