@@ -54,8 +54,8 @@ def measure(
 
 
 def use_plain_shell(columns: int) -> None:
-    """Cells that begin with `%%bash` print what commands say at their end, in so many columns, without
-    colours; `paramspec` is that of this Python.
+    """Cells that begin with `%%bash` print what commands say, in one piece, in so many columns,
+    without colours; `paramspec` is that of this Python.
     """
     from IPython.core.magic import register_cell_magic
 
