@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from disks import small_disk
 from paramspec.tables import MASKS
-from toy_study import CONCEPTS, save_questions, save_toy, toy_questions
+from toy_study import CONCEPTS, RELATIONS, save_questions, save_toy, toy_questions
 
 # Names and order as the design page has them, after whose row it is.
 PSS = "model concept domain tier ratio mask seed protocol "
@@ -74,9 +74,9 @@ def test_it_exits_with_0_and_shows_progress_with_the_time_left(first):
         ), line
 
 
-def test_it_writes_four_files_with_their_columns(first, place):
+def test_it_writes_five_files_with_their_columns(first, place):
     _, out = first
-    assert len(contents(out)) == 4
+    assert len(contents(out)) == 5
     pss, details = (pd.read_parquet(out / name) for name in ("pss.parquet", "details.parquet"))
     assert list(pss.columns) == PSS.split()
     assert list(details.columns) == DETAILS.split()
@@ -241,3 +241,34 @@ def test_a_warning_is_one_line(place, tmp_path):
     (line,) = [line for line in told.splitlines() if "set aside" in line]
     assert line.startswith(f"paramspec: warning: {unit.parent}: pss.parquet is damaged")
     assert "warnings.warn" not in told
+
+
+def test_a_plan_measures_nothing(pss, tmp_path):
+    status, out, _ = pss("--plan", "--out", tmp_path / "out")
+    assert (status, (tmp_path / "out").exists(), (tmp_path / "store").exists()) == (0, False, False)
+    assert re.search(r"In all: 1 models, 4 concepts: \S+ hours of one cpu", out)
+
+
+def test_without_a_number_as_many_unrelated_questions_as_there_are(command, place, tmp_path):
+    few = [q for q in toy_questions(2) if q.relation in RELATIONS[:4]]
+    mine = save_questions(tmp_path / "few.jsonl", few)
+    words = ["pss", place / "toy", "--questions", mine, "--ratios", "0.2", "--controls", 0]
+    words += ["--store", tmp_path / "store", "--out", tmp_path / "out"]
+    status, out, _ = command(*words)
+    assert (status, "4 unrelated questions, all there are" in out) == (0, True)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["choices"]["general"] == 4
+    status, _, error = command(*words, "--general", 5)
+    assert (status, "general 5: only 4 questions" in error) == (2, True)
+
+
+def test_a_prompt_from_a_file_is_what_the_model_reads(command, place, tmp_path):
+    (tmp_path / "prompt.txt").write_text("the {cloze}\n")
+    words = ["pss", place / "toy", "--questions", place / "questions.jsonl", "--ratios", "0.2"]
+    words += ["--controls", 0, "--store", tmp_path / "store", "--prompt", tmp_path / "prompt.txt"]
+    assert command(*words, "--shots", 1, "--chat-template", "--out", tmp_path / "out")[0] == 0
+    asked = json.loads((tmp_path / "out" / "run.json").read_text())["questions"]
+    assert (asked["prompt"], asked["shots"]) == ("the {cloze}\n", 1)
+    kept = (tmp_path / "out" / "questions.jsonl").read_text().splitlines()
+    for line, question in zip(kept, toy_questions(4), strict=True):
+        assert json.loads(line)["cloze"].split("\n\n")[1] == f"the {question.cloze}"
+    assert command(*words, "--prompt", tmp_path / "none.txt")[0] == 2

@@ -15,6 +15,8 @@ BAD = {
     "models": ["models", "--set", "none"],
     "questions": ["questions", "--show", "none/none"],
     "pss": ["pss", "smollm2-135m", "--ratios", "a"],
+    "report": ["report", "none"],
+    "compare": ["compare", "none", "none"],
     "finetune": ["finetune", "smollm2-135m", "--method", "FT-PV"],  # words are missing
     "plan": ["plan", "none"],
     "verdicts": ["verdicts", "none"],

@@ -11,94 +11,24 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
 from typer.core import TyperCommand
 from typer.exceptions import TyperException
-from typer.models import OptionInfo
 
 import paramspec
+from paramspec import options
 from paramspec.errors import InputError, printable
-from paramspec.plain import integer, number
 
-
-def whole(text: str) -> OptionInfo:
-    """An option that takes a whole number, in decimal digits."""
-    return Option(parser=integer, help=text)
-
-
-def real(text: str) -> OptionInfo:
-    """An option that takes a number."""
-    return Option(parser=number, help=text)
-
-
-def shares(text: str) -> tuple[float, ...]:
-    """`shares("0.01,0.05")`: (0.01, 0.05)."""
-    return tuple(number(part.strip()) for part in text.split(","))
-
-
-def ranges(text: str) -> tuple[int, ...]:
-    """`ranges("0,4-6")`: (0, 4, 5, 6)."""
-    found: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        numbers = range(integer(first), integer(last or first) + 1)
-        if not numbers:
-            raise ValueError(f"expected numbers from 0 and ranges, as 0,4-6, not {text!r}")
-        found += numbers
-    return tuple(found)
-
-
-MODEL = "A registry id (see `paramspec models`), a hub id, a local directory, or a GGUF file."
-Profile = Annotated[str, Option(help="A profile of book/profiles, or a YAML file.")]
-Force = Annotated[bool, Option("--force", help="Run even if nothing changed.")]
-AsJson = Annotated[bool, Option("--json", help="Print JSON, every field.")]
-Questions = Annotated[
-    str | None,
-    Option(metavar="FILE|ORG/NAME:SPLIT", help="Questions of your own; SpecWiki if not given."),
-]
-Columns = Annotated[
-    str, Option(help="Fields under other names: concept=subject,options=A+B+C; or mmlu, or popqa.")
-]
-SkipInvalid = Annotated[
-    bool, Option("--skip-invalid", help="Leave out questions that break a rule.")
-]
-Concepts = Annotated[int | None, whole("Their number, evenly over tiers; all if not given.")]
-Ratios = Annotated[str, Option(parser=shares, help="Shares of value vectors to mask.")]
-Protocol = Annotated[
-    Literal["paper", "holdout"], Option(help="holdout: choose on fold 0, score on fold 1.")
-]
-Method = Annotated[
-    Literal["FT-FV", "FT-PV", "FT-CV", "FT-RV"],
-    Option(help="FV: all value vectors; PV: chosen ones; CV: all others; RV: as many at random."),
-]
-Rule = Annotated[
-    Literal["coefficient", "score", "gradient", "magnitude", "other"],
-    Option(help="How FT-PV chooses value vectors; the paper's rule is coefficient."),
-]
-Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16"], Option(help="auto: bfloat16 on a GPU that has it.")
-]
-Device = Annotated[str, Option(help="auto, cpu, cuda, or cuda:1.")]
-DownProjection = Annotated[
-    str | None, Option(help="Where a layer has its down projection, if not found: mlp.down.")
-]
-PushToHub = Annotated[
-    str | None, Option(metavar="ORG/NAME", help="Also publish it, as a data set of the hub.")
-]
-Parameters = Annotated[
-    list[str] | None,
-    Option("-p", "--parameter", metavar="NAME VALUE", help="Of a chapter, as YAML; repeatable."),
-]
-Gpu = Annotated[str, Option(help="A100 80GB, H100, H200, L40S, L4, RTX 4090, RTX 3090, or cpu.")]
+DOWN_PROJECTION = "PARAMSPEC_DOWN_PROJECTION"  # `hooks.OWN`, which takes seconds to import
 
 
 def name_down_projection(name: str | None) -> None:
     """Workers of this command see it, too."""
     if name is not None:
-        os.environ["PARAMSPEC_DOWN_PROJECTION"] = name
+        os.environ[DOWN_PROJECTION] = name
 
 
 class Command(TyperCommand):
@@ -132,10 +62,10 @@ command = functools.partial(app.command, cls=Command, epilog=TRACEBACK)
 @command()
 def run(
     chapter: Annotated[str, Argument(help="3-masking, 3, or book/3-masking.md.")],
-    parameter: Parameters = None,
-    profile: Profile = "default",
+    parameter: options.Parameters = None,
+    profile: options.Profile = "default",
     out: Annotated[Path | None, Option(help="The notebook to write (.ipynb).")] = None,
-    force: Force = False,
+    force: options.Force = False,
 ) -> None:
     """Run one chapter. The exit status is 2 for bad input, 3 if the chapter fails.
 
@@ -150,9 +80,9 @@ def run(
 
 @command()
 def build(
-    profile: Profile = "default",
+    profile: options.Profile = "default",
     out: Annotated[Path | None, Option(help="A directory for copies and _build/html.")] = None,
-    force: Force = False,
+    force: options.Force = False,
 ) -> None:
     """Run every chapter, then build the site. Exit status: 3 if a chapter fails, 4 if the site."""
     from paramspec_book import book
@@ -163,13 +93,13 @@ def build(
 @command()
 def models(
     chosen: Annotated[str | None, Option("--set", help="twenty, scale, zoo, ...; or all.")] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
     verify: Annotated[
         str | None, Option(metavar="MODEL", help="Load a model, check its value vectors, and stop.")
     ] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    down_projection: DownProjection = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    down_projection: options.DownProjection = None,
 ) -> None:
     """List the registry: the names of models, and whether they are on this disk; or check one."""
     from paramspec import report
@@ -195,10 +125,10 @@ def questions(
     export_lm_eval: Annotated[Path | None, Option(help="Write a task of lm-eval here.")] = None,
     show: Annotated[str | None, Option(help="Print one question: france/capital.")] = None,
     concept: Annotated[str | None, Option(help="Print a concept's questions.")] = None,
-    questions: Questions = None,
-    columns: Columns = "",
-    skip_invalid: SkipInvalid = False,
-    push_to_hub: PushToHub = None,
+    questions: options.Questions = None,
+    columns: options.Columns = "",
+    skip_invalid: options.SkipInvalid = False,
+    push_to_hub: options.PushToHub = None,
 ) -> None:
     """Print, check or export questions; without an option, count them by domain and tier."""
     from paramspec import report, specwiki
@@ -238,41 +168,32 @@ def questions(
 
 @command()
 def pss(
-    model: Annotated[list[str], Argument(metavar="MODEL...", help=MODEL)],
-    questions: Questions = None,
-    columns: Columns = "",
-    skip_invalid: SkipInvalid = False,
-    concepts: Concepts = None,
-    prompt: Annotated[
-        str, Option(help="cloze, question, or a file, a template with {question} in it.")
-    ] = "cloze",
-    shots: Annotated[int, whole("Examples in front of each question, on other concepts.")] = 0,
-    chat_template: Annotated[
-        bool, Option("--chat-template", help="Put each prompt into the model's chat template.")
-    ] = False,
-    ratios: Ratios = "0.01,0.02,0.05,0.1,0.2",
-    position: Annotated[Literal["mean", "last"], Option(help="Prompt tokens that count.")] = "mean",
-    scope: Annotated[Literal["layer", "model"], Option(help="Rank per layer or model.")] = "layer",
-    spared: Annotated[
-        float, real("Share of a layer, the most active vectors everywhere, that no mask holds.")
-    ] = 0.0,
-    ablation: Annotated[
-        Literal["zero", "mean"], Option(help="What a masked coefficient becomes.")
-    ] = "zero",
-    protocol: Protocol = "paper",
-    controls: Annotated[int, whole("Draws of each control mask: random, magnitude, other.")] = 1,
-    general: Annotated[
-        int | None, whole("Unrelated questions for each concept's masks; 10, or all there are.")
-    ] = None,
-    seed: Annotated[int, whole("Seed of concepts, general questions and controls.")] = 0,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    jobs: Annotated[int, whole("Worker processes; 0: one per GPU, or else per core.")] = 1,
-    scheduler: Annotated[str | None, Option(help="A Dask scheduler: tcp://host:8786.")] = None,
-    out: Annotated[Path, Option(help="A directory for the five files.")] = Path("results/pss"),
-    store: Annotated[Path, Option(help="Finished work, for reruns.")] = Path("results/store"),
-    down_projection: DownProjection = None,
-    push_to_hub: PushToHub = None,
+    model: Annotated[list[str], Argument(metavar="MODEL...", help=options.MODEL)],
+    questions: options.Questions = None,
+    columns: options.Columns = "",
+    skip_invalid: options.SkipInvalid = False,
+    concepts: options.Concepts = None,
+    prompt: options.Prompt = "cloze",
+    shots: options.Shots = 0,
+    chat_template: options.ChatTemplate = False,
+    ratios: options.Ratios = "0.01,0.02,0.05,0.1,0.2",
+    position: options.Position = "mean",
+    scope: options.Scope = "layer",
+    spared: options.Spared = 0.0,
+    ablation: options.Ablation = "zero",
+    protocol: options.Protocol = "paper",
+    controls: options.Controls = 1,
+    general: options.General = None,
+    seed: options.Seed = 0,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    jobs: options.Jobs = 1,
+    scheduler: options.Scheduler = None,
+    out: options.Results = Path("results/pss"),
+    store: options.Finished = Path("results/store"),
+    down_projection: options.DownProjection = None,
+    push_to_hub: options.PushToHub = None,
+    plan: options.OnlyPlan = False,
 ) -> None:
     """Measure the parameter specialization score (PSS) of models, with nulls and intervals.
 
@@ -280,53 +201,33 @@ def pss(
     questions; `paramspec report` makes a page of them.
     """
     from paramspec import report
-    from paramspec.execution.files import require_writable
-    from paramspec.method.pss import most_general
-    from paramspec.models.describe import folds_asked
     from paramspec.models.registry import expand_models
-    from paramspec.plain import read_text
     from paramspec.publish import publish_run
-    from paramspec.specwiki.prompts import FORMS, with_prompt
-    from paramspec.studies.sweep import write_study
+    from paramspec.studies import asked
 
     name_down_projection(down_projection)
     names = expand_models(model)
-    micro = any(paramspec.taught(name) is not None for name in names)
-    if micro and questions is None:
-        asked = paramspec.study_questions(names, concepts, seed)
-    else:
-        source = {"columns": columns, "skip_invalid": skip_invalid}
-        asked = paramspec.load_questions(questions, concepts=concepts, seed=seed, **source)
-    form = prompt if prompt in FORMS else read_text(Path(prompt))
-    asked = with_prompt(asked, form, shots=shots, seed=seed)
+    source = {"columns": columns, "skip_invalid": skip_invalid}
+    form: dict[str, Any] = {"prompt": prompt, "shots": shots, "seed": seed}
+    put, told = asked.questions_of(names, questions, concepts, source, **form)
     given = {"ratios": ratios, "position": position, "scope": scope, "protocol": protocol}
-    sizes = {"spared": spared, "controls": controls, "general": general or 10, "seed": seed}
-    how = {"ablation": ablation, "chat": chat_template}
-    choices = paramspec.Choices.parse(**given, **how, **sizes).with_folds(folds_asked(names))
-    if general is None and 0 < (most := most_general(asked, choices)) < choices.general:
-        print(f"For each concept's masks: {most} unrelated questions, all there are")
-        choices = choices.model_copy(update={"general": most})
-    require_writable(out)
-    require_writable(store)
-    kept = paramspec.Store(store)
+    sizes = {"spared": spared, "controls": controls, "general": general, "seed": seed}
+    how: dict[str, Any] = {**given, **sizes, "ablation": ablation, "chat": chat_template}
+    choices = asked.choices_of(names, put, **how)
+    if plan:
+        report.print_plan(asked.plan_of(names, put, choices, dtype=dtype, device=device), [])
+        return
     with paramspec.workers(jobs, scheduler):
-        study = paramspec.measure_pss(names, asked, choices, store=kept, dtype=dtype, device=device)
-    about = {"source": questions or "SpecWiki", "columns": columns, "prompt": form, "shots": shots}
-    study.run["questions"] |= about
-    write_study(study, out)
+        where = {"dtype": dtype, "device": device}
+        study = asked.measure(names, put, choices, out, paramspec.Store(store), told, **where)
     report.print_study(study)
-    if micro:
-        print(
-            "Micro models among these: all models were asked about concepts that these were "
-            "taught, and scored on fold 1, whose clozes they never read."
-        )
     if push_to_hub is not None:
         print(f"Published: {publish_run(out, push_to_hub)}")
     print(f"Written to {out}/. To look at it: paramspec report {shlex.quote(str(out))}")
 
 
-@command("report")
-def make_report(
+@command()
+def report(
     folder: Annotated[Path, Argument(help="Of a run of pss or finetune.")] = Path("results/pss"),
     out: Annotated[
         Path | None, Option(help="The file to write; in the folder if not given.")
@@ -360,32 +261,26 @@ def compare(
 
 @command()
 def finetune(
-    model: Annotated[str, Argument(help=MODEL)],
-    method: Method,
-    out: Annotated[Path, Option(help="The tuned model's directory: new, or of the same run.")],
-    concept: Annotated[
-        list[str] | None, Option(help="A concept to train on; repeatable. Needed without --texts.")
-    ] = None,
-    questions: Questions = None,
-    columns: Columns = "",
-    texts: Annotated[
-        Path | None, Option(help="A folder of texts, CONCEPT.txt, to train on, not on statements.")
-    ] = None,
-    window: Annotated[
-        int | None, whole("Tokens of a part of a text; the context, or 1024.")
-    ] = None,
-    share: Annotated[float, real("Share of a layer's value vectors that FT-PV trains.")] = 0.125,
-    rule: Rule = "coefficient",
-    layers: Annotated[str | None, Option(parser=ranges, help="Only these layers: 0,4-6.")] = None,
-    statements: Annotated[int, whole("The first statements of each fact to train on.")] = 4,
-    epochs: Annotated[int, whole("Passes over the statements.")] = 3,
-    batch: Annotated[int | None, whole("Statements per step; 16, or 2 parts of texts.")] = None,
-    learning_rate: Annotated[float, real("Learning rate of AdamW, after a warm-up.")] = 1e-3,
-    seed: Annotated[int, whole("Seed of random vectors and of the statements' order.")] = 0,
-    save_every: Annotated[int, whole("Steps between states from which a rerun continues.")] = 50,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    down_projection: DownProjection = None,
+    model: Annotated[str, Argument(help=options.MODEL)],
+    method: options.Method,
+    out: options.Tuned,
+    concept: options.TrainedConcepts = None,
+    questions: options.Questions = None,
+    columns: options.Columns = "",
+    texts: options.Texts = None,
+    window: options.Window = None,
+    share: options.TrainedShare = 0.125,
+    rule: options.Rule = "coefficient",
+    layers: options.Layers = None,
+    statements: options.Statements = 4,
+    epochs: options.Epochs = 3,
+    batch: options.Batch = None,
+    learning_rate: options.Rate = 1e-3,
+    seed: options.Seed = 0,
+    save_every: options.SaveEvery = 50,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    down_projection: options.DownProjection = None,
 ) -> None:
     """Fine-tune chosen value vectors on statements or texts about concepts; other weights stay.
 
@@ -430,11 +325,13 @@ def finetune(
 @command()
 def plan(
     chapter: Annotated[list[str] | None, Argument(help="Chapters, as run takes; or all.")] = None,
-    profile: Profile = "default",
-    parameter: Parameters = None,
-    gpu: Gpu = "A100 80GB",
-    utilisation: Annotated[float, real("Share of the GPU's peak that is reached, up to 1.")] = 0.3,
-    as_json: AsJson = False,
+    profile: options.Profile = "default",
+    parameter: options.Parameters = None,
+    gpu: options.Gpu = "A100 80GB",
+    utilisation: Annotated[
+        float, options.real("Share of the GPU's peak that is reached, up to 1.")
+    ] = 0.3,
+    as_json: options.AsJson = False,
 ) -> None:
     """Estimate a profile's cost: weights, tokens, FLOPs, hours. Runs and downloads nothing."""
     from paramspec import report
@@ -492,6 +389,7 @@ def main() -> None:
     words = [word for word in sys.argv[1:] if word != "--traceback"]
     shown = len(words) < len(sys.argv) - 1 or os.environ.get("PARAMSPEC_TRACEBACK", "0") != "0"
     before, warnings.formatwarning = warnings.formatwarning, _format_warning
+    named = os.environ.get(DOWN_PROJECTION)
     try:
         status = app(words or ["--help"], standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
@@ -504,6 +402,8 @@ def main() -> None:
         print(f"paramspec: {printable(line)}", file=sys.stderr)
     finally:
         warnings.formatwarning = before
+        os.environ.pop(DOWN_PROJECTION, None)
+        os.environ |= {DOWN_PROJECTION: named} if named else {}
     sys.exit(status)
 
 

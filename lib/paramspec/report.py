@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
@@ -45,7 +44,7 @@ FORMATS = {
 def show(frame: pd.DataFrame, title: str | None = None, caption: str | None = None) -> None:
     """Print a table, its columns by `FORMATS`, numbers on the right.
 
-    In a name, `[bold]` and `:cat:` are no markup. In a pipe, no width is to be kept to but COLUMNS.
+    In a name, `[bold]` and `:cat:` are no markup. In a pipe, no width is to be kept to.
     """
     from rich import box
     from rich.console import Console
@@ -58,7 +57,7 @@ def show(frame: pd.DataFrame, title: str | None = None, caption: str | None = No
     shown = {name: values.map(FORMATS.get(name, str)) for name, values in frame.items()}
     for row in pd.DataFrame(shown).itertuples(index=False):
         table.add_row(*row)
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200
+    width = None if sys.stdout.isatty() else 200
     Console(width=width, markup=False, emoji=False, highlight=False).print(table)
 
 

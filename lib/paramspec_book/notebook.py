@@ -53,14 +53,14 @@ def measure(
         return [measure_pss(one.models, one.questions, one.choices) for one in experiments]
 
 
-def use_plain_shell(columns: int) -> None:
-    """Cells that begin with `%%bash` print what commands say, in one piece, in so many columns,
-    without colours; `paramspec` is that of this Python.
+def use_plain_shell() -> None:
+    """Cells that begin with `%%bash` print what commands say, in one piece and without colours;
+    `paramspec` is that of this Python.
     """
     from IPython.core.magic import register_cell_magic
 
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    plain = os.environ | {"PATH": path, "COLUMNS": str(columns)}
+    plain = os.environ | {"PATH": path}
     plain = {
         name: value
         for name, value in plain.items()

@@ -25,9 +25,9 @@ FIGURE = re.compile(r":  figure:\n:    name: (fig-[\w-]+)\n:    caption: \"[^\"]
 
 
 def code_cells(text: str) -> list[str]:
-    """The code cells of a chapter, but for its parameters."""
+    """The cells of Python of a chapter, but for its parameters."""
     cells = jupytext.reads(text, fmt="md:myst").cells
-    code = [cell for cell in cells if cell.cell_type == "code"]
+    code = [cell for cell in cells if cell.cell_type == "code" and cell.source[:2] != "%%"]
     return [cell.source for cell in code if "parameters" not in cell.metadata.get("tags", [])]
 
 

@@ -135,6 +135,6 @@ def test_a_figure_keeps_what_it_draws(tmp_path, monkeypatch):
     monkeypatch.setenv(kept.DATA, str(tmp_path / "x.data"))
     table = pd.DataFrame({"by": ["tier"], "group": ["high"], "accuracy": [0.5]})
     for _ in range(2):
-        figures.accuracy_by(table.assign(low=0.4, high=0.6, n=10))
+        figures.accuracy_by(table.assign(low=0.4, high=0.6, n=10, chance=0.25))
     assert sorted(path.name for path in (tmp_path / "x.data").iterdir()) == [
         "figure-1.csv", "figure-2.csv"]  # fmt: skip

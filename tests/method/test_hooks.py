@@ -171,7 +171,7 @@ def squash(model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (rename, "no down projection found"),
+        (rename, "no down projection of a known name in its 3 layers"),
         (scale, r"layers\.1\.mlp\.down_proj differs"),
         (squash, r"layers\.2\..*output of its MLP"),
     ],

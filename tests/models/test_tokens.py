@@ -9,8 +9,9 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from paramspec.errors import InputError
-from paramspec.models.tokens import added_tokens, token_ids, tokenizer_facts
-from toy_study import toy_tokenizer
+from paramspec.method.scoring import encode
+from paramspec.models.tokens import TODAY, added_tokens, prompt_ids, token_ids, tokenizer_facts
+from toy_study import toy_questions, toy_tokenizer
 
 TEMPLATES = ("$A", "<s> $A", "$A </s>", "<s> $A </s>", "<s> <s> $A")
 TEXTS = ["song of alpha", "the king of beta", "old"]
@@ -78,3 +79,27 @@ def test_a_text_of_which_nothing_is_read_is_refused():
     with pytest.raises(InputError, match="text 'Łódź': the tokenizer reads nothing of it"):
         token_ids(tokenizer, ["a", "Łódź"])
     assert token_ids(tokenizer, []) == []
+
+
+def test_in_a_chat_template_the_prompt_is_a_users_turn_and_the_option_the_answer():
+    tokenizer = toy_tokenizer("<s> $A")
+    (question, *_) = toy_questions(1)
+    item = encode(tokenizer, question, chat=True)
+    words = ["<s>", "old", *question.cloze.split(), "</s>", "new"]  # the toy's template
+    assert list(item.context) == tokenizer.convert_tokens_to_ids(words)
+    for option, tokens in zip(question.options, item.options, strict=True):
+        assert list(tokens) == tokenizer.convert_tokens_to_ids(option.split())
+
+
+def test_a_chat_template_gives_the_same_on_any_day_or_is_refused():
+    tokenizer = toy_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d') }} {{ date_string }} {{ messages[0].content }}"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    (row,) = prompt_ids(tokenizer, ["old"], chat=True)
+    (plain,) = prompt_ids(tokenizer, ["old"])
+    assert row[-1:] == plain
+    assert tokenizer.decode(row[:-1]).count("<pad>") == 2 * len(TODAY.split())
+    for template, message in ((None, "has no chat template"), ("new", "does not hold the user's")):
+        tokenizer.chat_template = template
+        with pytest.raises(InputError, match=message):
+            prompt_ids(tokenizer, ["old"], chat=True)

@@ -344,7 +344,7 @@ def test_a_directory_that_holds_something_else(place, killed, tmp_path, refuse):
         assert f"{out}: holds finetune.json" in refuse(out, *WORDS)
     told = refuse(killed, *WORDS, "--method", "FT-RV")
     assert f"{killed}: holds {state_of(killed).name}" in told
-    assert "holds config.json" in refuse(place / "toy")
+    assert "holds chat_template.jinja" in refuse(place / "toy")
 
 
 @pytest.mark.parametrize(

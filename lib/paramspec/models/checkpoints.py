@@ -24,7 +24,13 @@ from paramspec.plain import require_unicode
 
 INDEX = "model.safetensors.index.json"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+SETTINGS = (
+    "chat_template.jinja",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+)
 TOKENIZER_FILES = (*VOCABULARIES, *SETTINGS)
 CONFIGS = ("config.json", "generation_config.json")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -111,8 +117,10 @@ def is_on_disk(spec: ModelSpec) -> bool:
 def base_of(path: Path) -> Path | None:
     """Where the model lies that an adapter in a directory is of; None of a model itself."""
     file = path / ADAPTER[0]
-    if path.is_file() or not file.is_file() or any(path.glob("model*.safetensors")):
+    if path.is_file() or not file.is_file():
         return None
+    if any(path.glob("model*.safetensors")):
+        raise InputError(f"{path}: a model and an adapter in one place; move one of them away")
     with told_in_one_line(path):
         base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
     return find_checkpoint(base).path

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from paramspec.errors import InputError
 from paramspec.execution.limits import require_memory
@@ -176,6 +177,8 @@ def check_checkpoint(path: Path) -> PreTrainedModel:
         path = checkpoints.base_of(path) or path
         if _quantization(config := _directory_config(path)):
             checkpoints.checkpoint_files(path)
+            quantizer = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
+            quantizer.validate_environment(device_map={"": "meta"})  # what it needs is installed
             return empty_model(config)
         return _language_model(path, device_map={"": "meta"})
 

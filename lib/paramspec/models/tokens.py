@@ -7,6 +7,7 @@ that it adds behind are left out: a text that has ended cannot be continued by a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -54,12 +55,15 @@ def prompt_ids(
         return rows
     if not tokenizer.chat_template:
         raise InputError("the tokenizer has no chat template; leave it out")
-    turn = [{"role": "user", "content": PROBE}]
-    today: dict[str, Any] = {
-        "date_string": TODAY,
-        "strftime_now": lambda form: TODAY,
-    }  # the same on any day
-    whole = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, **today)
+    # The same on any day: a template may print the date.
+    template = re.sub(r"strftime_now\([^()]*\)", "date_string", tokenizer.get_chat_template())
+    whole = tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROBE}],
+        chat_template=template,
+        tokenize=False,
+        add_generation_prompt=True,
+        date_string=TODAY,
+    )
     head, found, tail = str(whole).partition(PROBE)
     if not found:
         raise InputError("the chat template does not hold the user's words; leave it out")
