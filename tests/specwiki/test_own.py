@@ -9,6 +9,7 @@ import re
 import datasets
 import pandas as pd
 import pytest
+from huggingface_hub import constants
 
 from paramspec.errors import InputError
 from paramspec.specwiki import load_questions
@@ -207,6 +208,8 @@ def test_data_sets_and_their_splits(tmp_path, monkeypatch):
         load_questions("sets")
     with pytest.raises(InputError, match=r"nowhere: no such file or directory"):
         load_questions("nowhere")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # as if the network were gone
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match=r"nobody/nothing:test: not read as a data set .*network"):
         load_questions("nobody/nothing:test")
 

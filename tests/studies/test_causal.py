@@ -194,7 +194,8 @@ def test_pss_is_measured_as_its_choices_say(position, measure, monkeypatch):
     monkeypatch.setattr(evaluation, "measure_concepts", note_measure)
     choices = FULL.choices.model_copy(update={"position": position, "batch_tokens": 12})
     measure(original(others=10, folds=(1,), choices=choices))
-    assert recorded == [({"position": position, "batch_tokens": 12}, {1})]
+    asked = {"position": position, "chat": False, "batch_tokens": 12}
+    assert recorded == [(asked, {1})]
     details = measured[0].details
     about = details["question_id"].map({question.id: question.concept for question in QUESTIONS})
     own = details["role"] == "concept"
