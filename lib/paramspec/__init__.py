@@ -18,6 +18,7 @@ _NAMES = {
     # Questions and models
     "specwiki.schema": ["Question"],
     "specwiki.questions": ["load_questions"],
+    "specwiki.prompts": ["with_prompt"],
     "models.describe": ["study_questions", "describe_models", "taught"],
     "models.load": ["load_model"],
     # Value vectors, their masks, answers under masks

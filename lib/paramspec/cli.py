@@ -145,7 +145,10 @@ def questions(
         if len(read.problems) > 1 or skip_invalid:
             print("".join(f"{problem}\n" for problem in read.problems), end="")
         if len(read.problems) > 1 and not skip_invalid:
-            raise InputError(f"{validate}: {len(read.problems)} problems, listed above; mend them")
+            raise InputError(
+                f"{validate}: {len(read.problems)} problems, listed above; mend them, or leave "
+                "these rows out with --skip-invalid"
+            )
         if read.assumed:
             print(f"{validate}: {read.assumed}")
     with warnings.catch_warnings():

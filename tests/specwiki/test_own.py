@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 
 import datasets
 import pandas as pd
@@ -331,3 +332,21 @@ def test_braces_in_a_question_are_text():
 def test_prompts_that_cannot_be_made(form, shots, message):
     with pytest.raises(InputError, match=re.escape(message)):
         with_prompt(load_questions(concepts=["gold", "France"]), form, shots=shots)
+
+
+def test_a_data_set_of_the_hub_is_read_from_the_cache_with_no_network(tmp_path, monkeypatch):
+    as_parquet(tmp_path / "x.parquet", LETTERS)
+    files = {"test": str(tmp_path / "x.parquet")}
+    datasets.load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "cache"))
+    (info,) = (tmp_path / "cache").rglob("dataset_info.json")
+    place = tmp_path / "cache" / "org___mine" / "default" / "0.0.0" / ("a" * 40)
+    shutil.copytree(info.parent, place)  # as a download of org/mine leaves it there
+    for file in place.glob("parquet-*.arrow"):
+        file.rename(place / file.name.replace("parquet-", "mine-"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for name in ("org/mine:test", "org/mine", "org/mine/default:test"):
+        assert [question.answer for question in read(name)] == [1] * len(ROWS)
+    with pytest.raises(InputError, match=r"org/mine:dev: no split 'dev'"):
+        load_questions("org/mine:dev")
