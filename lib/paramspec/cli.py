@@ -256,8 +256,9 @@ def compare(
     from paramspec_book import run_report
 
     run_report.use_report_style()
-    for table in run_report.write_comparison(first, second, out):
-        report.print_comparison(table, first, second)
+    for names, table in run_report.write_comparison(first, second, out).items():
+        sides = [f"{name} ({folder})" for name, folder in zip(names, (first, second), strict=True)]
+        report.print_comparison(table, *sides)
     if out is not None:
         print(f"Written: {out}")
 

@@ -167,13 +167,13 @@ def print_study(study: Study) -> None:
         )
 
 
-def print_comparison(table: pd.DataFrame, first: object, second: object) -> None:
+def print_comparison(table: pd.DataFrame, first: str, second: str) -> None:
     """The rows of `stats.compare.compare`."""
-    sides = {"first": str(first), "second": str(second), "difference": "difference"}
-    shown = {title: _intervals(table, side) for side, title in sides.items()}
+    shown = {side: _intervals(table, side) for side in ("first", "second", "difference")}
     asked, concepts = table.iloc[0][["questions", "concepts"]]
-    title = f"{asked} questions on {concepts} concepts, paired"
-    show(table[["measure"]].assign(**shown), title, "in brackets: 95 % intervals over concepts")
+    print(f"{first}, then {second}: {asked} questions on {concepts} concepts, paired")
+    caption = "in brackets: 95 % intervals over concepts"
+    show(table[["measure"]].assign(**shown), caption=caption)
 
 
 def _intervals(rows: pd.DataFrame, name: str) -> list[str]:

@@ -58,8 +58,11 @@ def write_report(folder: Path, out: Path) -> None:
     _write(out, f"paramspec report {folder}", content)
 
 
-def write_comparison(first: Path, second: Path, out: Path | None = None) -> list[pd.DataFrame]:
-    """Compare two runs of `pss`: their models of one name, or their only ones; a table of each.
+def write_comparison(
+    first: Path, second: Path, out: Path | None = None
+) -> dict[tuple[str, str], pd.DataFrame]:
+    """Compare two runs of `pss`: their models of one name, or their only ones; a table of each pair
+    of names.
 
     Raises InputError if a folder holds no run, or if the runs have no model or question in common.
     """
@@ -75,20 +78,20 @@ def write_comparison(first: Path, second: Path, out: Path | None = None) -> list
         pairs = [(names[0], others[0])]
     if not pairs:
         raise InputError(f"{first}, {second}: no model in common; compare runs of one model each")
-    found = []
+    found: dict[tuple[str, str], pd.DataFrame] = {}
+    pages = []
     for name, against in pairs:
         table = compare(one[one["model"] == name], other[other["model"] == against], same)
-        shown = notebook.shown(
-            table, {"first": f"{first}: {name}", "second": f"{second}: {against}"}
-        )
+        shown = notebook.shown(table, {"first": "first", "second": "second"}, ".3f")
         difference = notebook.shown(table, {"difference": "difference"}, "+.3f")
         frame = pd.concat([table[["measure"]], shown, difference], axis=1)
         decided = table[table["measure"].isin(["accuracy", "diff. in diff."])].to_dict("records")
-        found.append((table, {"names": (name, against), "rows": decided, "table": to_html(frame)}))
+        found[name, against] = table
+        sides = (f"{name} ({first})", f"{against} ({second})")
+        pages.append({"sides": sides, "rows": decided, "table": to_html(frame)})
     if out is not None:
-        pages = [page for _, page in found]
         _write(out, f"paramspec compare {first} {second}", {"pairs": pages})
-    return [table for table, _ in found]
+    return found
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], pd.DataFrame, dict[str, Question]]:
