@@ -196,11 +196,12 @@ from toy_study import toy_questions, toy_tokenizer
 from toys import FAMILIES, random_model
 
 torch.manual_seed(0)
-wide = {"num_hidden_layers": 1, "intermediate_size": 65536}
+wide = {"num_hidden_layers": 1, "intermediate_size": 131072}
 view = value_vector_view(random_model(LlamaConfig(**FAMILIES["llama"][1] | wide)))
 tokenizer, questions = toy_tokenizer(), toy_questions()
-keeps = [None, *(torch.rand(3, 1, 65536) > 0.3)]
-requests = [Request(encode(tokenizer, asked), n % 4) for n, asked in enumerate(questions)]
+keeps = [None, *(torch.rand(3, 1, 131072) > 0.3)]
+some = [encode(tokenizer, asked) for asked in questions[::2]]
+requests = [Request(item, mask) for item in some for mask in range(4)]
 kernels.packs = lambda: False  # free memory decides whether layers are packed
 failed, attempt = [], batches._attempt
 
@@ -234,7 +235,7 @@ resource.setrlimit(resource.RLIMIT_AS, (used + room, resource.RLIM_INFINITY))
 found = []
 for other in measure(10**6):  # all that there is at once
     # It was a single tensor that did not fit, whatever else was there.
-    assert failed and failed[0] * 65536 * 4 > 2 * room, (failed, room)
+    assert failed and failed[0] * 131072 * 4 > 2 * room, (failed, room)
     failed.clear()
     found.append(other)
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

@@ -28,7 +28,7 @@ from paramspec.method.batches import BATCH_TOKENS
 from paramspec.method.hooks import Position, ValueVectorView
 from paramspec.method.masks import ConceptCoefficients
 from paramspec.method.rows import ROW_TOKENS, Engine, Request
-from paramspec.method.scoring import SCORING_VERSION, encode, mark, score_options
+from paramspec.method.scoring import SCORING_VERSION, encode_all, mark, score_options
 from paramspec.seeds import by_hash
 from paramspec.specwiki import Question
 from paramspec.tables import DETAIL_COLUMNS, MASKS, PSS_COLUMNS
@@ -220,8 +220,8 @@ def measure_concepts(
     if choices.ablation == "mean" and view.ablated is None:
         view = replace(view, ablated=study_means(view, tokenizer, questions, choices))
     asked = {one: asked_questions(questions, one, choices, unrelated) for one in concepts}
-    asked_once = {q.id: q for own in asked.values() for q, _ in own}
-    items = {one: encode(tokenizer, q, chat=choices.chat) for one, q in asked_once.items()}
+    once = list({q.id: q for own in asked.values() for q, _ in own}.values())
+    items = {item.name: item for item in encode_all(tokenizer, once, chat=choices.chat)}
     masked = [(one, mask) for one in concepts for mask in concept_masks(coefficients, one, choices)]
     keeps: list[Tensor | None] = []
     requests: list[Request] = []

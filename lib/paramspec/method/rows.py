@@ -62,13 +62,16 @@ class Engine:
     branches: bool = False
 
 
-class Read(NamedTuple):
-    """Add the log-probability of `token` after node `place` to an option of an item."""
+@dataclass
+class Reads:
+    """For each `i`, add the log-probability of `tokens[i]` after node `places[i]` to option
+    `options[i]` of item `items[i]`. (Lists of numbers: the garbage collector skips them.)
+    """
 
-    place: int
-    token: int
-    item: int
-    option: int
+    places: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    items: list[int] = field(default_factory=list)
+    options: list[int] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -91,44 +94,53 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
-    reads: list[Read] = field(default_factory=list)
-    _children: dict[tuple[int, int], int] = field(default_factory=dict)
+    reads: Reads = field(default_factory=Reads)
+    _children: dict[int, int] = field(default_factory=dict)
 
     def add(self, number: int, item: Item) -> None:
+        end = [-1, *self._walk(-1, item.context)][-1]
         for option, tokens in enumerate(item.options):
-            path, node = (*item.context, *tokens), -1
-            for place, token in enumerate(path):
-                if place >= len(item.context):
-                    self.reads.append(Read(node, token, number, option))
-                if place < len(path) - 1:
-                    node = self._step(node, token)
+            self.reads.places += [end, *self._walk(end, tokens[:-1])]
+            self.reads.tokens += tokens
+            self.reads.items += [number] * len(tokens)
+            self.reads.options += [option] * len(tokens)
 
     def shared(self, item: Item) -> int:
         """The number of first tokens of an item's prompt that are in the row."""
         node = -1
         for size, token in enumerate(item.context):
-            if (node, token) not in self._children:
+            if (child := self._children.get(_edge(node, token))) is None:
                 return size
-            node = self._children[node, token]
+            node = child
         return len(item.context)
 
-    def _step(self, node: int, token: int) -> int:
-        child = self._children.setdefault((node, token), len(self.tokens))
-        if child == len(self.tokens):
-            self.tokens.append(token)
-            self.parents.append(node)
-            self.depths.append(0 if node < 0 else self.depths[node] + 1)
-        return child
+    def _walk(self, node: int, tokens: Sequence[int]) -> list[int]:
+        """The nodes of a path after `node`; from the first that is missing on, all are new."""
+        nodes = []
+        for token in tokens:
+            if (child := self._children.get(_edge(node, token))) is None:
+                break
+            nodes.append(node := child)
+        if new := tokens[len(nodes) :]:
+            depth = 0 if node < 0 else self.depths[node] + 1
+            places = range(len(self.tokens), len(self.tokens) + len(new))
+            above = [node, *places[:-1]]
+            self.tokens += new
+            self.parents += above
+            self.depths += range(depth, depth + len(new))
+            self._children.update(zip(map(_edge, above, new), places, strict=True))
+            nodes += places
+        return nodes
 
     @cached_property
     def places(self) -> np.ndarray:
         """The nodes that something is read from, each once; see `which`."""
-        return np.unique([read.place for read in self.reads])
+        return np.unique(self.reads.places)
 
     @cached_property
     def which(self) -> np.ndarray:
         """For each read, the index of its node in `places`."""
-        return np.searchsorted(self.places, [read.place for read in self.reads])
+        return np.searchsorted(self.places, self.reads.places)
 
     def sees(self) -> np.ndarray:
         """Bool `[tokens, tokens]`: whether a token attends to another: itself and ancestors."""
@@ -137,6 +149,10 @@ class Row:
             if parent >= 0:
                 sees[node] |= sees[parent]
         return sees
+
+
+def _edge(node: int, token: int) -> int:
+    return node << 32 | token
 
 
 class Cell(NamedTuple):
@@ -149,18 +165,29 @@ class Cell(NamedTuple):
 
 def _packed_rows(items: Sequence[Item], row_tokens: int) -> list[Row]:
     """As few forests of about `row_tokens` tokens as hold the items, all of about one size."""
-    ordered, whole = sorted(enumerate(items), key=lambda pair: pair[1].context), Row()
-    for number, item in ordered:
-        whole.add(number, item)
-    enough = len(whole.tokens) / math.ceil(len(whole.tokens) / row_tokens)
+    tokens = _merged_tokens(items)
+    enough = tokens / math.ceil(tokens / row_tokens)
     rows = [Row()]
-    for number, item in ordered:
+    for number, item in sorted(enumerate(items), key=lambda pair: pair[1].context):
         # Questions after one long beginning, as of examples, stay together in longer rows.
         size = len(rows[-1].tokens)
         if size >= 8 * enough or (size >= enough and rows[-1].shared(item) <= row_tokens / 4):
             rows.append(Row())
         rows[-1].add(number, item)
     return rows
+
+
+def _merged_tokens(items: Sequence[Item]) -> int:
+    """The tokens of one row that holds all items."""
+    paths = sorted((*item.context, *option[:-1]) for item in items for option in item.options)
+    same = (
+        sum(
+            1
+            for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*both, strict=False))
+        )
+        for both in itertools.pairwise(paths)
+    )
+    return sum(map(len, paths)) - sum(same)
 
 
 def _plain_rows(items: Sequence[Item]) -> list[Row]:
@@ -170,7 +197,7 @@ def _plain_rows(items: Sequence[Item]) -> list[Row]:
         for index, option in enumerate(item.options):
             row = Row()
             row.add(number, Item(item.context, (option,)))
-            row.reads = [read._replace(option=index) for read in row.reads]
+            row.reads.options = [index] * len(option)
             rows.append(row)
     return rows
 

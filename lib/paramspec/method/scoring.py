@@ -52,31 +52,55 @@ def encode(tokenizer: PreTrainedTokenizerBase, question: Question, *, chat: bool
         InputError: if the tokenizer cannot read a text (see `token_ids`), if an option has no
             tokens of its own, or if two options have the same ones.
     """
-    texts = [question.cloze, *(f"{question.cloze} {option}" for option in question.options)]
-    found: dict[tuple[int, ...], str] = {}
-    with naming(question.id):
-        context, *wholes = token_ids(tokenizer, texts)
+    return encode_all(tokenizer, [question], chat=chat)[0]
+
+
+def encode_all(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], *, chat: bool = False
+) -> list[Item]:
+    """`items = encode_all(tokenizer, questions)`: what `encode` gives for each, in less time."""
+    asked = [(question, option) for question in questions for option in question.options]
+    texts = [option if chat else f"{question.cloze} {option}" for question, option in asked]
+    clozes, names = [q.cloze for q in questions], [q.id for q in questions]
+    contexts = prompt_ids(tokenizer, clozes, names, chat=chat)
+    rows = iter(token_ids(tokenizer, texts, [question.id for question, _ in asked]))
+    front = len(front_tokens(tokenizer))
+    items = []
+    for question, context in zip(questions, contexts, strict=True):
+        wholes = [next(rows) for _ in question.options]
         if chat:
-            (context,) = prompt_ids(tokenizer, [question.cloze], chat=True)
-            front = len(front_tokens(tokenizer))
-            wholes = [[*context, *row[front:]] for row in token_ids(tokenizer, question.options)]
-        for option, whole in zip(question.options, wholes, strict=True):
-            before, own = whole[: len(context)], tuple(whole[len(context) :])
-            if not own:
-                raise InputError(f"option {option!r} adds no token to the cloze; reword it")
-            # Either text may hold the space between them, but no letter of the other.
-            if before != context and _spelled(tokenizer, before) != _spelled(tokenizer, context):
-                raise InputError(
-                    f"the tokenizer joins option {option!r} with the end of the cloze, so that it "
-                    "cannot be scored by itself; word one of them differently"
-                )
-            if own in found:
-                raise InputError(
-                    f"options {found[own]!r} and {option!r} are the same tokens to this tokenizer; "
-                    "leave the question out, or use a model whose tokenizer has these characters"
-                )
-            found[own] = option
-    return Item(tuple(context), tuple(found), question.id)
+            wholes = [[*context, *row[front:]] for row in wholes]
+        with naming(question.id):
+            own = _own_tokens(tokenizer, question, context, wholes)
+        items.append(Item(tuple(context), own, question.id))
+    return items
+
+
+def _own_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    question: Question,
+    context: list[int],
+    wholes: Sequence[list[int]],
+) -> tuple[tuple[int, ...], ...]:
+    """The tokens of each option, behind those of the prompt."""
+    found: dict[tuple[int, ...], str] = {}
+    for option, whole in zip(question.options, wholes, strict=True):
+        before, own = whole[: len(context)], tuple(whole[len(context) :])
+        if not own:
+            raise InputError(f"option {option!r} adds no token to the cloze; reword it")
+        # Either text may hold the space between them, but no letter of the other.
+        if before != context and _spelled(tokenizer, before) != _spelled(tokenizer, context):
+            raise InputError(
+                f"the tokenizer joins option {option!r} with the end of the cloze, so that it "
+                "cannot be scored by itself; word one of them differently"
+            )
+        if own in found:
+            raise InputError(
+                f"options {found[own]!r} and {option!r} are the same tokens to this tokenizer; "
+                "leave the question out, or use a model whose tokenizer has these characters"
+            )
+        found[own] = option
+    return tuple(found)
 
 
 def _spelled(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
@@ -150,7 +174,11 @@ def score_options(
         forward = partial(_packed_forward, view, keeps, engine, _head(view.model))
     with packed_layers(view.model, tokens=tokens):
         for done, values in in_batches(batches, forward, rows.longest_row):
-            reads = [(cell.requests[r.item], r.option) for cell in done for r in cell.row.reads]
+            reads = [
+                (cell.requests[item], option)
+                for cell in done
+                for item, option in zip(cell.row.reads.items, cell.row.reads.options, strict=True)
+            ]
             for (number, option), value in zip(reads, values.tolist(), strict=True):
                 scores[number][option] += value
             progress(len({number for number, option in reads if option == 0}))
@@ -179,7 +207,7 @@ def _packed_forward(
     read = states[np.repeat(np.arange(len(batch)), sizes), places]
     starts = np.cumsum(sizes) - sizes
     which = [start + cell.row.which for start, cell in zip(starts, batch, strict=True)]
-    targets = torch.tensor([read.token for cell in batch for read in cell.row.reads])
+    targets = torch.tensor([token for cell in batch for token in cell.row.reads.tokens])
     return head(read, torch.from_numpy(np.concatenate(which)), targets).cpu()
 
 
@@ -266,8 +294,8 @@ def _plain_forward(
     """The same for single sequences, by the model's own forward pass."""
     device = view.embedding.device
     tokens, kept = pad_right([cell.row.tokens for cell in batch], length)
-    where = [(index, read.place) for index, cell in enumerate(batch) for read in cell.row.reads]
-    targets = torch.tensor([read.token for cell in batch for read in cell.row.reads])
+    where = [(index, place) for index, cell in enumerate(batch) for place in cell.row.reads.places]
+    targets = torch.tensor([token for cell in batch for token in cell.row.reads.tokens])
     with (
         hooks.mask_rows(view, [keeps[cell.mask] for cell in batch]),
         hooks.unembed_only(view.model, torch.tensor(where)),

@@ -20,37 +20,43 @@ TODAY = "26 Jul 2024"
 PROBE = "The year 1960"  # any text: a tokenizer adds the same to all
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+def token_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], names: Sequence[str] = ()
+) -> list[list[int]]:
     """`token_ids(tokenizer, [cloze])`: the tokens of each text, after those added in front.
 
-    A text in which the tokenizer reads a special token, or nothing at all, is refused.
+    A text in which the tokenizer reads a special token, or nothing at all, is refused, by its name
+    if it has one.
     """
     if not texts:
         return []
     front, rows = front_tokens(tokenizer), _read(tokenizer, texts)
     known = tokenizer.added_tokens_decoder.items()
     special = {number: token.content for number, token in known if token.special}
-    for text, row in zip(texts, rows, strict=True):
+    for name, text, row in zip(names or [""] * len(texts), texts, rows, strict=True):
+        about = f"{name}: text {text[:80]!r}" if name else f"text {text[:80]!r}"
         if not row:
-            raise InputError(f"text {text[:80]!r}: the tokenizer reads nothing of it; reword it")
+            raise InputError(f"{about}: the tokenizer reads nothing of it; reword it")
         for number in special.keys() & set(row):
             # Word-level and unigram vocabularies hold their special tokens among the words.
             if special[number] in text:
-                raise InputError(
-                    f"text {text[:80]!r}: holds the special token {special[number]!r}; reword it"
-                )
+                raise InputError(f"{about}: holds the special token {special[number]!r}; reword it")
     return [[*front, *row] for row in rows]
 
 
 def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, chat: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    names: Sequence[str] = (),
+    *,
+    chat: bool = False,
 ) -> list[list[int]]:
     """`prompt_ids(tokenizer, [cloze], chat=True)`: each as a user's turn in the model's template.
 
     The template's own tokens, special ones among them, are around the prompt, and the answer is
     next. Without `chat`, as `token_ids`.
     """
-    rows = token_ids(tokenizer, prompts)
+    rows = token_ids(tokenizer, prompts, names)
     if not chat:
         return rows
     if not tokenizer.chat_template:

@@ -23,11 +23,10 @@ from paramspec.errors import InputError
 from paramspec.execution.limits import cores, memory
 from paramspec.method.pss import asked_questions, count_masks
 from paramspec.method.rows import Engine, Request, fill_rows
-from paramspec.method.scoring import encode
+from paramspec.method.scoring import encode_all
 from paramspec.models.checkpoints import checkpoint_files, find_checkpoint
 from paramspec.models.load import check_checkpoint, load_tokenizer
 from paramspec.models.registry import empty_model, find_micro, find_spec, published_config
-from paramspec.models.tokens import prompt_ids
 from paramspec.models.zoo import ZooModel
 from paramspec.models.zoo_training import own_tokenizer
 from paramspec.specwiki import Question, questions_digest
@@ -76,15 +75,13 @@ def tokens_of(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> Tok
     question once, without a mask; and each concept's questions, and general ones, under its masks.
     """
     questions, choices = experiment.questions, experiment.choices
-    chat = choices.chat
-    items = {question.id: encode(tokenizer, question, chat=chat) for question in questions}
+    items = {item.name: item for item in encode_all(tokenizer, questions, chat=choices.chat)}
 
     def scored(asked: Iterable[Question]) -> np.ndarray:
         cells = fill_rows([Request(items[q.id], 0) for q in asked], PACKED, choices.row_tokens)
         return np.array([(len(cell.row.tokens), len(cell.row.places)) for cell in cells]).sum(0)
 
-    clozes = [question.cloze for question in questions]
-    recorded = sum(map(len, prompt_ids(tokenizer, clozes, chat=chat)))
+    recorded = sum(len(item.context) for item in items.values())
     bare = scored(question for question in questions if question.fold in choices.score_on)
     masked = sum(
         scored(question for question, _ in asked_questions(questions, concept, choices))

@@ -38,7 +38,7 @@ from paramspec.method.masks import (
 )
 from paramspec.method.pss import Choices
 from paramspec.method.rows import ROW_TOKENS, Request
-from paramspec.method.scoring import encode, mark, score_options
+from paramspec.method.scoring import encode_all, mark, score_options
 from paramspec.models.checkpoints import Checkpoint
 from paramspec.models.describe import folds_asked, require_taught
 from paramspec.models.load import LoadedModel
@@ -241,7 +241,7 @@ def answer_table(
     ready: Ready, questions: Sequence[Question], *, chat: bool = False, **budget: int
 ) -> pd.DataFrame:
     """The table of `score_questions`, of a model in memory; `budget` is of `score_options`."""
-    items = [encode(ready.loaded.tokenizer, question, chat=chat) for question in questions]
+    items = encode_all(ready.loaded.tokenizer, questions, chat=chat)
     requests = [Request(item, 0) for item in items]
     with _progress(questions, "answers") as bar:
         options: dict[str, Any] = {"engine": ready.engine, "progress": bar.update, **budget}
