@@ -264,9 +264,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "value", "remedy"), BAD, ids=[" ".join(b[0]) for b in BAD])
-def test_bad_input_is_refused_before_any_work(
-    root, arguments, value, remedy, monkeypatch, refused
-):
+def test_bad_input_is_refused_before_any_work(root, arguments, value, remedy, monkeypatch, refused):
     files = {"list.yaml": "[1, 2]", "broken.yaml": "a: [", "stranger.yaml": "9-none: {}"}
     for name, text in {**files, "typo.yaml": "a-small: {sede: 1}", "runs.txt": ""}.items():
         (root / name).write_text(text)
@@ -322,7 +320,7 @@ BAD_VALUES += [("bool", 0), ("list[str]", [1]), ("int | None", "none"), ('Litera
 @pytest.mark.parametrize(("annotation", "value"), BAD_VALUES)
 def test_types_are_strict(chapter, annotation, value):
     """What is good for them is in the profiles, and below."""
-    with pytest.raises(InputError, match="^x"):
+    with pytest.raises(InputError, match=r"^x"):
         checked(chapter, annotation, value)
 
 

@@ -21,7 +21,9 @@ CLAIMS = notebook.claims()
 DECIMALS = re.compile(r"\d\.\d\d+")
 LONGEST = 15  # lines of a code cell
 DRAWN = {name for name in dir(figures) if not name.startswith("_")} - {"use_book_style"}
-FIGURE = re.compile(r":  figure:\n:    name: (fig-[\w-]+)\n:    caption: \"[^\"]{40,}\"\n:  image:\n:    alt: ")
+FIGURE = re.compile(
+    r":  figure:\n:    name: (fig-[\w-]+)\n:    caption: \"[^\"]{40,}\"\n:  image:\n:    alt: "
+)
 
 
 def code_cells(text: str) -> list[str]:
@@ -39,7 +41,9 @@ def computing(source: str) -> set[str]:
         return set()
     work = (ast.For, ast.While, ast.comprehension, ast.FunctionDef, ast.Lambda, ast.BinOp)
     done = {type(node).__name__ for node in nodes if isinstance(node, work)}
-    return done | {name for name in called if not re.fullmatch(r"(figures|interactive)\.\w+|len|print", name)}
+    return done | {
+        name for name in called if not re.fullmatch(r"(figures|interactive)\.\w+|len|print", name)
+    }
 
 
 @pytest.mark.parametrize("name", PAGES)

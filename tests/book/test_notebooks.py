@@ -39,7 +39,9 @@ def published(tmp_path_factory):
         shutil.copy(REPOSITORY / name, source)
 
     def git(*line):
-        done = subprocess.run(["git", *line], cwd=source, check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", *line], cwd=source, check=True, capture_output=True, text=True
+        )
         return done.stdout.strip()
 
     git("init", "-q")
@@ -62,7 +64,9 @@ def python(tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "smaller"), [("1-value-vectors", ""), ("how-sure", "studies, resamples = 4, 20")]
 )
-def test_a_notebook_runs_in_a_fresh_environment(name, smaller, published, python, tmp_path, unpacked):
+def test_a_notebook_runs_in_a_fresh_environment(
+    name, smaller, published, python, tmp_path, unpacked
+):
     told, commit = published
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "gguf").symlink_to(unpacked)

@@ -55,7 +55,9 @@ def test_a_colour_has_one_meaning():
 def test_a_table_shows_intervals_small_and_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv(kept.DATA, str(tmp_path / "x.data"))
     index = pd.Index(["<b>", "b"], name="of & with")
-    frame = pd.DataFrame({"r": ["0.25\u00a0[-0.17,\u00a00.32]", "–"], "n": [3, 0.51234]}, index=index)
+    frame = pd.DataFrame(
+        {"r": ["0.25\u00a0[-0.17,\u00a00.32]", "\u2013"], "n": [3, 0.51234]}, index=index
+    )
     html = to_html(frame)
     assert '0.25<small class="interval">\u00a0[\u22120.17,\u00a00.32]</small>' in html
     assert "&lt;b&gt;" in html
@@ -120,12 +122,15 @@ def test_a_notebook_begins_with_its_installation(address):
 def test_an_interactive_figure_holds_every_measure_and_its_null():
     table = pd.DataFrame(
         {"model": ["a", "b"], "family": ["llama", None], "accuracy": [0.3, 0.5], "did": [0.1, 0.2],
-         "did_low": [0.0, 0.1], "did_high": [0.2, 0.3], "null_did": [0.01, np.nan], "pss": [0.4, 0.6]}
+         "did_low": [0.0, 0.1], "did_high": [0.2, 0.3], "null_did": [0.01, np.nan],
+         "pss": [0.4, 0.6]}
     )  # fmt: skip
     chosen = {"difference": "did", "peak": "pss"}
     chart = interactive.models(table, "accuracy", "accuracy", chosen).specification
     (data,) = chart["datasets"].values()
-    found = {(row["model"], row["measure"]): (row["value"], row["low"], row["null"]) for row in data}
+    found = {
+        (row["model"], row["measure"]): (row["value"], row["low"], row["null"]) for row in data
+    }
     assert found["a", "difference"] == (0.1, 0.0, 0.01)
     assert found["b", "peak"] == (0.6, None, None)
     assert [one["bind"]["options"] for one in chart["params"]] == [list(chosen)]

@@ -50,7 +50,9 @@ def test_a_report_is_one_file_with_the_numbers_of_the_run(runs, command):
     details = pd.read_parquet(runs / "before" / "details.parquet")
     peak = peak_pss(details).set_index("mask").loc["concept"]
     text = text_of(page)
-    assert f"{abs(peak['did']):.3f} {'more' if peak['did'] >= 0 else 'less'} of the accuracy" in text
+    assert (
+        f"{abs(peak['did']):.3f} {'more' if peak['did'] >= 0 else 'less'} of the accuracy" in text
+    )
     assert f"{peak['peak_pooled']:.3f}" in text
     bare = details[(details["mask"] == "none") & (details["role"] == "concept")]
     assert f"answers {bare['correct_norm'].mean():.0%}".replace("%", " %") in text
