@@ -47,11 +47,21 @@ def with_vectors_zeroed(view: ValueVectorView, keep: Tensor | None) -> nn.Module
 
 def same_tables(one: pd.DataFrame, other: pd.DataFrame, atol: float = 1e-3, **options) -> None:
     """Tables of the same questions and masks; log-likelihoods may differ by rounding."""
-    tables = [one.reset_index(drop=True), other.reset_index(drop=True)]
+    tables = [plain(one.reset_index(drop=True)), plain(other.reset_index(drop=True))]
     if "option_logprobs" in one:
         scores = [np.stack(table.pop("option_logprobs")) for table in tables]
         np.testing.assert_allclose(*scores, rtol=0, atol=atol)
     pd.testing.assert_frame_equal(*tables, **options)
+
+
+def plain(table: pd.DataFrame) -> pd.DataFrame:
+    """Categories as texts, and the lists of a parquet file, whoever read it, as lists."""
+    kinds = {name: column.dtype for name, column in table.items()}
+    texts = [name for name, kind in kinds.items() if isinstance(kind, pd.CategoricalDtype)]
+    lists = [name for name in ("option_logprobs", "option_tokens") if name in kinds]
+    return table.astype(dict.fromkeys(texts, str)).assign(
+        **{name: list(map(list, table[name])) for name in lists}
+    )
 
 
 @torch.no_grad()

@@ -31,8 +31,8 @@ from datasets import load_dataset
 answers = load_dataset("{repo}", "details")  # every answer; "pss": accuracies; "questions"
 ```
 
-`masks.safetensors` holds the masked value vectors as rows of (layer, vector); `run.json` says what
-was measured, by which versions, on which machine.
+`masks.safetensors` holds a bit for each value vector, 1 where it is masked, layer by layer, as
+`numpy.packbits` does; `run.json` says what was measured, by which versions, on which machine.
 """
 QUESTIONS_CARD = """\
 ---

@@ -272,3 +272,26 @@ def test_workers_are_done_together_when_one_model_is_much_larger(count, monkeypa
         assert len(tasks) == 21 * 15  # in one process, the model is kept
     else:
         assert Counter(name for name, _ in tasks if name != "20") == Counter(sizes.keys() - {"20"})
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(None, "01001"), ("4,GPU-a", "4a44a")])
+def test_each_worker_sees_a_gpu_of_its_own(visible, expected, monkeypatch, tmp_path):
+    """The third shares one; a worker that takes a dead one's place takes its GPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(parallel.tempfile, "gettempdir", lambda: str(tmp_path))
+    locks, seen = [], []
+    for number in range(5):
+        if number == 3:
+            locks[0].release()
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
+        locks.append(parallel._see_one_gpu.__wrapped__())
+        seen.append(os.environ["CUDA_VISIBLE_DEVICES"][-1])
+    assert "".join(seen) == expected
+
+
+def test_a_process_with_one_gpu_or_none_sees_what_it_is_given(monkeypatch):
+    for visible, count in (("1", 1), (None, 0), (None, 1)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
+        assert parallel._see_one_gpu.__wrapped__() is None
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == (visible or "")

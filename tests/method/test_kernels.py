@@ -205,10 +205,10 @@ def test_a_worker_of_another_kind_is_refused(monkeypatch):
     monkeypatch.setattr(runner, "load_model", lambda *_, **__: model)
     found = Checkpoint("toy", Path("toy"))
     planned = runner.Target(found, "cpu", runner.basis_of(model))
-    assert runner._load(planned, found) is model
+    assert runner.loaded_target(planned) is model
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")
     with pytest.raises(InputError, match=r"toy: arithmetic '[^']*SVE256[^']*' on this machine"):
-        runner._load(planned, found)
+        runner.loaded_target(planned)
 
 
 def test_a_lack_of_memory_is_not_taken_for_a_fault_of_the_model(monkeypatch):

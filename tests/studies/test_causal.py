@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pandas as pd
@@ -219,6 +220,16 @@ def test_a_rerun_trains_and_asks_nothing(model, store, study, monkeypatch):
         pd.testing.assert_frame_equal(*both)
     assert set(again.details["model"]) == set(again.details["run"])
     assert all(torch.equal(study.vectors[r.name], again.vectors[f"again {r.name}"]) for r in RUNS)
+
+
+def test_what_is_large_is_trained_again_to_the_same_bits(measure, study, tmp_path, monkeypatch):
+    monkeypatch.setattr(causal, "KEPT", 0)
+    expected = study.answers[study.answers["run"] == "FT-PV/0"].reset_index(drop=True)
+    for stated in (0, 2):
+        again = measure(Run("FT-PV/0", TRAINING, Evaluation(others=10, stated=stated)))
+        pd.testing.assert_frame_equal(again.answers, expected, check_exact=True)
+    units = [json.loads(key.read_text())["unit"] for key in tmp_path.rglob("key.json")]
+    assert sorted(units) == ["causal", "causal", "coefficients"]
 
 
 def test_a_page_says_what_trained_and_what_evaluated(measure, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ import torch
 from oracles import coefficients_alone
 from paramspec.errors import InputError
 from paramspec.method.hooks import value_vector_view
+from paramspec.method.masks import keep_tensor, magnitude_matched_vectors
 from paramspec.specwiki import load_questions
 from paramspec.studies.training import (
     METHODS,
@@ -123,16 +124,10 @@ def test_each_rule_against_brute_force(view, family):
         assert torch.equal(chosen[rule], highest(values)), rule
     found = gradient_norms(view, toy_tokenizer(), texts_of(*training.concepts))
     torch.testing.assert_close(found, norms, rtol=1e-3, atol=1e-6)
-    # Of the rule `magnitude`: the nearest that is free, in an order drawn by the seed.
     draw = torch.Generator().manual_seed(training.seed)
-    layers = (own.float(), chosen["coefficient"], chosen["magnitude"])
-    for values, most, found in zip(*layers, strict=True):
-        wanted, free = most.nonzero()[:, 0], ~most
-        for place in torch.randperm(len(wanted), generator=draw).tolist():
-            distance = (values - values[wanted[place]]).abs()
-            free[distance.masked_fill(~free, torch.inf).argmin()] = False
-        free[wanted] = True
-        assert torch.equal(found, ~free)
+    most = chosen["coefficient"].nonzero().int()
+    matched = magnitude_matched_vectors(most, own.float().argsort(1), draw)
+    assert torch.equal(chosen["magnitude"], ~keep_tensor(matched, *own.shape))
     assert len({str(rule.nonzero().tolist()) for rule in chosen.values()}) == len(chosen)
 
 

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import getpass
+import itertools
 import logging
-import multiprocessing
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import joblib
+from filelock import FileLock, Timeout
+from joblib.parallel import SequentialBackend
 
 from paramspec.errors import InputError
 from paramspec.execution.ends import keep_interrupts_from_children, watch_parent
@@ -54,7 +60,7 @@ def workers(jobs: int = 0, scheduler: str | None = None) -> Iterator[None]:
             yield
     elif count > 1:
         keep_interrupts_from_children()
-        options = {"initializer": _begin_worker, "initargs": (os.getpid(), gpus)}
+        options = {"initializer": watch_parent, "initargs": (os.getpid(),)}
         with joblib.parallel_config("loky", n_jobs=count, inner_max_num_threads=threads, **options):
             yield
     else:
@@ -67,23 +73,15 @@ def workers(jobs: int = 0, scheduler: str | None = None) -> Iterator[None]:
             torch.set_num_threads(own)
 
 
-def _begin_worker(parent: int, gpus: int) -> None:
-    watch_parent(parent)
-    if gpus > 1:
-        import torch
-
-        number = multiprocessing.current_process().name.rpartition("-")[2]  # of LokyProcess-2
-        torch.cuda.set_device(int(number) % gpus)
-
-
 def hand_out(function: Callable[..., object], tasks: Sequence[Sequence[object]]) -> Iterator[Any]:
     """`for result in hand_out(measure, [(first, ...), (second, ...)])`: each as it is done.
 
     Put the longest task first. The function is of a module, so that another process finds it.
     """
     parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="all")
+    away = not isinstance(joblib.parallel.get_active_backend()[0], SequentialBackend)
     try:
-        yield from parallel(joblib.delayed(_task)(function, *task) for task in tasks)
+        yield from parallel(joblib.delayed(_task)(away, function, *task) for task in tasks)
     except Exception as error:
         # Of joblib and of distributed, by name: an import of these takes long.
         if type(error).__name__ not in ("TerminatedWorkerError", "KilledWorker"):
@@ -94,12 +92,37 @@ def hand_out(function: Callable[..., object], tasks: Sequence[Sequence[object]])
         ) from error
 
 
-def _task(function: Callable[..., object], *arguments: object) -> object:
+def _task(away: bool, function: Callable[..., object], *arguments: object) -> object:
     """One at a time, also in a worker of several threads: tasks share the model that the process
     holds, and the state of torch's random numbers.
     """
     with _ONE_TASK:
+        if away:
+            _see_one_gpu()
         return function(*arguments)
+
+
+@functools.cache  # once in a worker, before it uses a GPU
+def _see_one_gpu() -> FileLock | None:
+    """From now on this process sees one GPU, the first that no other worker of the machine has.
+
+    The lock, which is held until the process ends, says so to the others.
+    """
+    import torch
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = given.split(",") if given else list(map(str, range(torch.cuda.device_count())))
+    if len(gpus) < 2:
+        return None
+    folder = Path(tempfile.gettempdir()) / f"paramspec-gpus-of-{getpass.getuser()}"
+    folder.mkdir(exist_ok=True)
+    for number in itertools.count():  # with more workers than GPUs, some share one
+        lock = FileLock(folder / f"{number}.lock", blocking=False)
+        with contextlib.suppress(Timeout):
+            lock.acquire()
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+            return lock
+    raise AssertionError
 
 
 def on_this_machine() -> bool:

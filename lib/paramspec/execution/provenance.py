@@ -44,7 +44,7 @@ def version_of(name: str) -> str | None:
 
 def hardware() -> dict[str, Any]:
     """`cpu`, `cores` and `memory` (bytes) that this process may use; of torch, if it is imported,
-    `gpus`, `threads`, `instructions`. Never the machine's name.
+    `gpus`, `threads`, `instructions`, and of GPUs `float32`. Never the machine's name.
     """
     from paramspec.execution.limits import cores, memory  # half a second
 
@@ -58,6 +58,8 @@ def hardware() -> dict[str, Any]:
         found["instructions"] = torch.backends.cpu.get_cpu_capability()
         gpus = range(torch.cuda.device_count())
         found["gpus"] = [torch.cuda.get_device_name(gpu) for gpu in gpus]
+        if gpus:
+            found["float32"] = torch.get_float32_matmul_precision()  # "highest": without TF32
     return found
 
 

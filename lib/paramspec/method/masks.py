@@ -11,18 +11,18 @@ default) or `model` (k times the number of layers, from the whole model).
 
 from __future__ import annotations
 
-import bisect
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -47,6 +47,7 @@ class ConceptCoefficients:
     concepts: tuple[str, ...]
     sums: Tensor
     counts: Tensor
+    _totals: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def related(self, concept: str, folds: Sequence[int] = (0, 1)) -> Tensor:
         """Mean over the concept's own questions of these folds, `[layers, width]`."""
@@ -55,15 +56,22 @@ class ConceptCoefficients:
 
     def unrelated(self, concept: str, folds: Sequence[int] = (0, 1)) -> Tensor:
         """Mean over the questions of all other concepts in these folds, `[layers, width]`."""
-        row, folds = self.concepts.index(concept), list(folds)
-        count = self.counts[:, folds].sum() - self.counts[row, folds].sum()
+        row, own = self.concepts.index(concept), list(folds)
+        count = self.counts[:, own].sum() - self.counts[row, own].sum()
         if count == 0:
             raise InputError(f"{concept}: no other concept to compare with; give at least two")
-        return (self.sums[:, folds].sum((0, 1)) - self.sums[row, folds].sum(0)) / count
+        return (self.total(folds) - self.sums[row, own].sum(0)) / count
+
+    def total(self, folds: Sequence[int] = (0, 1)) -> Tensor:
+        """Sum over all questions of these folds, `[layers, width]`; added up once."""
+        folds = tuple(folds)
+        if folds not in self._totals:
+            self._totals[folds] = self.sums[:, list(folds)].sum((0, 1))
+        return self._totals[folds]
 
     def most_active(self, share: float, folds: Sequence[int] = (0, 1)) -> Tensor:
         """This share of each layer, of the highest means over all questions: `[layers, width]`."""
-        means = self.sums[:, list(folds)].sum((0, 1))
+        means = self.total(folds)
         places = means.topk(round(share * means.shape[1]), dim=1).indices
         return torch.zeros_like(means, dtype=torch.bool).scatter_(1, places, True)
 
@@ -208,30 +216,39 @@ def random_vectors(like: Tensor, layers: int, width: int, generator: torch.Gener
 
 
 def magnitude_matched_vectors(
-    like: Tensor, magnitudes: Tensor, generator: torch.Generator
+    like: Tensor, ascending: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """For each vector of `like`, in random order, the nearest in magnitude of its layer.
+    """As many value vectors in each layer, none of `like`, that are nearest in magnitude.
 
-    `magnitudes` is `[layers, width]`. A vector in `like`, or taken already, is not taken; where too
-    few are left, there are fewer.
+    `ascending` is int64 `[layers, width]`, `magnitudes.argsort(1)`. Of all ways to pair each vector
+    of `like` with one of its own, the squared distances in rank are least. A tenth of the vectors
+    is left out at random, so that draws differ; where too few are left, all of them are taken.
     """
-    layers, width = magnitudes.shape
-    keep = keep_tensor(like, layers, width)
-    chosen = torch.zeros_like(keep)
-    for layer in range(layers):
-        values = magnitudes[layer].tolist()
-        free = sorted((values[index], index) for index in keep[layer].nonzero()[:, 0].tolist())
-        wanted = (~keep[layer]).nonzero()[:, 0]
-        for index in wanted[torch.randperm(len(wanted), generator=generator)].tolist():
-            if not free:
-                break
-            place = bisect.bisect_left(free, (values[index], -1))
-            if place == len(free) or (
-                place > 0 and values[index] - free[place - 1][0] < free[place][0] - values[index]
-            ):
-                place -= 1
-            chosen[layer, free.pop(place)[1]] = True
+    from scipy.optimize import isotonic_regression  # takes half a second
+
+    layers, width = ascending.shape
+    keep = keep_tensor(like, layers, width).gather(1, ascending).numpy()
+    drawn = torch.rand(layers, width, generator=generator).numpy()
+    chosen = torch.zeros(layers, width, dtype=torch.bool)
+    for layer, order in enumerate(ascending):
+        free, wanted = keep[layer], np.flatnonzero(~keep[layer])
+        spared = max(0, min(free.sum() // 10, free.sum() - len(wanted)))
+        free = free & ~_lowest(np.where(free, drawn[layer], 1), spared)
+        places, pairs = np.flatnonzero(free), np.arange(min(len(wanted), free.sum()))
+        # Between two free vectors, the rank is that of neither: a half less than the upper's.
+        ranks = (np.cumsum(free)[wanted] - 0.5)[: len(pairs)]
+        # Ranks that rise by one or more at each step are those that never fall, less the steps.
+        level = isotonic_regression(ranks - pairs).x if len(pairs) else ranks
+        level = np.ceil(level - 0.5).clip(0, len(places) - len(pairs)).astype(int)
+        chosen[layer, order[places[level + pairs]]] = True
     return chosen.nonzero().int()
+
+
+def _lowest(values: np.ndarray, count: int) -> np.ndarray:
+    """Where the lowest values are, `count` of them."""
+    found = np.zeros(len(values), dtype=bool)
+    found[np.argpartition(values, count)[:count]] = True
+    return found
 
 
 def keep_tensor(vectors: Tensor, layers: int, width: int) -> Tensor:
@@ -245,17 +262,42 @@ def keep_tensor(vectors: Tensor, layers: int, width: int) -> Tensor:
     return keep
 
 
-def save_masks(path: Path, masks: Mapping[str, Tensor], choices: Mapping[str, Any]) -> None:
-    """`save_masks(path, {mask_name(...): vectors}, choices)`: in a directory published whole."""
-    metadata = {name: json.dumps(value) for name, value in choices.items()}
-    tensors = {name: vectors.contiguous() for name, vectors in masks.items()}
-    # Without tensors and metadata, `save_file` would make a file that nothing reads.
-    save_file(tensors, path, metadata if tensors else metadata or None)
+def save_masks(
+    path: Path,
+    shapes: Mapping[str, tuple[int, int]],
+    masks: Iterable[Tensor],
+    choices: Mapping[str, Any],
+) -> None:
+    """`save_masks(path, {mask_name(...): (layers, width)}, [vectors], choices)`: a file of
+    safetensors, uint8 `[layers, ceil(width / 8)]`, a bit for each value vector, the first highest.
+
+    It is written mask by mask, which the library's own `save_file` cannot: those of a study of 7
+    billion parameters would be gigabytes.
+    """
+    header: dict[str, Any] = {}
+    if choices:
+        header["__metadata__"] = {name: json.dumps(value) for name, value in choices.items()}
+    end = 0
+    for name, (layers, width) in shapes.items():
+        start, end = end, end + layers * math.ceil(width / 8)
+        shape, place = [layers, math.ceil(width / 8)], [start, end]
+        header[name] = {"dtype": "U8", "shape": shape, "data_offsets": place}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (layers, width), vectors in zip(shapes.values(), masks, strict=True):
+            masked = ~keep_tensor(vectors, layers, width).numpy()
+            file.write(np.packbits(masked, axis=1).tobytes())
 
 
 def load_masks(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """`masks, choices = load_masks(path)`, as `save_masks` was given them."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        masks = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    """`masks, choices = load_masks(path)`, as `save_masks` was given them: int32 `[n, 2]` each."""
+    with safetensors.safe_open(path, framework="np") as file:
+        masks = {name: _unpacked(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
         choices = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
     return masks, choices
+
+
+def _unpacked(bits: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.argwhere(np.unpackbits(bits, axis=1))).int()

@@ -11,7 +11,7 @@ lm-evaluation-harness's `acc_norm`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -161,7 +161,15 @@ def asked_questions(
 
 def count_masks(choices: Choices) -> int:
     """The number of a concept's masks, `none` and controls included."""
-    return 1 + len(choices.ratios) * (1 + len(choices.nulls) * choices.controls)
+    return 1 + sum(1 for _ in mask_cells(choices))
+
+
+def mask_cells(choices: Choices) -> Iterator[tuple[float, str, int]]:
+    """The ratio, kind and seed of each of a concept's masks but `none`, in order."""
+    for ratio in choices.ratios:
+        yield ratio, "concept", choices.seed
+        for seed in range(choices.seed, choices.seed + choices.controls):
+            yield from ((ratio, kind, seed) for kind in choices.nulls)
 
 
 def concept_masks(coefficients: ConceptCoefficients, concept: str, choices: Choices) -> list[_Mask]:
@@ -174,19 +182,24 @@ def concept_masks(coefficients: ConceptCoefficients, concept: str, choices: Choi
         return scores.masked_fill(spared, -torch.inf)
 
     scores = scored(concept)
-    magnitudes = coefficients.related(concept, choices.choose_on)
+    ascending = coefficients.related(concept, choices.choose_on).argsort(dim=1, stable=True)
+    seeds = range(choices.seed, choices.seed + choices.controls)
+    others = {}
+    if "other" in choices.nulls:
+        others = {
+            seed: scored(other_concept(coefficients.concepts, concept, seed)) for seed in seeds
+        }
     found = [_Mask("none", 0.0, choices.seed, torch.empty(0, 2, dtype=torch.int32))]
     for ratio in choices.ratios:
         own = masks.top_vectors(scores, ratio, choices.scope)
         found.append(_Mask("concept", ratio, choices.seed, own))
-        for seed in range(choices.seed, choices.seed + choices.controls):
+        for seed in seeds:
             draw = generator_of((seed, "control", concept, ratio))
             drawn = {"random": masks.random_vectors(own, layers, width, draw)}
             if "magnitude" in choices.nulls:
-                drawn["magnitude"] = masks.magnitude_matched_vectors(own, magnitudes, draw)
+                drawn["magnitude"] = masks.magnitude_matched_vectors(own, ascending, draw)
             if "other" in choices.nulls:
-                partner = other_concept(coefficients.concepts, concept, seed)
-                drawn["other"] = masks.top_vectors(scored(partner), ratio, choices.scope)
+                drawn["other"] = masks.top_vectors(others[seed], ratio, choices.scope)
             found += [_Mask(kind, ratio, seed, drawn[kind]) for kind in choices.nulls]
     return found
 

@@ -31,7 +31,7 @@ from paramspec.models.tokens import front_tokens, prompt_ids, token_ids
 from paramspec.specwiki import Question
 
 # Raised whenever a change could move a score; part of every result's key.
-SCORING_VERSION = 7
+SCORING_VERSION = 8
 # Two scores tie if they differ by no more than this share of them: by float32's rounding.
 TIE = 1e-6
 VOCABULARY_BLOCK = 4096  # logits that are in memory at once, for each position that is read

@@ -6,6 +6,7 @@ loaded.model, loaded.tokenizer, loaded.digest
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,9 @@ def load_model(
         InputError: one line with the value, the place and the remedy.
     """
     place, kind = place_and_dtype(device, dtype)
+    # float32 is float32: not TF32's ten bits, whatever the environment says.
+    torch.set_float32_matmul_precision("highest")
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
     checkpoint = checkpoints.find_checkpoint(model) if isinstance(model, str) else model
     path = checkpoint.path
     with quiet_transformers(), told_in_one_line(path):

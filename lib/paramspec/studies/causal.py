@@ -23,7 +23,7 @@ from torch import Tensor
 
 from paramspec.errors import InputError, naming
 from paramspec.execution.limits import release_memory
-from paramspec.execution.provenance import read_computed
+from paramspec.execution.provenance import computed, read_computed
 from paramspec.execution.store import Computed, Store
 from paramspec.method import masks
 from paramspec.method.hooks import replace_value_vectors
@@ -37,6 +37,7 @@ from paramspec.studies.training import METHODS, Method, Training, last_statement
 
 TRAINED = "vectors.safetensors"
 RECORD = "record.json"
+KEPT = 2**28  # bytes of trained values; more are trained again when they are needed again
 # The columns of a training in the table of runs, and their values for the original.
 ORIGINAL = {"method": "original", "rule": "", "share": 0.0, "seed": 0, "learning_rate": 0.0}
 
@@ -206,10 +207,8 @@ def _measure_run(
     facts, record, vectors = "{}", None, torch.empty(0, 2, dtype=torch.int32)
     with naming(run.name), ExitStack() as stack:
         if not run.original:
-            path = _trained(ready, questions, run.training, store)
+            tensors, facts, record = _trained(ready, questions, run.training, store)
             release_memory()  # an optimizer's worth of it
-            facts, record = (path / RECORD).read_text(encoding="utf-8"), read_computed(path)
-            tensors = load_file(path / TRAINED)
             stack.enter_context(replace_value_vectors(ready.view, **tensors))
             vectors = tensors["vectors"]
         tables = evaluate(ready, questions, run.training.concepts, run.evaluation)
@@ -225,7 +224,10 @@ def _measure_run(
 
 def _trained(
     ready: runner.Ready, questions: Sequence[Question], training: Training, store: Store
-) -> Path:
+) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
+    """The trained `vectors` and their `values`, the facts of `tune`, and the record of the unit;
+    stored, unless they are so large that training them again, to the same bits, costs less.
+    """
     loaded, view = ready.loaded, ready.view
     refuse_quantized(loaded)
     basis = {
@@ -242,22 +244,27 @@ def _trained(
     if training.rule in ("score", "other"):  # which look at other concepts' statements
         key["questions"] = questions_digest(questions)
 
-    def train() -> Computed:
+    with store.turn(key):
+        if path := store.get(key):
+            facts = (path / RECORD).read_text(encoding="utf-8")
+            return load_file(path / TRAINED), facts, read_computed(path)
         kept = partial(_coefficients, store, basis, runner.unit_record(loaded))
         tuned = tune(view, loaded.tokenizer, questions, training, coefficients=kept)
-        with tuned as (vectors, trained, facts):
+        with tuned as (vectors, trained, found):
             values = torch.empty(len(vectors), view.hidden, dtype=view.modules[0].weight.dtype)
             for layer, chosen in trained.chosen.items():
                 moved = view.vectors(layer)[chosen].float() + trained.offsets[str(layer)].detach()
                 values[vectors[:, 0] == layer] = moved.to(values.dtype).cpu()
+        tensors = {"vectors": vectors.contiguous(), "values": values}
+        facts, record = json.dumps(found), runner.unit_record(loaded)
 
         def write(folder: Path) -> None:
-            save_file({"vectors": vectors.contiguous(), "values": values}, folder / TRAINED)
-            (folder / RECORD).write_text(json.dumps(facts), encoding="utf-8")
+            save_file(tensors, folder / TRAINED)
+            (folder / RECORD).write_text(facts, encoding="utf-8")
 
-        return write, runner.unit_record(loaded)
-
-    return store.find(key, train)
+        if values.nbytes > KEPT:
+            return tensors, facts, computed(**record)
+        return tensors, facts, read_computed(store.put(key, write, record))
 
 
 def _coefficients(

@@ -43,7 +43,7 @@ from paramspec.studies.training import (
 
 WINDOW = 1024  # tokens of a text, at most
 RECORD = "finetune.json"  # next to the weights: how they were trained
-FINETUNE_VERSION = 4  # raised whenever a change could move a trained weight
+FINETUNE_VERSION = 5  # raised whenever a change could move a trained weight
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 
 

@@ -6,18 +6,21 @@ are the same whoever computed them.
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -30,12 +33,7 @@ from paramspec.execution.store import Computed, Store
 from paramspec.method import pss
 from paramspec.method.batches import BATCH_TOKENS
 from paramspec.method.hooks import value_vector_view
-from paramspec.method.masks import (
-    ConceptCoefficients,
-    load_masks,
-    record_concepts,
-    save_masks,
-)
+from paramspec.method.masks import ConceptCoefficients, record_concepts, save_masks
 from paramspec.method.pss import Choices
 from paramspec.method.rows import ROW_TOKENS, Request
 from paramspec.method.scoring import encode_all, mark, score_options
@@ -43,22 +41,107 @@ from paramspec.models.checkpoints import Checkpoint
 from paramspec.models.describe import folds_asked, require_taught
 from paramspec.models.load import LoadedModel
 from paramspec.specwiki import Question, questions_digest
-from paramspec.studies.runner import Done, Ready, basis_of, result_basis, run_units, unit_record
+from paramspec.studies.runner import (
+    Done,
+    Ready,
+    Target,
+    basis_of,
+    loaded_target,
+    result_basis,
+    run_units,
+    unit_record,
+)
 
 COEFFICIENTS, ANSWERS = "coefficients.safetensors", "answers.parquet"
+PSS, DETAILS, MASKS = "pss.parquet", "details.parquet", "masks.safetensors"
+TEXTS = ["model", "protocol", "question_id", "concept", "role", "mask_concept", "mask"]
 ASKED = {"chat", "row_tokens", "batch_tokens"}  # the choices that `answer_table` takes
 SHARD = 4  # concepts of a unit: seconds to minutes of work, so that little is lost by a crash
 
 
 @dataclass(frozen=True)
 class Study:
-    """The tables of `measure_pss`, masks by name, the record of the run, and what was asked."""
+    """What `measure_pss` gives: the table `pss`, the record of the run, and what was asked.
+
+    `details` and `masks` are as large as the models and concepts are many. They are not held: each
+    time, answers are read from the store, and masks are made again from the coefficients there.
+    """
 
     pss: pd.DataFrame
-    details: pd.DataFrame
-    masks: dict[str, Tensor]
     run: dict[str, Any]
     questions: tuple[Question, ...]
+    masks: Masks
+    _paths: list[Path]
+
+    @property
+    def details(self) -> pd.DataFrame:
+        """Every answer, `DETAIL_COLUMNS`; texts are categories, lists are Arrow's."""
+        tables = [pq.read_table(path / DETAILS, read_dictionary=TEXTS) for path in self._paths]
+        table = pa.concat_tables(tables).unify_dictionaries()
+        lists = {kind for kind in table.schema.types if pa.types.is_list(kind)}
+        details = table.to_pandas(types_mapper={one: pd.ArrowDtype(one) for one in lists}.get)
+        for name in TEXTS:  # sorted as texts are
+            texts = details[name].cat
+            details[name] = texts.reorder_categories(sorted(texts.categories))
+        return details
+
+    def write(self, folder: Path) -> None:
+        """`pss.parquet`, `details.parquet` and `masks.safetensors`, unit by unit."""
+        self.pss.to_parquet(folder / PSS, index=False)
+        with pq.ParquetWriter(folder / DETAILS, pq.read_schema(self._paths[0] / DETAILS)) as file:
+            for path in self._paths:
+                file.write_table(pq.read_table(path / DETAILS))
+        shapes = {one["name"]: (one["layers"], one["width"]) for one in self.run["models"]}
+        named = {name: shapes[self.masks.model(name)] for name in self.masks}
+        save_masks(folder / MASKS, named, self.masks.values(), self.run)
+
+
+class Masks(Mapping[str, Tensor]):
+    """The masks of a study, int32 `[n, 2]` of (layer, value vector), by `mask_name`."""
+
+    def __init__(
+        self,
+        targets: Mapping[str, Target],
+        questions: Sequence[Question],
+        choices: Choices,
+        store: Store,
+    ) -> None:
+        self._targets, self._questions, self._choices = targets, questions, choices
+        self._store = store
+        concepts = dict.fromkeys(question.concept for question in questions)
+        self._places = {
+            pss.mask_name(model, concept, *cell): (model, concept, number)
+            for model, concept in itertools.product(targets, concepts)
+            for number, cell in enumerate(pss.mask_cells(choices), 1)
+        }
+        # Those that were asked for last are held.
+        self._coefficients, self._made = lru_cache(1)(self._read), lru_cache(1)(self._make)
+
+    def _read(self, model: str) -> ConceptCoefficients:
+        target = self._targets[model]
+        key = _coefficients_key(target.basis, self._questions, self._choices)
+        if path := self._store.get(key):
+            return _read_coefficients(path, self._questions)
+        loaded = loaded_target(target)  # they were removed, or damaged
+        return concept_coefficients(loaded, self._questions, self._choices, store=self._store)
+
+    def _make(self, model: str, concept: str) -> list[Tensor]:
+        found = pss.concept_masks(self._coefficients(model), concept, self._choices)
+        return [mask.vectors for mask in found]
+
+    def __getitem__(self, name: str) -> Tensor:
+        model, concept, number = self._places[name]
+        return self._made(model, concept)[number]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def model(self, name: str) -> str:
+        """The model that a mask is of."""
+        return self._places[name][0]
 
 
 def measure_pss(
@@ -103,13 +186,7 @@ def measure_pss(
     compute = partial(_measure_shard, study, tuple(questions), choices, shards, store)
     found = run_units(models, questions, units, costs, compute, store, dtype=dtype, device=device)
     paths = [path for done in found for path in done.paths]
-    accuracies, details = (
-        pd.concat([pd.read_parquet(path / f"{name}.parquet") for path in paths], ignore_index=True)
-        for name in ("pss", "details")
-    )
-    masks: dict[str, Tensor] = {}
-    for path in paths:
-        masks |= load_masks(path / "masks.safetensors")[0]
+    accuracies = pd.concat([pd.read_parquet(path / PSS) for path in paths], ignore_index=True)
     runs = []
     for done in found:
         shared = (_coefficients_key, _unmasked_key)
@@ -117,7 +194,9 @@ def measure_pss(
         runs.append(_run_record(done, sum(costs), others))
     about = {"digest": questions_digest(questions), "count": len(questions)}
     run = {"questions": about, **pss.method_key(choices), "models": runs}
-    return Study(accuracies, details, masks, run, tuple(questions))
+    targets = {done.target.model.name: done.target for done in found}
+    masks = Masks(targets, questions, choices, store)
+    return Study(accuracies, run, tuple(questions), masks, paths)
 
 
 def _refuse_thin(questions: Sequence[Question], choices: Choices) -> None:
@@ -170,13 +249,12 @@ def _measure_shard(
     )
     seconds = time.perf_counter() - began
     record = {"layers": ready.view.layers, "width": ready.view.width, "seconds": seconds}
-    return partial(_save, measured, {}), record
 
+    def write(folder: Path) -> None:
+        measured.pss.to_parquet(folder / PSS, index=False)
+        measured.details.to_parquet(folder / DETAILS, index=False)
 
-def _save(tables: pss.Tables | Study, made_of: dict[str, Any], directory: Path) -> None:
-    tables.pss.to_parquet(directory / "pss.parquet", index=False)
-    tables.details.to_parquet(directory / "details.parquet", index=False)
-    save_masks(directory / "masks.safetensors", tables.masks, made_of)
+    return write, record
 
 
 def score_questions(
@@ -289,13 +367,25 @@ def concept_coefficients(
                 batch_tokens=choices.batch_tokens,
                 progress=bar.update,
             )
-        tensors = {"sums": recorded.sums, "counts": recorded.counts}
+        sums = recorded.sums
+        if loaded.dtype != torch.float32:
+            # Half the disk: square roots of 4e-9 to 4e9 are within 0.1 % in half precision, which
+            # is finer than what the model computes in.
+            sums = sums.sqrt().half()
+        tensors = {"sums": sums, "counts": recorded.counts}
         return lambda folder: save_file(tensors, folder / COEFFICIENTS), unit_record(loaded)
 
     key = _coefficients_key(basis_of(loaded), questions, choices)
     path = (store or Store("results/store")).find(key, record)
+    return _read_coefficients(path, questions)
+
+
+def _read_coefficients(path: Path, questions: Sequence[Question]) -> ConceptCoefficients:
     concepts = tuple(dict.fromkeys(question.concept for question in questions))
-    return ConceptCoefficients(concepts, **load_file(path / COEFFICIENTS))
+    found = load_file(path / COEFFICIENTS)
+    if found["sums"].dtype == torch.half:
+        found["sums"] = found["sums"].float().square_()
+    return ConceptCoefficients(concepts, **found)
 
 
 def _means(
@@ -372,7 +462,7 @@ def write_study(study: Study, out: Path) -> None:
         remove_leftovers(out)
         with TemporaryDirectory(prefix=PARTIAL, dir=out) as name:
             scratch = Path(name)
-            _save(study, study.run, scratch)
+            study.write(scratch)
             text = json.dumps(study.run, indent=2, ensure_ascii=False) + "\n"
             (scratch / "run.json").write_text(text, encoding="utf-8")
             asked = "".join(f"{question.model_dump_json()}\n" for question in study.questions)
