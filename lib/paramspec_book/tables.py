@@ -20,6 +20,7 @@ INTERVAL = re.compile(
     r"(.*)(\u00a0\[.*\])", re.DOTALL
 )  # as `stats.estimates.with_interval` writes it
 MINUS = re.compile(r"(?<![\w.\u2212-])-(?=\.?\d)")
+MINUS_ZERO = re.compile(r"(?<![\w.\u2212-])-(?=0(\.0+)?(?![\d.]))")
 
 
 def use_book_tables() -> None:
@@ -67,5 +68,5 @@ def _words(value: Any) -> str:
 
 
 def with_minus(text: str) -> str:
-    """`with_minus("-0.2")`: with a minus sign, where a hyphen stands for one."""
-    return MINUS.sub("\u2212", text)
+    """`with_minus("-0.2")`: with a minus sign, where a hyphen stands for one; a zero has none."""
+    return MINUS.sub("\u2212", MINUS_ZERO.sub("", text))

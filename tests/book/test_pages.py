@@ -84,6 +84,8 @@ def test_a_large_table_is_folded(shape):
         ("FT-PV", "FT-PV"),
         ("a-1", "a-1"),
         ("--jobs 2", "--jobs 2"),
+        ("-0.00 [-0.17, -0.0]", "0.00 [\u22120.17, 0.0]"),
+        ("-0.001 and -0", "\u22120.001 and 0"),
     ],
 )
 def test_a_hyphen_is_a_minus_only_before_a_number(text, expected):
