@@ -16,10 +16,11 @@ from myst_nb import glue
 
 from paramspec.execution.parallel import workers
 from paramspec.plain import read_yaml
-from paramspec.stats.estimates import interval_of, told, with_interval
+from paramspec.stats.estimates import interval_of, told
 from paramspec.studies.chapters import CHAPTERS, Experiment
 from paramspec.studies.sweep import Study, measure_pss
 from paramspec_book import figures, kept
+from paramspec_book.tables import shown
 
 
 def begin(chapter: str, parameters: Mapping[str, Any]) -> list[Experiment]:
@@ -97,16 +98,6 @@ def glue_all(**values: object) -> None:
 def glue_interval(name: str, row: Mapping[str, float], key: str = "value") -> None:
     """`glue_interval("peak", row, "peak_pooled")`: as `peak`, `peak-low` and `peak-high`."""
     glue_all(**told(name, interval_of(row, key)))
-
-
-def shown(table: pd.DataFrame, titles: Mapping[str, str], form: str = ".2f") -> pd.DataFrame:
-    """`shown(table, {"peak_pss": "peak PSS"})`: columns of values with their intervals, as text."""
-    rows = table.to_dict("records")
-    texts = {
-        title: [with_interval(row, name, form=form) for row in rows]
-        for name, title in titles.items()
-    }
-    return pd.DataFrame(texts, index=table.index)
 
 
 def method_rows(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

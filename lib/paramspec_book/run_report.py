@@ -27,8 +27,8 @@ from paramspec.stats.compare import compare
 from paramspec.stats.estimates import with_interval
 from paramspec.stats.summary import peak_pss, summarize
 from paramspec.stats.trends import measure_models, model_table
-from paramspec_book import figures, notebook
-from paramspec_book.tables import to_html, with_minus
+from paramspec_book import figures
+from paramspec_book.tables import shown, to_html, with_minus
 
 POINTS = Path("book/_executed/4-twenty-models.data/points.parquet")  # of the book's own models
 EXAMPLES, EXTREMES = 8, 5  # questions that are shown; concepts, at either end
@@ -82,9 +82,9 @@ def write_comparison(
     pages = []
     for name, against in pairs:
         table = compare(one[one["model"] == name], other[other["model"] == against], same)
-        shown = notebook.shown(table, {"first": "first", "second": "second"}, ".3f")
-        difference = notebook.shown(table, {"difference": "difference"}, "+.3f")
-        frame = pd.concat([table[["measure"]], shown, difference], axis=1)
+        both = shown(table, {"first": "first", "second": "second"}, ".3f")
+        difference = shown(table, {"difference": "difference"}, "+.3f")
+        frame = pd.concat([table[["measure"]], both, difference], axis=1)
         decided = table[table["measure"].isin(["accuracy", "diff. in diff."])].to_dict("records")
         found[name, against] = table
         sides = (f"{name} ({first})", f"{against} ({second})")
@@ -135,7 +135,7 @@ def _measured(
         "curves": _picture(figures.curves(summary)),
         "book": book,
         "pss": to_html(
-            pd.concat([summary[["mask", "ratio"]], notebook.shown(summary, TITLES, ".3f")], axis=1)
+            pd.concat([summary[["mask", "ratio"]], shown(summary, TITLES, ".3f")], axis=1)
         ),
         "concepts": to_html(_by_concept(details)),
         "lost": _lost(details, questions),

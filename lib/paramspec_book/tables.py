@@ -8,11 +8,13 @@ from __future__ import annotations
 import html
 import math
 import re
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import pandas as pd
 
+from paramspec.stats.estimates import with_interval
 from paramspec_book.kept import keep_csv
 
 ROWS, COLUMNS = 12, 6  # a table of more is folded
@@ -65,6 +67,16 @@ def _words(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def shown(table: pd.DataFrame, titles: Mapping[str, str], form: str = ".2f") -> pd.DataFrame:
+    """`shown(table, {"peak_pss": "peak PSS"})`: columns of values with their intervals, as text."""
+    rows = table.to_dict("records")
+    texts = {
+        title: [with_interval(row, name, form=form) for row in rows]
+        for name, title in titles.items()
+    }
+    return pd.DataFrame(texts, index=table.index)
 
 
 def with_minus(text: str) -> str:
