@@ -51,8 +51,9 @@ check: static  ## format, lint, layers, types, and the tests that need no model:
 test: static  ## what `check` checks, and every test (the site's need Chromium: CHROMIUM=/path)
 	$(PYTEST) -n 3
 
-bench: .venv/installed  ## measure scoring beside other tools (an hour)
+bench: .venv/installed  ## measure scoring beside other tools, and the paper's scale (two hours)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/scoring.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/scale.py
 
 setup: .venv/installed  ## create .venv, or bring it up to the locks
 

@@ -10,6 +10,7 @@ import torch
 
 import growth
 import peers
+import scale
 import scoring
 import works
 from paramspec.method.hooks import value_vector_view
@@ -156,3 +157,12 @@ def test_time_may_grow_with_tokens_and_memory_with_nothing():
 
     assert growth.growing([case(160, 1.0e9), case(640, 1.05e9)]) == []
     assert len(growth.growing([case(160, 1.0e9), case(640, 1.2e9)])) == 1
+
+
+def test_the_scale_benchmark_answers_every_question_under_every_mask(tmp_path, monkeypatch):
+    """Of models as wide as toys: every concept's answers, under every mask, from the store."""
+    monkeypatch.setattr(scale, "SHAPES", ((2, 64), (3, 48)))
+    for models in (1, 2):
+        found = scale.measure_here(models, 6, str(tmp_path))
+        assert found["answers"] == models * 6 * 20 * (1 + 7 * (1 + 3 * 3))
+        assert found["rows"] == models

@@ -19,7 +19,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest import mock
@@ -29,7 +29,6 @@ import torch
 from transformers import LlamaConfig
 
 from paramspec.execution.store import Store
-from paramspec.method import masks, scoring
 from paramspec.method.hooks import ValueVectorView, unverified_view
 from paramspec.method.pss import Choices
 from paramspec.models.checkpoints import find_checkpoint
@@ -37,7 +36,6 @@ from paramspec.models.load import LoadedModel, load_tokenizer
 from paramspec.models.registry import empty_model
 from paramspec.specwiki import load_questions
 from paramspec.stats.trends import measure_models, model_table
-from paramspec.studies import runner
 from paramspec.studies.cost import PACKED
 from paramspec.studies.sweep import measure_pss
 
@@ -83,26 +81,29 @@ def drawn_answers(*given: object) -> torch.Tensor:
     return -torch.rand(sum(len(cell.row.which) for cell in given[-2]))
 
 
+# What a forward pass is needed for
+IN_PLACE = {
+    "method.masks._record_rows": drawn_coefficients,
+    "method.scoring._packed_forward": drawn_answers,
+    "method.scoring._head": lambda model: None,
+    "method.scoring.packed_layers": lambda model, tokens: nullcontext(),
+    "studies.runner.value_vector_view": unverified_view,
+    "studies.runner.choose_engine": lambda view: PACKED,
+    "studies.sweep.value_vector_view": unverified_view,
+}
+
+
 def measure_here(models: int, concepts: int, root: str) -> dict[str, object]:
     """`measure_here(2, 525, "store")`: in this process, which had better be new."""
     torch.set_num_threads(1)
     shapes = [SHAPES[number % len(SHAPES)] for number in range(models)]
     loaded = [stand_in(number, shape) for number, shape in enumerate(shapes)]
     questions, store = load_questions(concepts=concepts), Store(root)
-    patched = {
-        (masks, "_record_rows"): drawn_coefficients,
-        (scoring, "_packed_forward"): drawn_answers,
-        (scoring, "_head"): lambda model: None,
-        (scoring, "packed_layers"): lambda model, tokens: nullcontext(),
-        (runner, "value_vector_view"): unverified_view,
-        (runner, "choose_engine"): lambda view: PACKED,
-        ("paramspec.studies.sweep", "value_vector_view"): unverified_view,
-    }
     clocks = [time.process_time()]
-    for (module, name), other in patched.items():
-        place = module if isinstance(module, str) else module.__name__
-        mock.patch(f"{place}.{name}", other).start()
-    study = measure_pss(loaded, questions, CHOICES, store=store)
+    with ExitStack() as stack:
+        for place, other in IN_PLACE.items():
+            stack.enter_context(mock.patch(f"paramspec.{place}", other))
+        study = measure_pss(loaded, questions, CHOICES, store=store)
     clocks.append(time.process_time())
     details = study.details
     table = model_table(measure_models(details))
