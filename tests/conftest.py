@@ -34,6 +34,7 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterat
 
     base = tmp_path_factory.getbasetemp()
     place = (base if worker_id == "master" else base.parent) / "gguf"
+    place.mkdir(exist_ok=True)  # tests link to it, also before it is filled
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(unpack, "UNPACKED", place)
         yield place

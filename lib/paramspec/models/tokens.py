@@ -33,15 +33,18 @@ def token_ids(
     front, rows = front_tokens(tokenizer), _read(tokenizer, texts)
     known = tokenizer.added_tokens_decoder.items()
     special = {number: token.content for number, token in known if token.special}
+    written = re.compile("|".join(map(re.escape, special.values())) or r"(?!)")
     for name, text, row in zip(names or [""] * len(texts), texts, rows, strict=True):
         about = f"{name}: text {text[:80]!r}" if name else f"text {text[:80]!r}"
         if not row:
             raise InputError(f"{about}: the tokenizer reads nothing of it; reword it")
+        if not written.search(text):
+            continue
         for number in special.keys() & set(row):
             # Word-level and unigram vocabularies hold their special tokens among the words.
             if special[number] in text:
                 raise InputError(f"{about}: holds the special token {special[number]!r}; reword it")
-    return [[*front, *row] for row in rows]
+    return [[*front, *row] for row in rows] if front else rows
 
 
 def prompt_ids(
