@@ -103,14 +103,20 @@ def browser():
         browser.close()
 
 
-def visit(browser, site, page):
-    """Open a page; return it, all that went wrong, and the sizes of what it loaded."""
-    context = browser.new_context(color_scheme="light")
+def visit(browser, site, page, scheme="light"):
+    """Open a page; return it, all that went wrong, and the kind and size of what it loaded."""
+    context = browser.new_context(color_scheme=scheme)
     context.set_default_timeout(PATIENCE)
-    wrong, sizes = [], {}
+    wrong, sizes = [], []
+
+    def begun(request):
+        if not request.url.startswith((site, "data:", "blob:")):
+            wrong.append(f"request to {request.url}")
+
     tab = context.new_page()
+    tab.on("request", begun)
     tab.on("requestfailed", lambda r: wrong.append(f"failed {r.url}: {r.failure}"))
-    tab.on("response", lambda r: sizes.update({(r.request.resource_type, r.url): len(r.body())}))
+    tab.on("response", lambda r: sizes.append((r.request.resource_type, len(r.body()))))
     tab.on("pageerror", lambda e: wrong.append(f"script error {e}"))
     # An answer of 400 or more is such a message, too.
     tab.on("console", lambda m: wrong.append(f"console {m.text}") if m.type == "error" else None)
@@ -129,7 +135,7 @@ def severe_violations(tab):
 
 @dataclass
 class Look:
-    """What is seen of a page, opened once."""
+    """What is seen of a page, in light and in dark."""
 
     colours: list[str] = field(default_factory=list)
     problems: list[tuple] = field(default_factory=list)
@@ -139,17 +145,18 @@ class Look:
 
 @pytest.fixture(scope="module")
 def look(browser, site):
-    """`look(page)`: at both widths, in light and in dark."""
+    """`look(page)`: opened once in each scheme, for all tests, and seen at both widths."""
 
     @functools.cache
     def at(page):
-        tab, wrong, sizes = visit(browser, site, page)
-        found = Look(weight=sum(size for (kind, _), size in sizes.items() if kind != "script"))
-        assert tab.evaluate("document.title.length > 0 && document.querySelector('h1') !== null")
-        found.targets |= set(tab.evaluate("Array.from(document.links, a => a.href)"))
+        found = Look()
         for scheme in ("light", "dark"):
-            tab.emulate_media(color_scheme=scheme)
-            tab.wait_for_function(f"document.documentElement.dataset.theme === '{scheme}'")
+            tab, wrong, sizes = visit(browser, site, page, scheme)
+            assert tab.evaluate(
+                "document.title.length > 0 && document.querySelector('h1') !== null"
+            )
+            found.targets |= set(tab.evaluate("Array.from(document.links, a => a.href)"))
+            found.weight = sum(size for kind, size in sizes if kind != "script")
             for width in WIDTHS:
                 tab.set_viewport_size({"width": width, "height": 900})
                 tab.wait_for_function(REACHED)  # the theme sees to it, a while after a change
@@ -157,8 +164,8 @@ def look(browser, site):
                 here |= {"sideways": max(0, tab.evaluate(OVERFLOW)), "axe": severe_violations(tab)}
                 found.problems += [(width, scheme, *one) for one in here.items() if one[1]]
             found.colours.append(tab.evaluate("getComputedStyle(document.body).backgroundColor"))
-        found.problems += [("loading", one) for one in wrong]
-        tab.context.close()
+            found.problems += [(scheme, one) for one in wrong]
+            tab.context.close()
         return found
 
     return at

@@ -158,12 +158,13 @@ def test_matched_masks_are_near_in_magnitude_and_differ_by_draw(ratio):
         for matched in draws:
             chosen = np.sort(values[sorted(in_layer(matched, layer))])
             ours += abs(np.sort(values[own]) - chosen).sum() / len(draws)
-    assert ours < 1.05 * best
+    assert best - 1e-6 <= ours < 1.05 * best
 
 
-def test_matched_masks_come_from_the_seed():
+def test_matched_masks_come_from_the_seed_and_ties_are_no_obstacle():
     like = torch.tensor([[0, vector] for vector in range(10)], dtype=torch.int32)
-    masks = [magnitude_matched_vectors(like, torch.arange(40)[None], generator()) for _ in range(2)]
+    ascending = torch.ones(1, 40).argsort(dim=1, stable=True)
+    masks = [magnitude_matched_vectors(like, ascending, generator()) for _ in range(2)]
     assert torch.equal(*masks)
     assert len(masks[0]) == 10
     assert not pairs(masks[0]) & pairs(like)

@@ -22,7 +22,6 @@ from typing import Any
 
 import joblib
 from filelock import FileLock, Timeout
-from joblib.parallel import SequentialBackend
 
 from paramspec.errors import InputError
 from paramspec.execution.ends import keep_interrupts_from_children, watch_parent
@@ -79,9 +78,9 @@ def hand_out(function: Callable[..., object], tasks: Sequence[Sequence[object]])
     Put the longest task first. The function is of a module, so that another process finds it.
     """
     parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="all")
-    away = not isinstance(joblib.parallel.get_active_backend()[0], SequentialBackend)
+    home = os.getpid()
     try:
-        yield from parallel(joblib.delayed(_task)(away, function, *task) for task in tasks)
+        yield from parallel(joblib.delayed(_task)(home, function, *task) for task in tasks)
     except Exception as error:
         # Of joblib and of distributed, by name: an import of these takes long.
         if type(error).__name__ not in ("TerminatedWorkerError", "KilledWorker"):
@@ -92,12 +91,12 @@ def hand_out(function: Callable[..., object], tasks: Sequence[Sequence[object]])
         ) from error
 
 
-def _task(away: bool, function: Callable[..., object], *arguments: object) -> object:
+def _task(home: int, function: Callable[..., object], *arguments: object) -> object:
     """One at a time, also in a worker of several threads: tasks share the model that the process
     holds, and the state of torch's random numbers.
     """
     with _ONE_TASK:
-        if away:
+        if os.getpid() != home:  # else it is the process that hands out, or a thread of it
             _see_one_gpu()
         return function(*arguments)
 

@@ -220,9 +220,10 @@ def magnitude_matched_vectors(
 ) -> Tensor:
     """As many value vectors in each layer, none of `like`, that are nearest in magnitude.
 
-    `ascending` is int64 `[layers, width]`, `magnitudes.argsort(1)`. Of all ways to pair each vector
-    of `like` with one of its own, the squared distances in rank are least. A tenth of the vectors
-    is left out at random, so that draws differ; where too few are left, all of them are taken.
+    `ascending` is int64 `[layers, width]`, `magnitudes.argsort(dim=1, stable=True)`. Of all ways to
+    pair each vector of `like` with one of its own, the squared distances in rank are least. A tenth
+    of the vectors is left out at random, so that draws differ; where too few are left, all of them
+    are taken.
     """
     from scipy.optimize import isotonic_regression  # takes half a second
 

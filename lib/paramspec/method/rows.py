@@ -107,21 +107,22 @@ class Row:
 
     def shared(self, item: Item) -> int:
         """The number of first tokens of an item's prompt that are in the row."""
-        node = -1
-        for size, token in enumerate(item.context):
-            if (child := self._children.get(_edge(node, token))) is None:
-                return size
-            node = child
-        return len(item.context)
+        return len(self._known(-1, item.context))
 
-    def _walk(self, node: int, tokens: Sequence[int]) -> list[int]:
-        """The nodes of a path after `node`; from the first that is missing on, all are new."""
-        nodes = []
+    def _known(self, node: int, tokens: Sequence[int]) -> list[int]:
+        """The nodes of a path after `node`, as far as it is in the row."""
+        nodes: list[int] = []
         for token in tokens:
             if (child := self._children.get(_edge(node, token))) is None:
                 break
             nodes.append(node := child)
+        return nodes
+
+    def _walk(self, node: int, tokens: Sequence[int]) -> list[int]:
+        """The nodes of a path after `node`; what is missing of it is added."""
+        nodes = self._known(node, tokens)
         if new := tokens[len(nodes) :]:
+            node = nodes[-1] if nodes else node
             depth = 0 if node < 0 else self.depths[node] + 1
             places = range(len(self.tokens), len(self.tokens) + len(new))
             above = [node, *places[:-1]]

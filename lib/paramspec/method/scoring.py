@@ -64,7 +64,7 @@ def encode_all(
     clozes, names = [q.cloze for q in questions], [q.id for q in questions]
     contexts = prompt_ids(tokenizer, clozes, names, chat=chat)
     rows = iter(token_ids(tokenizer, texts, [question.id for question, _ in asked]))
-    front = len(front_tokens(tokenizer))
+    front = len(front_tokens(tokenizer)) if chat else 0
     items = []
     for question, context in zip(questions, contexts, strict=True):
         wholes = [next(rows) for _ in question.options]

@@ -218,7 +218,8 @@ def _by_rule(
     if training.rule != "magnitude":
         return chosen
     draw = torch.Generator().manual_seed(training.seed)
-    matched = masks.magnitude_matched_vectors(chosen, scores.argsort(1), draw)
+    ascending = scores.argsort(dim=1, stable=True)
+    matched = masks.magnitude_matched_vectors(chosen, ascending, draw)
     if len(matched) < len(chosen):
         raise InputError(
             f"share {training.share}: rule 'magnitude' has too few vectors left; use up to a half"
