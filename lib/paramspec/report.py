@@ -33,7 +33,10 @@ FORMATS = {
     "weights": bytes_of,
     "tokens": "{:,}".format,
     "flops": "{:.2e}".format,
-    "hours": hours_of,
+    "gpu_hours": hours_of,
+    "cpu_hours": hours_of,
+    "memory": bytes_of,
+    "disk": bytes_of,
     "shared": "{:.0%}".format,
     "ratio": "{:g}".format,
     "gated": lambda value: "yes" if value else "no",
@@ -122,21 +125,25 @@ def print_counts(asked: list[Question]) -> None:
 
 def print_plan(planned: Plan, others: Sequence[str]) -> None:
     on = f"one {planned.gpu.name} at {100 * planned.utilisation:g} %"
-    models, chapters = (
-        table.rename(columns={"gpu_hours": "hours"}) for table in (planned.models, planned.chapters)
-    )
-    show(models.drop(columns="micro"), f"Models, hours of {on}; work that chapters share, once")
+    models, chapters = planned.models, planned.chapters
+    show(models.drop(columns="micro"), f"Models, on {on}; work that chapters share, once")
     show(chapters, "Chapters, each by itself; shared: with a chapter above")
     if untrained := int((models["micro"] & ~models["on_disk"]).sum()):
         print(f"To train first: {untrained} micro models, some minutes on a few cores.")
     print(
-        "Results in the store are not looked up. Hours are FLOPs at that share of the peak; "
-        "loading and downloading come on top, and micro models are bound by overhead."
+        "Results in the store are not looked up. GPU hours are FLOPs at that share of the peak; "
+        "loading and downloading come on top, and micro models are bound by overhead. CPU hours "
+        "are of one core, beside forward passes; memory is beside the weights; disk is of results."
     )
     if others:
         print(f"Not planned: {', '.join(others)}.")
     asked = f"{len(models)} models, {chapters['concepts'].max()} concepts"
-    print(f"In all: {asked}: {hours_of(planned.totals['gpu_hours'])} hours of {on}")
+    totals = planned.totals
+    print(
+        f"In all: {asked}: {hours_of(totals['gpu_hours'])} hours of {on}, "
+        f"{hours_of(totals['cpu_hours'])} of a CPU core, {bytes_of(totals['memory'])} of memory a "
+        f"process, {bytes_of(totals['disk'])} of disk"
+    )
 
 
 def print_study(study: Study) -> None:

@@ -38,8 +38,10 @@ from paramspec_book.parameters import (
     declared_parameters,
     find_chapter,
     find_root,
+    load_profile,
     read_notebook,
 )
+from paramspec_book.stand_ins import stand_ins
 
 # Run first in a process that this one starts: it, and what it started, ends if this one is killed.
 _WATCH = "from paramspec.execution.ends import watch_parent as _watch; _watch({})"
@@ -83,7 +85,8 @@ def run_chapter(
     root = root or find_root()
     chapter = find_chapter(name, root)
     values = chapter_values(chapter, profile, parameters or {}, root)
-    key = execution_key(chapter, profile, values, root)
+    rehearsed = load_profile(profile, root).stand_ins
+    key = execution_key(chapter, profile, values, root, stand_ins=rehearsed)
     scratch = root / "results" / "unfinished" / f"{chapter.stem}-{key[:12]}.ipynb"
     if target is None and parameters:
         target = root / "results" / "runs" / scratch.name
@@ -102,13 +105,15 @@ def run_chapter(
     used.unlink(missing_ok=True)
     shutil.rmtree(data, ignore_errors=True)
     with writing_to(scratch.parent):
-        notebook = _execute(chapter, values, scratch, root, _environment(profile, used, data))
+        environment = _environment(profile, used, data) | stand_ins(profile, root)
+        notebook = _execute(chapter, values, scratch, root, environment)
     seconds = round(time.monotonic() - start, 1)
     notebook.metadata[RECORD] = {
         "key": key,
         "executed": executed.strftime("%Y-%m-%d %H:%M UTC"),
         "seconds": seconds,
         "profile": profile,
+        "stand_ins": rehearsed,
         "parameters": values,
         "results": used_results(used),
         **_circumstances(root),

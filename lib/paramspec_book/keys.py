@@ -25,13 +25,20 @@ LIBRARY = Path(__file__).parents[1]
 READ_WHOLE = 10_000_000  # bytes: a larger file has changed if its size or time of change has
 
 
-def execution_key(chapter: Path, profile: str, parameters: Mapping[str, Any], root: Path) -> str:
+def execution_key(
+    chapter: Path,
+    profile: str,
+    parameters: Mapping[str, Any],
+    root: Path,
+    *,
+    stand_ins: bool = False,
+) -> str:
     """Return the digest of a chapter's text, profile and parameters, of the library, the installed
     versions of the locks' packages (one is the embedded model), and of files: those that a
     parameter names (a model, a recipe as `FILE.yaml:NAME`, a list as `@FILE`), or the front matter.
     """
-    text = chapter.read_text("utf-8")
-    lines = [text, profile, json.dumps(dict(parameters), sort_keys=True), platform.python_version()]
+    text, given = chapter.read_text("utf-8"), json.dumps(dict(parameters), sort_keys=True)
+    lines = [text, profile, str(stand_ins), given, platform.python_version()]
     for lock in sorted(root.glob("requirements*.lock")):
         names = re.findall(r"^([\w.-]+)==", lock.read_text("utf-8"), re.M)
         lines += [f"{name}=={version_of(name)}" for name in names]

@@ -11,7 +11,7 @@ import contextlib
 import difflib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import ConfigDict, create_model
 
@@ -24,6 +24,13 @@ class Parameters(Checked):
     """A chapter's parameters: `3` is a float and an int, `3.0` and `"3"` no int, `1` no bool."""
 
     model_config = ConfigDict(strict=True)
+
+
+class Profile(NamedTuple):
+    """Chapter name -> parameter -> value. With `stand_ins`, see there, no result is one."""
+
+    chapters: dict[str, dict[str, Any]]
+    stand_ins: bool
 
 
 class Typed(str):
@@ -71,8 +78,8 @@ def find_chapter(name: str, root: Path) -> Path:
     return known[matches[0]]
 
 
-def load_profile(profile: str, root: Path) -> dict[str, dict[str, Any]]:
-    """Return a profile by its name or file: chapter name -> parameter -> value."""
+def load_profile(profile: str, root: Path) -> Profile:
+    """Return a profile by its name or file. One that `extends` another changes what it names."""
     folder = root / "book" / "profiles"
     is_file = profile.endswith((".yaml", ".yml"))
     try:
@@ -83,12 +90,18 @@ def load_profile(profile: str, root: Path) -> dict[str, dict[str, Any]]:
         raise InputError(f"unknown profile {profile!r} ({reason}); {known}") from error
     table = read_yaml(text, f"profile {profile}") or {}
     with naming(f"profile {profile}"):
-        if not isinstance(table, dict) or not all(isinstance(v, dict) for v in table.values()):
+        if not isinstance(table, dict):
+            raise InputError("must map chapters to their parameters and values")
+        extended, stand_ins = table.pop("extends", None), table.pop("stand_ins", False)
+        if not all(isinstance(values, dict) for values in table.values()):
             raise InputError("must map chapters to their parameters and values")
         for name in table:
             if find_chapter(str(name), root).stem != name:
                 raise InputError(f"write the chapter's full name, not {name!r}")
-    return table
+    base = Profile({}, False) if extended is None else load_profile(str(extended), root)
+    names = {**base.chapters, **table}
+    both = {name: base.chapters.get(name, {}) | table.get(name, {}) for name in names}
+    return Profile(both, base.stand_ins or stand_ins is True)
 
 
 def read_notebook(chapter: Path) -> Any:
@@ -134,7 +147,7 @@ def chapter_values(
 ) -> dict[str, Any]:
     """Return the value of every parameter of a chapter: given, else the profile's, else its own."""
     declared = declared_parameters(chapter)
-    profiled = load_profile(profile, root).get(chapter.stem, {})
+    profiled = load_profile(profile, root).chapters.get(chapter.stem, {})
     values = {}
     for place, table in ((f"profile {profile}", profiled), ("-p", given)):
         with naming(f"{place}: chapter {chapter.stem}"):

@@ -24,6 +24,9 @@ from paramspec_book.keys import RECORD, execution_key, read_record
 from paramspec_book.parameters import chapters
 
 LOGGER = logging.getLogger(__name__)
+REHEARSAL = (
+    "A rehearsal: random stand-ins have the models' names, so nothing on this page is a result."
+)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
@@ -55,7 +58,13 @@ def read_copy(text: str, docname: str, copy: str, root: str) -> Any:
     """
     chapter, record = Path(root) / f"{docname}.md", read_record(Path(copy))
     unexecuted = read_myst_markdown_notebook(text, add_source_map=True)
-    key = record and execution_key(chapter, record["profile"], record["parameters"], Path(root))
+    key = record and execution_key(
+        chapter,
+        record["profile"],
+        record["parameters"],
+        Path(root),
+        stand_ins=record.get("stand_ins", False),
+    )
     if record is None or record["key"] != key:
         problem = "missing" if record is None else "stale: something it depends on has changed"
         remedy = f"the executed copy is {problem}; run `paramspec run {chapter.stem}`"
@@ -101,6 +110,8 @@ def add_note(app: Sphinx, doctree: nodes.document) -> None:
     place = next(doctree.findall(nodes.section), doctree)
     place.insert(1, _notebook(app, env.docname))  # below the title
     place.insert(1, note)
+    if record.get("stand_ins"):
+        place.insert(1, nodes.danger("", nodes.paragraph("", REHEARSAL)))
 
 
 def _notebook(app: Sphinx, docname: str) -> nodes.paragraph:

@@ -27,6 +27,7 @@ from paramspec_book.book import executed_folder, git
 from paramspec_book.keys import read_record
 from paramspec_book.notebook import claims
 from paramspec_book.parameters import chapters
+from paramspec_book.sphinx_executed import REHEARSAL
 from paramspec_book.tables import with_minus
 
 HOSTS = r"(?:\w+://)?(?:[^@/]*@)?(github\.com|gitlab\.com|codeberg\.org)[:/](.+?)(?:\.git)?/?"
@@ -78,6 +79,9 @@ def add_addresses(root: Path, config: Any, address: str, base: str) -> None:
     commit = git(root, "rev-parse", "--short=10", "HEAD")
     built = f"Version {about['version']}" + (f", commit {commit}" if commit else "")
     options["extra_footer"] = f"<p>{built}; {licence}.</p>"
+    copies = (executed_folder(root) / f"{chapter.stem}.ipynb" for chapter in chapters(root))
+    if any((read_record(copy) or {}).get("stand_ins") for copy in copies):
+        options["announcement"] = f'<strong class="rehearsal">{REHEARSAL}</strong>'
     config.html_baseurl = config.ogp_site_url = base
     config.ogp_site_name = about["title"]
     config.ogp_social_cards = {"image": "book/_assets/result.png"}  # its own logo is no SVG

@@ -488,7 +488,7 @@ def test_real_chapters_declare_kernel_and_typed_parameters(name):
     notebook = parameters.read_notebook(REAL[name])
     assert notebook.metadata["kernelspec"]["name"] == "python3"
     declared = parameters.declared_parameters(REAL[name])
-    for profile in ("smoke", "default", "paper"):
+    for profile in ("smoke", "default", "paper", "rehearsal"):
         values = parameters.chapter_values(REAL[name], profile, {}, REPOSITORY)
         assert declared.parse(**values).model_dump() == values
     myst = read_myst_markdown_notebook(REAL[name].read_text(), add_source_map=True)

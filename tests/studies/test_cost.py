@@ -204,9 +204,10 @@ def test_command_says_what_twenty_models_cost(checkout, command):
     words = ("plan", "4-twenty-models", "--profile", "paper")
     (_, shown, _), (_, text, _) = command(*words), command(*words, "--json")
     lines, content = shown.splitlines(), json.loads(text)
-    hours = f"{content['totals']['gpu_hours']:,.1f}"
-    told = f"20 models, 525 concepts: {hours} hours of one A100 80GB at 30 %"
-    assert lines[-1] == f"In all: {told}"
+    totals = content["totals"]
+    told = f"20 models, 525 concepts: {totals['gpu_hours']:,.1f} hours of one A100 80GB at 30 %"
+    told += f", {totals['cpu_hours']:,.1f} of a CPU core"
+    assert lines[-1].startswith(f"In all: {told}, ")
     assert content["totals"]["flops"] == sum(model["flops"] for model in content["models"])
     twenty = [spec for spec in load_registry().values() if "twenty" in spec.sets]
     assert [model["model"] for model in content["models"]] == [spec.id for spec in twenty]

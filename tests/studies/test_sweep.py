@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,14 @@ from paramspec.method.pss import Choices
 from paramspec.method.scoring import encode, mark, score_options
 from paramspec.models.tokens import tokenizer_facts
 from paramspec.specwiki import questions_digest
-from paramspec.studies.sweep import concept_coefficients, measure_pss, score_questions, write_study
+from paramspec.studies import runner
+from paramspec.studies.sweep import (
+    concept_coefficients,
+    measure_pss,
+    needs_of,
+    score_questions,
+    write_study,
+)
 from toy_study import CONCEPTS, loaded, save_toy, toy_loaded, toy_questions
 from toys import same_weights, toy_model
 
@@ -323,3 +331,35 @@ def test_what_cannot_be_measured_is_refused_before_any_work(store, models, quest
     with pytest.raises(InputError, match=message):
         measure_pss(models, questions, HELD_OUT, store=store)
     assert not store.root.exists()
+
+
+def test_a_study_that_the_disk_or_the_memory_cannot_hold_is_refused_before_any_work(
+    store, tmp_path, monkeypatch
+):
+    """What is finished counts no more; a model that is loaded counts as one that is not."""
+    questions, models = toy_questions(), [str(save_toy(tmp_path / "one")), toy_loaded("llama")]
+    one = needs_of(questions, SMALL.with_folds((0, 1)), 3 * 48, 4)
+    for count in (2, 1):
+        free = count * (one.coefficients + one.answers) - 1
+        with monkeypatch.context() as patch:
+            usage = SimpleNamespace(free=free)
+            patch.setattr(runner.shutil, "disk_usage", lambda _, usage=usage: usage)
+            with pytest.raises(InputError, match="store: the results need"):
+                measure_pss(models[:count], questions, SMALL, store=store)
+        assert not units(store)
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "memory", lambda: one.memory - 1)
+        with pytest.raises(InputError, match="one: measuring it needs"):
+            measure_pss(models, questions, SMALL, store=store)
+        assert not units(store)
+    measure_pss(models, questions, SMALL, store=store)
+    monkeypatch.setattr(runner, "memory", lambda: 0)
+    measure_pss(models, questions, SMALL, store=store)
+
+
+def test_coefficients_take_the_disk_that_is_planned(store):
+    questions = toy_questions()
+    concept_coefficients(toy_loaded("llama"), questions, SMALL, store=store)
+    (file,) = store.root.rglob("coefficients.safetensors")
+    planned = needs_of(questions, SMALL.with_folds((0, 1)), 3 * 48, 4).coefficients
+    assert planned < file.stat().st_size < planned + 1000  # a header, and counts

@@ -288,8 +288,9 @@ def study_means(
 
 def evaluations(choices: Choices, questions: Sequence[Question], concepts: Sequence[str]) -> int:
     """The number of (question, mask) pairs that `measure_concepts` scores."""
-    own = sum(q.concept in set(concepts) and q.fold in choices.score_on for q in questions)
-    return count_masks(choices) * (own + choices.general * len(concepts))
+    named = set(concepts)
+    own = sum(q.concept in named and q.fold in choices.score_on for q in questions)
+    return count_masks(choices) * (own + choices.general * len(named))
 
 
 def mask_name(model: str, concept: str, ratio: float, kind: str, seed: int) -> str:

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from paramspec.errors import InputError
 from paramspec.execution.limits import cores, memory
+from paramspec.method.hooks import unverified_view
 from paramspec.method.pss import asked_questions, count_masks
 from paramspec.method.rows import Engine, Request, fill_rows
 from paramspec.method.scoring import encode_all
@@ -32,6 +33,7 @@ from paramspec.models.zoo import ZooModel
 from paramspec.models.zoo_training import own_tokenizer
 from paramspec.specwiki import Question, questions_digest
 from paramspec.studies.chapters import Experiment
+from paramspec.studies.sweep import needs_of
 
 EMBEDDED = "smollm2-135m"  # its tokenizer counts for models that are not on this disk
 PACKED = Engine("packed", "as on every model but a few")
@@ -98,6 +100,7 @@ class Subject(NamedTuple):
     parameters: int
     body: int  # weights that each token is multiplied with
     unembedding: int  # and those that each token is whose logits are read
+    vectors: int  # value vectors of all layers
     weights: int  # bytes: of its files, or of its weights in bf16 if they are not here
     on_disk: bool
     micro: ZooModel | None
@@ -117,13 +120,14 @@ def subject(name: str) -> Subject:
         model = empty_model(published_config(spec))
     else:
         model = check_checkpoint((here or find_checkpoint(name, fetch=())).path)
-    parameters = sum(part.numel() for part in model.parameters())
+    parameters, view = sum(part.numel() for part in model.parameters()), unverified_view(model)
     embeddings = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
     files = checkpoint_files(here.path).values() if here else ()
     return Subject(
         parameters=parameters,
         body=parameters - sum(part.numel() for part in embeddings),
         unembedding=model.get_output_embeddings().weight.numel(),
+        vectors=view.layers * view.width,
         weights=sum(path.stat().st_size for path in files) if here else 2 * parameters,
         on_disk=here is not None,
         micro=micro,
@@ -132,7 +136,8 @@ def subject(name: str) -> Subject:
 
 
 class Plan(NamedTuple):
-    """Hours are of a GPU at `utilisation`, a share of its peak.
+    """GPU-hours are of a GPU at `utilisation`, a share of its peak; CPU-hours of a core, beside
+    forward passes; memory and disk are in bytes, memory beside the weights.
 
     `models` has a row per model, over all chapters; work that chapters share counts once. `gpus`
     hold it in bf16 (fp32 on a CPU), `tokenizer` counted its tokens. `chapters` has a row per
@@ -167,39 +172,55 @@ def plan(
     about["gpus"] = [math.ceil(size * count / room) or 1 for count in about["parameters"]]
     gc.disable()  # of millions of tokens, none is in a cycle: the search takes a third of the time
     try:
-        units = _units(experiments, subjects)
+        units = _units(experiments, subjects, size)
     finally:
         gc.enable()
     hours = units["flops"] / (chosen.peak * utilisation) / 3600
     units["gpu_hours"] = units["model"].map(about["gpus"]) * hours
     again = units.duplicated(["model", "experiment"])
     units["shared"] = units["flops"].where(again, 0)
-    sums = dict.fromkeys(("tokens", "flops", "gpu_hours"), "sum")
-    models = units[~again].groupby("model", sort=False).agg(sums)
-    chapters = units.groupby("chapter", sort=False).agg(
-        {"model": "nunique", "concepts": "max", **sums, "shared": "sum"}
+    sums = dict.fromkeys(("tokens", "flops", "gpu_hours", "cpu_hours"), "sum")
+    most = {"memory": "max", "disk": "sum"}
+    models = _stored_once(units[~again]).groupby("model", sort=False).agg(sums | most)
+    chapters = (
+        _stored_once(units, "chapter")
+        .groupby("chapter", sort=False)
+        .agg({"model": "nunique", "concepts": "max", **sums, **most, "shared": "sum"})
     )
     chapters["shared"] /= chapters["flops"]
     about["micro"] = about["micro"].notna()
-    about = about.drop(columns=["body", "unembedding"])
+    about = about.drop(columns=["body", "unembedding", "vectors"])
     return Plan(
         chosen,
         utilisation,
         about.join(models).rename_axis("model").reset_index(),
         chapters.rename(columns={"model": "models"}).reset_index(),
-        {"models": len(models), **{name: models[name].sum().item() for name in sums}},
+        {
+            "models": len(models),
+            **{name: models[name].agg(how).item() for name, how in (sums | most).items()},
+        },
     )
 
 
+def _stored_once(units: pd.DataFrame, *within: str) -> pd.DataFrame:
+    """With `disk`, to which coefficients add once, though several studies read them."""
+    again = units.duplicated([*within, "model", "recorded"])
+    return units.assign(disk=units["answers"] + units["coefficients"].where(~again, 0))
+
+
 def _units(
-    experiments: Mapping[str, Sequence[Experiment]], subjects: Mapping[str, Subject]
+    experiments: Mapping[str, Sequence[Experiment]], subjects: Mapping[str, Subject], size: int
 ) -> pd.DataFrame:
-    """Tokens and FLOPs of each experiment and model; models that read alike are counted once."""
+    """What each experiment takes on each model, whose weights have `size` bytes each; the tokens of
+    models that read alike are counted once.
+    """
     counted: dict[tuple[str, str], Tokens] = {}
     rows = []
     asked = [(chapter, one) for chapter, each in experiments.items() for one in each]
     for chapter, one in asked:
-        key = f"{questions_digest(one.questions)} {one.choices.model_dump_json()}"
+        digest = questions_digest(one.questions)
+        key = f"{digest} {one.choices.model_dump_json()}"
+        recorded = f"{digest} {one.choices.position} {one.choices.chat}"
         concepts = len({question.concept for question in one.questions})
         for name in one.models:
             of, micro = subjects[name], subjects[name].micro
@@ -209,8 +230,18 @@ def _units(
                 own = own_tokenizer(micro) if micro else _loaded_tokenizer(of.tokenizer)
                 counted[reader, key] = tokens_of(one, own)
             tokens = counted[reader, key]
-            row = {"chapter": chapter, "model": name, "experiment": key, "concepts": concepts}
-            rows.append(row | {"tokens": tokens.passed, "flops": of.flops(tokens)})
+            needs = needs_of(one.questions, one.choices, of.vectors, size)
+            row = {
+                "chapter": chapter,
+                "model": name,
+                "experiment": key,
+                "recorded": recorded,
+                "concepts": concepts,
+                "tokens": tokens.passed,
+                "flops": of.flops(tokens),
+                "cpu_hours": needs.seconds / 3600,
+            }
+            rows.append(row | needs._asdict())
     return pd.DataFrame(rows)
 
 

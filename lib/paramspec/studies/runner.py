@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from paramspec.errors import InputError, naming
 from paramspec.execution.files import require_writable
-from paramspec.execution.limits import release_memory
+from paramspec.execution.limits import memory, release_memory
 from paramspec.execution.parallel import hand_out, on_this_machine
 from paramspec.execution.store import Computed, Store
 from paramspec.method.hooks import OWN, ValueVectorView, unverified_view, value_vector_view
@@ -80,6 +81,15 @@ class Job(NamedTuple):
     left: Sequence[int]
 
 
+class Needs(NamedTuple):
+    """What measuring one model needs beside its weights: bytes, and seconds of a core."""
+
+    coefficients: int  # on the disk; studies of the same questions share them
+    answers: int  # on the disk
+    memory: int  # of a process
+    seconds: float  # beside forward passes
+
+
 class Done(NamedTuple):
     """The directories of a model's units, and how many of these this run computed."""
 
@@ -99,12 +109,15 @@ def run_units(
     dtype: str = "auto",
     device: str = "auto",
     cost: str = "question",
+    needs: Callable[[int, int], Needs] | None = None,
 ) -> list[Done]:
     """`(done,) = run_units([loaded], questions, units, costs, compute, store)`: each model's units.
 
     `units` hold what their keys add to the model and the questions, and `costs` are counted in
     `cost`. Models that are loaded already are measured in this process; for others, `compute` is
     a function of a module, or a partial of one. An error in a unit begins with the model's name.
+    `needs` tells, of the number of a model's value vectors and the bytes of a weight, what it
+    takes: where there is less, nothing is begun.
     """
     jobs = []
     for target in _find_targets(models, dtype, device):
@@ -113,6 +126,8 @@ def run_units(
         left = [number for number, key in enumerate(keys) if store.get(key) is None]
         jobs.append(Job(target, keys, costs, compute, store, left))
     store.remove_leftovers()
+    if needs:
+        _require_room([job for job in jobs if job.left], needs)
     here: list[Job] = []
     away: list[Job] = []
     for job in jobs:
@@ -203,6 +218,32 @@ def _tasks(jobs: Sequence[Job]) -> list[Job]:
         costliest = sorted(job.left, key=lambda n: -job.costs[n])
         tasks += [job._replace(left=costliest[part::parts]) for part in range(parts)]
     return tasks
+
+
+def _require_room(jobs: Sequence[Job], needs: Callable[[int, int], Needs]) -> None:
+    """Refuse models for whose results the disk, or for one of which the memory, is too small."""
+    disk = 0.0
+    for job in jobs:
+        found = job.target.model
+        if isinstance(found, Checkpoint) and found.path.is_file():
+            continue  # GGUF: its shape is known once it is unpacked
+        network = found.model if isinstance(found, LoadedModel) else check_checkpoint(found.path)
+        view, size = unverified_view(network), 4 if "float32" in job.target.basis["dtype"] else 2
+        one = needs(view.layers * view.width, size)
+        disk += (one.coefficients + one.answers) * len(job.left) / len(job.keys)
+        if on_this_machine() and one.memory > memory():
+            raise InputError(
+                f"{found.name}: measuring it needs {one.memory / 1e9:.1f} GB of memory beside its "
+                f"weights, this process may use {memory() / 1e9:.1f} GB; take fewer concepts, or a "
+                "larger machine"
+            )
+    root = jobs[0].store.root if jobs else Path()
+    free = shutil.disk_usage(next(one for one in (root, *root.parents) if one.exists())).free
+    if disk > free:
+        raise InputError(
+            f"{root}: the results need {disk / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; free "
+            "some space, or choose another directory"
+        )
 
 
 def _work(job: Job) -> tuple[str, int, float]:

@@ -43,6 +43,7 @@ from paramspec.models.load import LoadedModel
 from paramspec.specwiki import Question, questions_digest
 from paramspec.studies.runner import (
     Done,
+    Needs,
     Ready,
     Target,
     basis_of,
@@ -56,7 +57,30 @@ COEFFICIENTS, ANSWERS = "coefficients.safetensors", "answers.parquet"
 PSS, DETAILS, MASKS = "pss.parquet", "details.parquet", "masks.safetensors"
 TEXTS = ["model", "protocol", "question_id", "concept", "role", "mask_concept", "mask"]
 ASKED = {"chat", "row_tokens", "batch_tokens"}  # the choices that `answer_table` takes
+# Beside forward passes, on a core of an Intel Xeon with AMX: an answer's packing,
+# marking and storing; and a mask's choice and use, for each value vector of the model
+ANSWER_BYTES, ANSWER_SECONDS, MASK_SECONDS = 40, 1.6e-4, 2.2e-8
+PROCESS = 700_000_000  # bytes of a process with torch and transformers
 SHARD = 4  # concepts of a unit: seconds to minutes of work, so that little is lost by a crash
+
+
+def needs_of(
+    questions: Sequence[Question], choices: Choices, vectors: int, bytes_each: int
+) -> Needs:
+    """`needs_of(questions, choices, 32 * 11008, 2).memory`: of a model of so many value vectors,
+    whose weights have two bytes. `tests/benchmarks/scale.py` measures it.
+    """
+    concepts = {question.concept for question in questions}
+    asked = pss.evaluations(choices, questions, list(concepts))
+    masks = pss.count_masks(choices) - 1  # of a concept
+    sums = 2 * len(concepts) * vectors  # of two folds
+    return Needs(
+        coefficients=bytes_each * sums,
+        answers=ANSWER_BYTES * asked,
+        # Sums of four bytes, held beside what is written; and the masks of a unit.
+        memory=PROCESS + (8 if bytes_each == 4 else 6) * sums + SHARD * masks * vectors,
+        seconds=ANSWER_SECONDS * asked + MASK_SECONDS * len(concepts) * masks * vectors,
+    )
 
 
 @dataclass(frozen=True)
@@ -184,7 +208,10 @@ def measure_pss(
     costs = [pss.evaluations(choices, questions, shard) for shard in shards]
     study = f"{questions_digest(questions)} {choices.model_dump_json()}"
     compute = partial(_measure_shard, study, tuple(questions), choices, shards, store)
-    found = run_units(models, questions, units, costs, compute, store, dtype=dtype, device=device)
+    needs = partial(needs_of, questions, choices)
+    found = run_units(
+        models, questions, units, costs, compute, store, dtype=dtype, device=device, needs=needs
+    )
     paths = [path for done in found for path in done.paths]
     accuracies = pd.concat([pd.read_parquet(path / PSS) for path in paths], ignore_index=True)
     runs = []
@@ -370,8 +397,8 @@ def concept_coefficients(
         sums = recorded.sums
         if loaded.dtype != torch.float32:
             # Half the disk: square roots of 4e-9 to 4e9 are within 0.1 % in half precision, which
-            # is finer than what the model computes in.
-            sums = sums.sqrt().half()
+            # is finer than what the model computes in. In place: a second copy would be gigabytes.
+            sums = sums.sqrt_().half()
         tensors = {"sums": sums, "counts": recorded.counts}
         return lambda folder: save_file(tensors, folder / COEFFICIENTS), unit_record(loaded)
 
