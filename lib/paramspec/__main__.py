@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from paramspec.execution.ends import mind_signals
+from paramspec.execution.ends import collect_seldom, mind_signals
 
 
 def main() -> None:
     """Run the command line; see `paramspec.cli.main`."""
     mind_signals()  # before imports that take time
+    collect_seldom()
     from paramspec import cli
 
     cli.main()

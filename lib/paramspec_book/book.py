@@ -44,7 +44,9 @@ from paramspec_book.parameters import (
 from paramspec_book.stand_ins import stand_ins
 
 # Run first in a process that this one starts: it, and what it started, ends if this one is killed.
-_WATCH = "from paramspec.execution.ends import watch_parent as _watch; _watch({})"
+_WATCH = (
+    "from paramspec.execution import ends as _ends; _ends.watch_parent({}); _ends.collect_seldom()"
+)
 
 
 class ChapterFailed(RuntimeError):

@@ -13,12 +13,14 @@ import threading
 import time
 from collections import Counter
 
+import dask.config
 import joblib
 import pandas as pd
 import psutil
 import pytest
 import torch
 from distributed import LocalCluster
+from distributed.security import Security
 
 from oracles import same_tables
 from paramspec.errors import InputError
@@ -67,15 +69,15 @@ def patience(monkeypatch):
     monkeypatch.setattr(parallel, "ANSWER_WITHIN", 600)
 
 
-def cluster(workers=2):
+def cluster(workers=2, **options):
     """A scheduler, and workers that are processes of their own, of one thread each."""
-    return LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=":0")
+    return LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=":0", **options)
 
 
 @pytest.fixture(scope="module")
-def dask():
-    with cluster() as dask:
-        yield dask.scheduler_address
+def scheduler():
+    with cluster() as two:
+        yield two.scheduler_address
 
 
 def tables(out):
@@ -183,16 +185,16 @@ def test_two_sweeps_at_once_share_the_work_and_lose_nothing(start, expected, tmp
 def test_a_worker_killed_midway_changes_no_number(models, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "SHARD", 1)  # many units, so that midway is a long time
     store, before = tmp_path / "store", {}
-    with cluster() as dask:
+    with cluster() as two:
 
         def kill():
             wait_for(lambda: finished(store))
-            os.kill(dask.workers[0].pid, signal.SIGKILL)
+            os.kill(two.workers[0].pid, signal.SIGKILL)
             before.update(finished(store))
 
         killer = threading.Thread(target=kill)
         monkeypatch.chdir(tmp_path)  # the workers have another working directory
-        with workers(scheduler=dask.scheduler_address):
+        with workers(scheduler=two.scheduler_address):
             killer.start()
             study = measure_pss(models, QUESTIONS, CHOICES, store=Store("store"))
         killer.join()
@@ -201,13 +203,15 @@ def test_a_worker_killed_midway_changes_no_number(models, expected, tmp_path, mo
     assert_same_numbers((study.pss, study.details), expected)
 
 
-def test_what_a_worker_refuses_is_told_here_and_finished_units_are_kept(dask, models, tmp_path):
+def test_what_a_worker_refuses_is_told_here_and_finished_units_are_kept(
+    scheduler, models, tmp_path
+):
     broken = toy_model("llama")
     broken.lm_head.weight[5] = torch.nan
     path = save_toy(tmp_path / "broken")
     broken.save_pretrained(path)
     store = Store(tmp_path / "store")
-    with workers(scheduler=dask):
+    with workers(scheduler=scheduler):
         measure_pss(models[:1], QUESTIONS, CHOICES, store=store)
         before = finished(store.root)
         with pytest.raises(InputError, match=r"broken: \w+/\w+: a log-likelihood of Llama"):
@@ -216,10 +220,13 @@ def test_what_a_worker_refuses_is_told_here_and_finished_units_are_kept(dask, mo
     assert before == finished(store.root)
 
 
-def test_a_store_that_workers_do_not_see_is_refused(dask, models, tmp_path, monkeypatch):
+def test_a_store_that_workers_do_not_see_is_refused(scheduler, models, tmp_path, monkeypatch):
     elsewhere = contextlib.nullcontext(tmp_path / "not there")
     monkeypatch.setattr(runner, "TemporaryDirectory", lambda **_: elsewhere)
-    with workers(scheduler=dask), pytest.raises(InputError, match="store: not seen by a worker"):
+    with (
+        workers(scheduler=scheduler),
+        pytest.raises(InputError, match="store: not seen by a worker"),
+    ):
         measure_pss(models, QUESTIONS, CHOICES, store=Store(tmp_path / "store"))
 
 
@@ -237,6 +244,38 @@ def test_a_scheduler_that_is_of_no_use_is_told_in_one_line(
             assert (status, out, error.count("\n")) == (2, "", 1), error
             assert f"paramspec: error: scheduler {address!r}: " in error
     assert not finished(tmp_path / "s")
+
+
+def test_a_scheduler_behind_tls_knows_its_own_and_refuses_strangers(
+    models, expected, tmp_path, monkeypatch
+):
+    """With a certificate that is made as the guide says."""
+    line = "openssl req -x509 -newkey rsa:2048 -nodes -days 30 -subj /CN=dask -keyout {0} -out {1}"
+    files = {}
+    for who in ("ours", "strangers"):
+        files[who] = key, cert = str(tmp_path / f"{who}-key.pem"), str(tmp_path / f"{who}.pem")
+        subprocess.run(line.format(key, cert).split(), check=True, capture_output=True)
+
+    def settings(who):
+        key, cert = files[who]
+        roles = {f"{role}.key": key for role in ("scheduler", "worker", "client")}
+        roles |= {name.replace("key", "cert"): cert for name in roles}
+        named = {"ca-file": cert, **roles}
+        return {f"distributed.comm.tls.{name}": value for name, value in named.items()}
+
+    with dask.config.set(settings("ours")):
+        encrypted = {"security": Security(require_encryption=True), "protocol": "tls://"}
+        with cluster(1, **encrypted) as behind:
+            address = behind.scheduler_address
+            with workers(scheduler=address):
+                study = measure_pss(models, QUESTIONS, CHOICES, store=Store(tmp_path / "store"))
+            monkeypatch.setattr(parallel, "ANSWER_WITHIN", 3)
+            nobody = dict.fromkeys(settings("ours"))
+            for others in (settings("strangers"), nobody):
+                refused = pytest.raises(InputError, match=f"scheduler '{address}'")
+                with dask.config.set(others), refused, workers(scheduler=address):
+                    pass
+    assert_same_numbers((study.pss, study.details), expected)
 
 
 def sleep_alone(place, number):

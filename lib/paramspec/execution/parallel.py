@@ -24,7 +24,11 @@ import joblib
 from filelock import FileLock, Timeout
 
 from paramspec.errors import InputError
-from paramspec.execution.ends import keep_interrupts_from_children, watch_parent
+from paramspec.execution.ends import (
+    collect_seldom,
+    keep_interrupts_from_children,
+    watch_parent,
+)
 from paramspec.execution.limits import cores
 
 ANSWER_WITHIN = 10  # seconds for a scheduler's answer, and then for one of its workers
@@ -59,7 +63,7 @@ def workers(jobs: int = 0, scheduler: str | None = None) -> Iterator[None]:
             yield
     elif count > 1:
         keep_interrupts_from_children()
-        options = {"initializer": watch_parent, "initargs": (os.getpid(),)}
+        options = {"initializer": _begin, "initargs": (os.getpid(),)}
         with joblib.parallel_config("loky", n_jobs=count, inner_max_num_threads=threads, **options):
             yield
     else:
@@ -70,6 +74,11 @@ def workers(jobs: int = 0, scheduler: str | None = None) -> Iterator[None]:
                 yield
         finally:
             torch.set_num_threads(own)
+
+
+def _begin(parent: int) -> None:
+    watch_parent(parent)
+    collect_seldom()
 
 
 def hand_out(function: Callable[..., object], tasks: Sequence[Sequence[object]]) -> Iterator[Any]:
