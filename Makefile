@@ -25,7 +25,7 @@ QUICK := tests/stats tests/specwiki tests/execution/test_store.py tests/executio
 .PHONY: help setup book pdf check test bench lock wheels clean static
 
 help:  ## list the commands
-	@echo "usage: make COMMAND [PROFILE=smoke|default|paper] [PYTHON=python3.12] [TORCH_INDEX=URL]"
+	@echo "usage: make COMMAND [PROFILE=smoke|default|rehearsal|paper] [PYTHON=python3.12] [TORCH_INDEX=URL]"
 	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST)
 
 book: .venv/installed  ## run every chapter, then build the site: _build/html/index.html

@@ -117,7 +117,7 @@ def accuracy_by(table: pd.DataFrame) -> Figure:
     """Accuracy with its 95 % interval: a panel per `by`, a row per `group`, with its `n`."""
     kinds = dict(list(table.groupby("by", sort=False)))
     heights = [max(2, len(part)) for part in kinds.values()]
-    size = (7, 0.8 + 0.27 * sum(heights))
+    size = (5.6, 0.8 + 0.27 * sum(heights))
     figure, grid = panels.panels(len(kinds), 1, size, height_ratios=heights, sharex=True)
     for axes, (kind, part) in zip(grid[:, 0], kinds.items(), strict=True):
         names = [f"{row.group}  (n = {row.n})" for row in part.itertuples()]
@@ -189,7 +189,7 @@ def depth(table: pd.DataFrame) -> Figure:
 def coverage(table: pd.DataFrame) -> Figure:
     """The share `covered` by the intervals of each kind of `estimate`, a mark for each `world`."""
     kinds, worlds = (list(table[name].unique()) for name in ("estimate", "world"))
-    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.3 * len(kinds)))
+    figure, axes = plt.subplots(figsize=(5.6, 1.2 + 0.3 * len(kinds)))
     axes.axvspan(0.92, 0.98, color="0.9", linewidth=0)
     axes.axvline(0.95, **DASHED)
     for world, marker in zip(worlds, "osD^v", strict=False):
@@ -250,7 +250,7 @@ def forest(table: pd.DataFrame, published: float | None = None) -> Figure:
     """A row per `reading` of the claim: the correlation `r`, free of noise, with its interval, and
     `pearson`, as measured; `published` is the paper's.
     """
-    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.38 * len(table)))
+    figure, axes = plt.subplots(figsize=(5.6, 1.2 + 0.38 * len(table)))
     if published is not None:
         axes.axvline(published, color=OWN, linewidth=1.2, linestyle=":", label="the paper")
     axes.axvline(0, **DASHED)
