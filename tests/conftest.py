@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from paramspec.execution.ends import collect_seldom
+
+collect_seldom()  # as the command does
+
 # The longest, longest first: workers that take a file at a time then end together.
 LONGEST = (
     "test_site",

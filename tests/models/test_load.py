@@ -243,6 +243,7 @@ def test_dtype_and_device_are_checked_before_anything_is_read(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert refusal("none", device="cuda:2").endswith("use auto, cpu, cuda, cuda:0, cuda:1")
+    monkeypatch.setattr(load, "_try_out", lambda place: None)
     for capable, best in ((False, torch.float32), (True, torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda yes=capable, **_: yes)
         assert load.place_and_dtype("auto", "auto") == (torch.device("cuda"), best)
@@ -250,6 +251,15 @@ def test_dtype_and_device_are_checked_before_anything_is_read(monkeypatch):
         if not capable:
             told = refusal("none", device="cuda", dtype="bfloat16")
             assert "dtype 'bfloat16': cuda does not compute in it; use float32" in told
+
+
+def test_a_gpu_that_is_there_and_does_not_work_is_told_before_anything_is_read(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 99)
+    for device in ("cuda:98", "cuda:97"):
+        assert f"device '{device}': it is there and does not work (" in refusal(
+            "none", device=device
+        )
 
 
 def test_weights_go_to_one_gpu_if_they_fit_and_to_all_if_not(monkeypatch):

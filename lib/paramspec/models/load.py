@@ -21,7 +21,7 @@ from paramspec.errors import InputError
 from paramspec.execution.limits import require_memory
 from paramspec.models import checkpoints
 from paramspec.models.checkpoints import Checkpoint
-from paramspec.models.libraries import quiet_transformers, told_in_one_line
+from paramspec.models.libraries import line_of, quiet_transformers, told_in_one_line
 from paramspec.models.registry import empty_model
 from paramspec.models.tokens import front_tokens
 from paramspec.models.unpack import gguf_config, read_weights, restore_rotation, unpacked
@@ -135,10 +135,21 @@ def place_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]
     place = torch.device(device)
     if place.type == "cpu":
         return place, torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    _try_out(place)
     capable = torch.cuda.is_bf16_supported(including_emulation=False)
     if dtype == "bfloat16" and not capable:
         raise InputError(f"dtype 'bfloat16': {place} does not compute in it; use float32")
     return place, torch.bfloat16 if capable and dtype != "float32" else torch.float32
+
+
+def _try_out(place: torch.device) -> None:
+    try:
+        torch.zeros(1, device=place).sum().item()
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"device '{place}': it is there and does not work ({line_of(error)}); mend its driver "
+            "or this build of torch, free the GPU, or use device cpu"
+        ) from error
 
 
 def device_map(needed: int, place: torch.device) -> dict[str, Any]:
