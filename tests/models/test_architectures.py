@@ -27,6 +27,13 @@ SMALL = 3_000_000  # weights; a config that does not take the sizes below gives 
 # Settings that some configs need besides, or instead.
 OTHERS = {
     "falcon": {"head_dim": None, "num_kv_heads": 2, "ffn_hidden_size": 48},
+    "falcon_h1": {
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 16,
+    },
     "gemma2": {"sliding_window": 32},
     "gemma3_text": {"sliding_window": 32},
     "gptj": {"rotary_dim": 4},
