@@ -248,6 +248,7 @@ def _without_noise(
         ],
         axis=1,
     )
+    centre = said.mean(axis=0)  # [measures, models]
     for group in set(groups):
         at = [place for place, home in enumerate(groups) if home == group]
         said[:, :, at] -= said[:, :, at].mean(axis=2, keepdims=True)
@@ -265,6 +266,9 @@ def _without_noise(
         # Both are negative where r, free of noise, comes out beyond 1.
         scale = np.sign(inverse[:, 1, 1]) * np.sqrt(inverse[:, 0, 0] * inverse[:, 1, 1])
         r = -inverse[:, 0, 1] / scale
+    # Models that differ in x by no more than rounding have no trend over it.
+    if not abs(moments[0, 0]) > 1e-12 * (centre[0] ** 2).mean():
+        slopes[:] = r[:] = np.nan
     found = told("slope", _jackknife(slopes, like.count))
     if not _jackknife(varies, like.count)["low"] > 0:
         r[:] = np.nan
