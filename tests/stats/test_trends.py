@@ -194,7 +194,7 @@ def test_r_is_missing_where_models_differ_by_no_more_than_noise(measures):
 
 def test_models_that_differ_by_rounding_alone_have_no_trend():
     found = trend(known("abcd", accuracy=[0.1 + 0.2, 0.3, 0.3, 0.3], did=[0.0, 0.1, 0.3, 0.2]))
-    assert np.isnan([found[name] for name in ("slope", "slope_low", "r")]).all()
+    assert np.isnan([found[name] for name in ("slope", "slope_low", "r", "pearson")]).all()
 
 
 def test_a_rise_that_comes_later_has_a_longer_delay():

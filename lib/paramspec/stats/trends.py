@@ -229,7 +229,8 @@ def trend(
 def _as_measured(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
     from scipy import stats  # takes half a second, and workers do without it
 
-    if not (np.ptp(x) > 0 and np.ptp(y) > 0):  # nor if one is not a number
+    # Not a number, or the same but for rounding
+    if not all(np.ptp(one) > 1e-12 * abs(one).max() for one in (x, y)):
         return {"pearson": np.nan, "spearman": np.nan}
     pearson, spearman = stats.pearsonr(x, y), stats.spearmanr(x, y)
     return {"pearson": float(pearson.statistic), "spearman": float(spearman.statistic)}
