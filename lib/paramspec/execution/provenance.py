@@ -67,7 +67,8 @@ def machine(hardware: Mapping[str, Any]) -> str:
     """A few words, as "EPYC 7763, 2 cores, 8 GiB, 1 x A100"."""
     gpus = sorted({f"{hardware['gpus'].count(name)} x {name}" for name in hardware["gpus"]})
     memory = f"{hardware['memory'] / 2**30:.0f} GiB"
-    return ", ".join([hardware["cpu"], f"{hardware['cores']} cores", memory, *gpus])
+    cores = "1 core" if hardware["cores"] == 1 else f"{hardware['cores']} cores"
+    return ", ".join([hardware["cpu"], cores, memory, *gpus])
 
 
 def computed(**unit: object) -> dict[str, Any]:
