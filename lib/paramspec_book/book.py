@@ -107,16 +107,14 @@ def run_chapter(
     used.unlink(missing_ok=True)
     shutil.rmtree(data, ignore_errors=True)
     with writing_to(scratch.parent):
-        environment = _environment(profile, used, data) | stand_ins(profile, root)
+        environment = _environment(profile, root, used, data)
         notebook = _execute(chapter, values, scratch, root, environment)
     seconds = round(time.monotonic() - start, 1)
     notebook.metadata[RECORD] = {
         "key": key,
         "executed": executed.strftime("%Y-%m-%d %H:%M UTC"),
         "seconds": seconds,
-        "profile": profile,
-        "stand_ins": rehearsed,
-        "parameters": values,
+        **{"profile": profile, "stand_ins": rehearsed, "parameters": values},
         "results": used_results(used),
         **_circumstances(root),
     }
@@ -131,8 +129,8 @@ def run_chapter(
     return target
 
 
-def _environment(profile: str, used: Path, data: Path) -> dict[str, str]:
-    return {
+def _environment(profile: str, root: Path, used: Path, data: Path) -> dict[str, str]:
+    return stand_ins(profile, root) | {
         "PARAMSPEC_PROFILE": profile,  # a chapter shows it next to a verdict
         DATA: str(data),  # gets the tables that a verdict rests on
         USED: str(used),  # gets a line for each stored result that the chapter reads

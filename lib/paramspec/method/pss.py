@@ -113,8 +113,8 @@ class Tables(NamedTuple):
 
 
 class _Mask(NamedTuple):
-    kind: str
     ratio: float
+    kind: str
     seed: int
     vectors: Tensor
 
@@ -189,10 +189,10 @@ def concept_masks(coefficients: ConceptCoefficients, concept: str, choices: Choi
         others = {
             seed: scored(other_concept(coefficients.concepts, concept, seed)) for seed in seeds
         }
-    found = [_Mask("none", 0.0, choices.seed, torch.empty(0, 2, dtype=torch.int32))]
+    found = [_Mask(0.0, "none", choices.seed, torch.empty(0, 2, dtype=torch.int32))]
     for ratio in choices.ratios:
         own = masks.top_vectors(scores, ratio, choices.scope)
-        found.append(_Mask("concept", ratio, choices.seed, own))
+        found.append(_Mask(ratio, "concept", choices.seed, own))
         for seed in seeds:
             draw = generator_of((seed, "control", concept, ratio))
             drawn = {"random": masks.random_vectors(own, layers, width, draw)}
@@ -200,7 +200,7 @@ def concept_masks(coefficients: ConceptCoefficients, concept: str, choices: Choi
                 drawn["magnitude"] = masks.magnitude_matched_vectors(own, ascending, draw)
             if "other" in choices.nulls:
                 drawn["other"] = masks.top_vectors(others[seed], ratio, choices.scope)
-            found += [_Mask(kind, ratio, seed, drawn[kind]) for kind in choices.nulls]
+            found += [_Mask(ratio, kind, seed, drawn[kind]) for kind in choices.nulls]
     return found
 
 
@@ -267,11 +267,7 @@ def measure_concepts(
         }
         rows.append(row | mark(logprobs, question))
     details = pd.DataFrame(rows, columns=list(DETAIL_COLUMNS))
-    named = {
-        mask_name(name, concept, mask.ratio, mask.kind, mask.seed): mask.vectors
-        for concept, mask in masked
-        if mask.kind != "none"
-    }
+    named = {mask_name(name, one, *mask[:3]): mask.vectors for one, mask in masked if mask.ratio}
     return Tables(pss_rows(details, questions), details, named)
 
 

@@ -92,11 +92,7 @@ def load_model(
         directory = unpacked(path, kind) if path.is_file() else path
         base = checkpoints.base_of(directory)
         config = _directory_config(base or directory)
-        quantized = _quantization(config)
-        needed = empty_model(config).num_parameters() * kind.itemsize
-        if quantized:  # the files hold the weights as they are loaded
-            files = checkpoints.checkpoint_files(directory).values()
-            needed = sum(file.stat().st_size for file in files)
+        quantized, needed = _quantization(config), _size_of(config, directory, kind)
         tokenizer = load_tokenizer(directory)
         network = _language_model(base or directory, dtype=kind, **device_map(needed, place))
         network = _with_adapter(network, directory) if base else network
@@ -215,6 +211,13 @@ def _quantization(config: PreTrainedConfig) -> str | None:
         return None
     method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
     return str(getattr(method, "value", method))
+
+
+def _size_of(config: PreTrainedConfig, path: Path, dtype: torch.dtype) -> int:
+    """The bytes of a model's weights as they are loaded: if quantized, as its files hold them."""
+    if _quantization(config):
+        return sum(file.stat().st_size for file in checkpoints.checkpoint_files(path).values())
+    return empty_model(config).num_parameters() * dtype.itemsize
 
 
 def _with_adapter(network: PreTrainedModel, path: Path) -> PreTrainedModel:
