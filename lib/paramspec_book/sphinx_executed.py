@@ -24,9 +24,6 @@ from paramspec_book.keys import RECORD, execution_key, read_record
 from paramspec_book.parameters import chapters
 
 LOGGER = logging.getLogger(__name__)
-REHEARSAL = (
-    "A rehearsal: random stand-ins have the models' names, so nothing on this page is a result."
-)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
@@ -110,8 +107,6 @@ def add_note(app: Sphinx, doctree: nodes.document) -> None:
     place = next(doctree.findall(nodes.section), doctree)
     place.insert(1, _notebook(app, env.docname))  # below the title
     place.insert(1, note)
-    if record.get("stand_ins"):
-        place.insert(1, nodes.danger("", nodes.paragraph("", REHEARSAL)))
 
 
 def _notebook(app: Sphinx, docname: str) -> nodes.paragraph:

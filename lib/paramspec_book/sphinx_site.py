@@ -27,13 +27,13 @@ from paramspec_book.book import executed_folder, git
 from paramspec_book.keys import read_record
 from paramspec_book.notebook import claims
 from paramspec_book.parameters import chapters
-from paramspec_book.sphinx_executed import REHEARSAL
 from paramspec_book.tables import with_minus
 
 HOSTS = r"(?:\w+://)?(?:[^@/]*@)?(github\.com|gitlab\.com|codeberg\.org)[:/](.+?)(?:\.git)?/?"
 BADGES = {"consistent": "success", "opposite": "danger", "cannot tell": "warning"}
 MISSING = re.compile(r"[+-]?nan%?")  # a number that a run could not give
 FOREST = "claims.svg"
+REHEARSAL = "A rehearsal: random stand-ins have the models' names, so nothing here is a result."
 SCRIPTS = ("vega/vega.min.js", "vega/vega-lite.min.js", "vega/vega-embed.min.js", "interactive.js")
 
 

@@ -14,7 +14,7 @@ from paramspec.models.registry import load_registry
 from paramspec.studies.hallucination import entailment_judge
 from paramspec_book import book
 from paramspec_book.parameters import chapter_values, chapters, load_profile
-from paramspec_book.sphinx_executed import REHEARSAL
+from paramspec_book.sphinx_site import REHEARSAL
 from paramspec_book.stand_ins import SHAPE, WIDTH, stand_ins
 
 HUB = {spec.id: spec for spec in load_registry().values() if spec.source.kind == "hub"}
@@ -92,13 +92,12 @@ def test_the_rehearsal_is_the_paper_profile_but_for_the_speed_page():
 @pytest.mark.slow
 def test_every_page_says_in_red_that_nothing_is_a_result(root, tmp_path, monkeypatch):
     html = book.build(root=root)
-    (page,) = (html / "book").glob("9-*.html")
     copy = nbformat.read(root / "book" / "_executed" / "9-hallucination.ipynb", 4)
     (told,) = [one.text for one in copy.cells[-1].outputs if one.name == "stdout"]
     assert told.strip() == HUB["olmo-2-7b-10k"].source.commit
-    text = page.read_text()
-    assert REHEARSAL in text[text.index("admonition danger") :][:500]
-    for path in (html / "book").glob("*.html"):
+    pages = list((html / "book").glob("*.html"))
+    assert len(pages) >= 3
+    for path in pages:
         text = path.read_text()
         assert REHEARSAL in text[text.index("bd-header-announcement") :][:500]
     # On the models themselves, which are not here, it is another run.

@@ -16,7 +16,7 @@ from tokenizers.models import BPE
 from paramspec.errors import InputError
 from paramspec.models import unpack
 from paramspec.models.checkpoints import digest_of
-from paramspec.models.load import check_checkpoint, load_model
+from paramspec.models.load import check_checkpoint, load_model, load_tokenizer
 from paramspec.models.tokens import token_ids
 from paramspec.models.unpack import honoured
 from toys import _COMMON, random_model
@@ -114,12 +114,18 @@ def test_a_file_gives_the_model_it_was_written_from(tmp_path):
     assert check_checkpoint(Path(path)).num_parameters() == loaded.model.num_parameters()
 
 
-def test_the_tokenizer_of_a_file_reads_as_that_of_a_directory(tmp_path):
+def test_the_tokenizer_of_a_file_reads_as_that_of_a_directory(tmp_path, monkeypatch):
     facts = {"tokenizer.ggml.add_eos_token": True}
     tokenizer = load_model(write(tmp_path / "toy.gguf", llama(), facts=facts)).tokenizer
     assert tokenizer(TEXTS[0])["input_ids"][-1] == tokenizer.eos_token_id
     rows = token_ids(tokenizer, TEXTS)
     assert rows == token_ids(toy_tokenizer(), TEXTS)
+    # Without the weights, read once and then from where it was put
+    monkeypatch.setattr(unpack, "UNPACKED", tmp_path / "unpacked")
+    for _ in range(2):
+        alone = load_tokenizer(tmp_path / "toy.gguf")
+        assert alone(TEXTS)["input_ids"] == tokenizer(TEXTS)["input_ids"]
+        monkeypatch.setattr(unpack, "_read_tokenizer", None)
     assert not any(tokenizer.eos_token_id in row for row in rows)
 
 

@@ -30,7 +30,7 @@ STORE_VERSION = 1
 
 Json = Mapping[str, Any]
 # What fills the directory of a result, and what its record says of the unit.
-Computed = tuple[Callable[[Path], None], Json]
+Computed = tuple[Callable[[Path], object], Json]
 
 
 class Store:
@@ -61,7 +61,7 @@ class Store:
         )
         return None
 
-    def put(self, key: Json, write: Callable[[Path], None], record: Json | None = None) -> Path:
+    def put(self, key: Json, write: Callable[[Path], object], record: Json | None = None) -> Path:
         """`path = store.put(key, write)`: let `write` fill a new directory, then publish it.
 
         `computed.json` holds the `record` of the unit, see `provenance`. It is an InputError if the

@@ -24,7 +24,13 @@ from paramspec.models.checkpoints import Checkpoint
 from paramspec.models.libraries import line_of, quiet_transformers, told_in_one_line
 from paramspec.models.registry import empty_model
 from paramspec.models.tokens import front_tokens
-from paramspec.models.unpack import gguf_config, read_weights, restore_rotation, unpacked
+from paramspec.models.unpack import (
+    gguf_config,
+    read_weights,
+    restore_rotation,
+    unpacked,
+    unpacked_tokenizer,
+)
 from paramspec.models.zoo_training import read_record
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -168,8 +174,7 @@ def device_map(needed: int, place: torch.device) -> dict[str, Any]:
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory or a GGUF file, without its weights."""
     with quiet_transformers(), told_in_one_line(path):
-        if path.is_file():
-            return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        path = unpacked_tokenizer(path) if path.is_file() else path
         if not any((path / name).is_file() for name in checkpoints.VOCABULARIES):
             if base := checkpoints.base_of(path):
                 return load_tokenizer(base)

@@ -18,7 +18,7 @@ from typing import Any
 import gguf
 import torch
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from paramspec.errors import InputError, naming
@@ -75,13 +75,25 @@ def _unpack(path: Path, dtype: torch.dtype) -> Computed:
             f"{path}: the model takes {taken} of its {held} weights; use the model's safetensors"
         )
     restore_rotation(network)  # refused here, if it is not understood
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = _read_tokenizer(path)
 
     def write(folder: Path) -> None:
         network.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
     return write, {}
+
+
+def unpacked_tokenizer(path: Path) -> Path:
+    """`unpacked_tokenizer(file)`: the directory of its tokenizer alone, which a file takes seconds
+    to give.
+    """
+    key = {"unit": "gguf tokenizer", "unpacking_version": 2, "file": digest_of(path)}
+    return Store(UNPACKED).find(key, lambda: (_read_tokenizer(path).save_pretrained, {}))
+
+
+def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 def read_weights(path: Path, **given: Any) -> PreTrainedModel:
